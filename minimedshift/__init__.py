@@ -1,0 +1,62 @@
+"""What every command shares: its flags, and how it ends when a user made a mistake."""
+
+import argparse
+import sys
+from dataclasses import field, fields
+
+
+class UserError(ValueError):
+    """A user's mistake, told in one sentence that names the file or flag and what to do about it."""
+
+
+def flag(default, text, group="options", choices=None, kind=None):
+    """A dataclass field that is also a command-line flag: default, help text, help group, allowed values, type if not the default's."""
+    return field(default=default, metadata=dict(text=text, group=group, choices=choices, kind=kind))
+
+
+def parse(config, description, argv=None):
+    """Read `--name value` flags into the frozen dataclass `config`; a wrong flag ends in one sentence, exit status 2.
+
+    Every field made by `flag` is one flag. Types follow the default: a bool field is a switch (`--name`, `--no-name`),
+    an int is accepted where a float is meant, fields listed first without a default group are optional positionals.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110, max_help_position=34))
+    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (see --help)"))
+    groups = {}
+    for f in fields(config):
+        m = f.metadata
+        kind = m["kind"] or (str if f.default is None else type(f.default))
+        shown = "" if f.default in (None, "") or kind is bool else f" (default: {f.default})"
+        options = dict(help=m["text"] + shown, default=f.default)
+        if m["group"] == "positional":
+            parser.add_argument(f.name, nargs="?", metavar=f.name.upper(), **options)
+            continue
+        group = groups.setdefault(m["group"], parser.add_argument_group(m["group"]))
+        name = "--" + f.name.replace("_", "-")
+        if kind is bool:
+            group.add_argument(name, action=argparse.BooleanOptionalAction, **options)
+        else:
+            group.add_argument(name, type=kind, choices=m["choices"], metavar=f.name.upper().split("_")[-1] if not m["choices"] else None, **options)
+    return config(**vars(parser.parse_args(argv)))
+
+
+def pick_device(name):
+    """The torch.device asked for, or with "auto" the best one here. Raises UserError where it is not there."""
+    import torch
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name != "auto" and name not in here:
+        raise UserError(f"--device {name} is not available on this machine, which has: {', '.join(here)}")
+    return torch.device(here[0] if name == "auto" else name)
+
+
+def run(main):
+    """Run a command: 0 done, 2 a user's mistake (one sentence on stderr), 130 interrupted."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)

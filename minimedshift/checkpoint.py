@@ -1,0 +1,89 @@
+"""Save, load, resume, and the running mean of the weights (EMA).
+
+A checkpoint is one file of plain types and tensors. All randomness of a run is a function of (seed, step), so weights,
+EMA, optimizer and step are the whole state: N steps, or k, a stop and N - k more, give the same bytes.
+"""
+
+import os
+import pickle
+from pathlib import Path
+
+import torch
+
+from . import UserError
+from .model import Shape, UNet
+
+FORMAT = 1
+
+
+class EMA:
+    """Running mean of the parameters (no buffers), with a power-function profile that warms up by itself:
+
+        ema <- beta ema + (1 - beta) theta,    beta = (1 - 1 / step)^(gamma + 1)       arXiv:2312.02696, eq. 127
+
+    At step 1 beta is 0. gamma 6.94 averages over about the last tenth of the run so far, 16.97 over a twentieth.
+    """
+
+    def __init__(self, model, gamma=6.94):
+        self.gamma = gamma
+        self.live = dict(model.named_parameters())
+        self.mean = {name: p.detach().clone() for name, p in self.live.items()}
+
+    @torch.no_grad()
+    def update(self, step):
+        """Call after optimizer step number `step` = 1, 2, ..."""
+        keep = (1 - 1 / step) ** (self.gamma + 1)
+        torch._foreach_lerp_(list(self.mean.values()), list(self.live.values()), 1 - keep)
+
+    def load(self, mean):
+        """Go on from the running mean of a checkpoint."""
+        for name, value in self.mean.items():
+            value.copy_(mean[name])
+
+
+def save(path, state):
+    """Write `state` (plain types and tensors) whole or not at all: to a temporary name, flushed, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path, device="cpu"):
+    """Read a checkpoint: a dict (see `save` in train.py). Raises UserError, in one sentence, if it is none of ours."""
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint at {path}: train one with `python train.py`, or name one with --checkpoint")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0][:80]})") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise UserError(f"{path} is not a minimedshift checkpoint of format {FORMAT} (found {found})")
+    return state
+
+
+def load_weights(module, weights, path):
+    """Put a dict of tensors into the module. Raises UserError naming the first tensor that does not fit."""
+    own = module.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        have, want = weights.get(name), own.get(name)
+        if have is None or want is None or have.shape != want.shape:
+            shown = [("nothing" if x is None else tuple(x.shape)) for x in (have, want)]
+            raise UserError(f"{path} holds another network: {name} is {shown[0]}, this one needs {shown[1]}")
+    module.load_state_dict(weights)
+
+
+def load_model(path, device="cpu", ema=True):
+    """The network of a checkpoint, with its EMA weights, in eval mode, and the checkpoint itself."""
+    state = load(path, device)
+    model = UNet(Shape(**state["shape"])).to(device)
+    load_weights(model, state["ema" if ema else "model"], path)
+    return model.eval().to(memory_format=torch.channels_last), state

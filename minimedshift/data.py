@@ -1,0 +1,422 @@
+"""Images in, batches out: the simulated heads and your own folders behind one interface, and image files read and written."""
+
+import hashlib
+import inspect
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+from . import UserError, phantom
+
+
+# ---------------------------------------------------------------- what a data set is
+
+@dataclass(frozen=True)
+class Pairs:
+    """The same heads in all domains, each array (N, D, C, H, W) float16: noisy image, noise-free truth, second exposure."""
+    images: np.ndarray
+    truth: np.ndarray
+    second: np.ndarray
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Unpaired training images, one (N_d, C, H, W) float16 array in [-1, 1] per domain, and what is kept apart from them."""
+    domains: tuple
+    size: int
+    channels: int
+    train: list
+    held_out: list                      # per domain: images never trained on
+    valid: Pairs | None = None          # paired heads: only a simulator has them
+    test: Pairs | None = None
+    facts: dict = field(default_factory=dict)  # per domain: count, sizes, depths of the files
+
+    def batch(self, y, generator):
+        """x1 (B, C, H, W) float32: for each label in y (B,) a training image drawn uniformly with `generator` (CPU)."""
+        u = torch.rand(len(y), generator=generator, dtype=torch.float64).numpy()
+        y = y.numpy()
+        x1 = np.empty((len(y), self.channels, self.size, self.size), np.float16)
+        for d in np.unique(y):
+            mine = np.flatnonzero(y == d)
+            x1[mine] = self.train[d][(u[mine] * len(self.train[d])).astype(np.int64)]
+        return torch.from_numpy(x1).float()
+
+
+def progress(done, total, start, what):
+    """One line that rewrites itself on a terminal; in a log file only the last one appears."""
+    if not sys.stdout.isatty() and done < total:
+        return
+    rate = done / max(time.time() - start, 1e-9)
+    left = f"{(total - done) / rate:.0f} s left" if done < total else f"{total / rate:.0f} s"
+    print(f"\r{what}: {done}/{total}, {rate:.1f} images/s, {left}   ", end="\n" if done == total else "", flush=True)
+
+
+# ---------------------------------------------------------------- the cache
+
+def cached(root, name, content, build):
+    """The folder root/name-KEY, made by build(folder) unless it is there; KEY is a hash of `content`, all that determines it.
+
+    It is built under another name and renamed last: half a set never appears, and two processes may build at once.
+    """
+    root = Path(root or os.environ.get("MINIMEDSHIFT_CACHE") or Path.home() / ".cache" / "minimedshift")
+    final = root / f"{name}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}"
+    if final.is_dir():
+        return final
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".building-", dir=root))
+    except OSError as error:
+        raise UserError(f"the cache {root} cannot be written ({error.strerror}): set MINIMEDSHIFT_CACHE to a folder that can") from None
+    try:
+        build(work)
+        try:
+            work.rename(final)
+        except OSError:
+            if not final.is_dir():  # else another process was first, with the same bytes
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return final
+
+
+# ---------------------------------------------------------------- the simulated heads
+
+BLOCK, BIG = 16, 500  # heads rendered at once; images worth starting processes for
+KINDS = {"images": {}, "truth": dict(noise=False), "second": dict(exposure=1)}  # what is kept of a paired head
+
+
+def phantom_seeds(seed, split, domain=0):
+    """The first head seed of a split: a million for each, and ten million for each `seed`, so that no two ever overlap."""
+    return seed * 10_000_000 + {"valid": 0, "test": 1, "train": 2 + domain}[split] * 1_000_000
+
+
+def render_part(folder, part, parts, size, per_domain, valid_heads, test_heads, seed, shift):
+    """Render every `parts`-th block of a phantom set into folder/*.npy; a generator of the number of images just done."""
+    D, counts = len(phantom.DOMAINS), {"valid": valid_heads, "test": test_heads, "train": per_domain}
+    jobs = [(split, d, i) for split in counts for d in range(D if split == "train" else 1) for i in range(0, counts[split], BLOCK)]
+    for split, d, i in jobs[part::parts]:
+        prior = phantom.DOMAINS[d] if split == "train" and shift else None
+        heads = [phantom.Head(phantom_seeds(seed, split, d) + k, prior=prior) for k in range(i, min(i + BLOCK, counts[split]))]
+        if split == "train":
+            out = np.load(Path(folder) / "train-images.npy", mmap_mode="r+")  # (D, N, 1, H, W)
+            out[d, i:i + BLOCK] = phantom.render(heads, phantom.DOMAINS[d], size).numpy()
+            yield len(heads)
+            continue
+        materials = {full: phantom.project(heads, size, full) for full in (False, True)}  # one geometry for every domain and kind
+        for kind, how in KINDS.items():
+            out = np.load(Path(folder) / f"{split}-{kind}.npy", mmap_mode="r+")  # (N, D, 1, H, W)
+            for d, domain in enumerate(phantom.DOMAINS):
+                out[i:i + BLOCK, d] = phantom.picture(materials[phantom.PHYSICS[domain].full], heads, domain, **how).numpy()
+            yield len(heads) * D
+
+
+def build_phantom(folder, arguments, show):
+    """Make the arrays of a phantom set and fill them, one process a core; the bytes do not depend on how many."""
+    size, per_domain, valid_heads, test_heads, _, _ = arguments
+    D = len(phantom.DOMAINS)
+    shapes = {"train-images": (D, per_domain)} | {f"{split}-{kind}": (count, D) for kind in KINDS
+                                                  for split, count in (("valid", valid_heads), ("test", test_heads))}
+    for name, shape in shapes.items():
+        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, shape + (1, size, size))
+    total, done, start = sum(math.prod(shape) for shape in shapes.values()), 0, time.time()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parts = min(cores, 16) if total > BIG else 1  # a small set is done before a process has started
+    for n in render_apart(folder, parts, arguments) if parts > 1 else render_part(folder, 0, 1, *arguments):
+        done += n
+        if show:
+            progress(done, total, start, "simulating heads, once")
+
+
+def render_apart(folder, parts, arguments):
+    """`render_part` in `parts` processes, which share one pipe to say what they have done. (Threads: half as fast.)"""
+    code = "import json, os, sys, torch; from minimedshift import data; torch.set_num_threads(1)\n" \
+           "for n in data.render_part(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *json.loads(sys.argv[4])): os.write(1, b'%d\\n' % n)"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
+    read, write = os.pipe()
+    workers = [subprocess.Popen([sys.executable, "-c", code, str(folder), str(part), str(parts), json.dumps(arguments)],
+                                stdout=write, env=env, start_new_session=True) for part in range(parts)]
+    os.close(write)
+    try:
+        with open(read) as lines:
+            yield from map(int, lines)
+        if any(worker.wait() for worker in workers):
+            raise RuntimeError("a process that simulates heads has failed: see above")
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+
+
+def phantom_set(size, train_images=5000, valid_heads=64, test_heads=128, seed=0, shift=True, cache=None, progress=True):
+    """The simulated five-domain set: no training head appears twice; validation and test heads appear in every domain.
+
+    With `shift`, training heads follow each domain's own prior of pose and anatomy, as in the published pictures.
+    """
+    D = len(phantom.DOMAINS)
+    if train_images < D or valid_heads < 1 or test_heads < 1 or size < 8:
+        raise UserError(f"a phantom set needs at least {D} training images, 1 validation head, 1 test head and size 8")
+    arguments = (size, train_images // D, valid_heads, test_heads, seed, shift)
+    content = [inspect.getsource(part) for part in (phantom, phantom_seeds, render_part)] + [torch.__version__, arguments]
+    folder = cached(cache, f"phantom-{size}", content, lambda work: build_phantom(work, arguments, progress))
+    load = lambda name: np.load(folder / f"{name}.npy", mmap_mode="r")
+    valid, test = (Pairs(*(load(f"{split}-{kind}") for kind in KINDS)) for split in ("valid", "test"))
+    train = load("train-images")
+    facts = {name: dict(count=train.shape[1], sizes={f"{size}x{size}": train.shape[1]}, depths={"simulated": train.shape[1]})
+             for name in phantom.DOMAINS}
+    return Dataset(tuple(phantom.DOMAINS), size, 1, list(train), [test.images[:, d] for d in range(D)], valid, test, facts)
+
+
+# ---------------------------------------------------------------- image files
+
+# extension -> format name, the modes it can hold, how it is saved without loss (JPEG: nearly)
+GREYS, PALETTES, COLOURS = ("1", "L", "LA", "I;16"), ("P",), ("RGB", "RGBA")
+FORMATS = {".png": ("PNG", GREYS + PALETTES + COLOURS, {}),
+           ".tif": ("TIFF", GREYS + PALETTES + COLOURS, {}),
+           ".jpg": ("JPEG", ("L", "RGB"), dict(quality=95, subsampling=0)),
+           ".bmp": ("BMP", ("1", "L", "P", "RGB"), {}),
+           ".webp": ("WEBP", COLOURS, dict(lossless=True, exact=True))}
+FORMATS |= {".tiff": FORMATS[".tif"], ".jpeg": FORMATS[".jpg"]}
+LUMINANCE = (.299, .587, .114)  # ITU-R BT.601
+
+
+@dataclass(frozen=True)
+class Info:
+    """What is needed to write an image as it was read."""
+    mode: str                       # Pillow's name: L, LA, P, RGB, RGBA, I;16, 1
+    depth: int                      # bits a channel
+    size: tuple                     # (height, width)
+    alpha: np.ndarray | None = None # (H, W) uint8, kept as it was
+    extra: dict = field(default_factory=dict)  # orientation, resolution, colour profile
+
+
+def read_image(path):
+    """x (C, H, W) float32 in [-1, 1] and its Info; C = 1 where all channels are equal, else 3.
+
+    16-bit grey keeps its depth. Alpha is put aside: the colours count as stored. Raises UserError if it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            raw, frames = str(getattr(image, "tile", "")), getattr(image, "n_frames", 1)
+            image.load()
+            extra = {k: image.info[k] for k in ("exif", "dpi", "icc_profile") if image.info.get(k)}
+            mode = "I;16" if image.mode.startswith("I;16") else image.mode
+            if mode not in GREYS + PALETTES + COLOURS or (";16" in raw and mode != "I;16") or frames > 1:
+                what = f"{frames} pages" if frames > 1 else "16-bit colour" if ";16" in raw else f"mode {mode}"
+                raise UserError(f"{path}: {what} cannot be translated; write it as one 8- or 16-bit grey or 8-bit RGB image")
+            if mode == "P" and "transparency" in image.info:
+                mode, image = "RGBA", image.convert("RGBA")
+            pixels = np.asarray(image.convert("RGB") if mode == "P" else image.convert("L") if mode == "1" else image)
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except Exception as error:  # a damaged file can raise anything in its decoder
+        raise UserError(f"{path}: cannot be read as an image ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from None
+    depth = 16 if mode == "I;16" else 1 if mode == "1" else 8
+    alpha = pixels[..., -1].copy() if mode in ("LA", "RGBA") else None
+    v = torch.from_numpy(pixels.astype(np.float32)).reshape(*pixels.shape[:2], -1)
+    v = v[..., :-1] if alpha is not None else v
+    if v.shape[-1] == 3 and bool((v == v[..., :1]).all()):
+        v = v[..., :1]
+    x = v.permute(2, 0, 1) / (65535 if depth == 16 else 255) * 2 - 1
+    return x.contiguous(), Info(mode, depth, tuple(x.shape[1:]), alpha, extra)
+
+
+def channels_to(x, channels):
+    """x (C, H, W) with 1 or 3 channels: the luminance of a coloured image, or a grey one repeated."""
+    if len(x) == channels:
+        return x
+    return (x * torch.tensor(LUMINANCE).view(3, 1, 1)).sum(0, keepdim=True) if channels == 1 else x.expand(channels, -1, -1)
+
+
+def check_writable(path, info):
+    """Raise UserError unless the format that `path` names by its extension can hold an image of this mode."""
+    name, modes, _ = FORMATS.get(Path(path).suffix.lower(), ("", (), {}))
+    if info.mode not in modes:
+        what = f"{name} cannot hold a {info.depth}-bit {info.mode} image" if name else f"an image file ends in one of {' '.join(FORMATS)}"
+        raise UserError(f"{path}: {what}" + ("; choose .png or .tif" if name else ""))
+
+
+def write_image(path, x, info):
+    """Write x (C, H, W) in [-1, 1] with the mode, bit depth and alpha of `info`, whole or not at all; the extension is the format."""
+    path = Path(path)
+    check_writable(path, info)
+    name, _, options = FORMATS[path.suffix.lower()]
+    x = channels_to(x.detach().float().cpu(), 3 if info.mode in ("P", "RGB", "RGBA") else 1)
+    top, kind = (65535, np.uint16) if info.depth == 16 else (255, np.uint8)
+    v = ((x + 1) / 2 * top).round().clamp(0, top).permute(1, 2, 0).numpy().astype(kind)
+    if info.alpha is not None:
+        v = np.concatenate([v, info.alpha[..., None]], -1)
+    if info.mode == "P":
+        image = to_palette(v)
+    else:
+        image = Image.fromarray(v[..., 0] if v.shape[-1] == 1 else v)
+        image = image.convert("1") if info.mode == "1" else image
+    work = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    try:
+        image.save(work, format=name, **options, **info.extra)
+        os.replace(work, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def to_palette(v):
+    """A palette image of v (H, W, 3) uint8: exact up to 256 colours, so always for grey."""
+    colours, index = np.unique(v.reshape(-1, 3), axis=0, return_inverse=True)
+    if len(colours) > 256:
+        return Image.fromarray(v).quantize(256)
+    image = Image.fromarray(index.reshape(v.shape[:2]).astype(np.uint8), mode="L")
+    image.putpalette(colours.astype(np.uint8).tobytes())
+    return image
+
+
+def image_files(folder):
+    """All files in a folder and below that are images by name, sorted; hidden ones are not looked at."""
+    found = [Path(at) / name for at, _, names in os.walk(folder, followlinks=True) for name in names]
+    hidden = lambda path: any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return sorted(path for path in found if path.suffix.lower() in FORMATS and not hidden(path))
+
+
+# ---------------------------------------------------------------- your own folders
+
+def fit(x, size):
+    """x (C, H, W) -> (C, size, size): the shorter side resized to `size` with antialiasing, then the centre kept."""
+    h, w = (max(size, round(n * size / min(x.shape[1:]))) for n in x.shape[1:])
+    x = F.interpolate(x[None], (h, w), mode="bilinear", antialias=True)[0] if (h, w) != x.shape[1:] else x
+    return x[:, (h - size) // 2:(h - size) // 2 + size, (w - size) // 2:(w - size) // 2 + size]
+
+
+def by_domain(base, skip=()):
+    """{domain: its image files}; the folders on the way to an image, joined with "-", name its domain."""
+    found = {}
+    for path in image_files(base):
+        parts = path.relative_to(base).parts[:-1]
+        if parts and parts[0] not in skip:
+            found.setdefault("-".join(parts), []).append(path)
+    return dict(sorted(found.items()))
+
+
+def build_folder(folder, files, size, show):
+    """Read every file of {split: {domain: files}} into folder/*.npy, and what was found into folder/facts.json."""
+    facts, bad, arrays, done, start = {}, [], {}, 0, time.time()
+    total = sum(len(paths) for split in files.values() for paths in split.values())
+
+    def load(path):
+        try:
+            x, info = read_image(path)
+            return fit(x, size).half().numpy(), info
+        except UserError as error:
+            return error, None
+
+    for split, domains in files.items():
+        for domain, paths in domains.items():
+            images, fact = [], facts.setdefault(domain, dict(count=0, sizes={}, depths={}))
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                for x, info in pool.map(load, paths):
+                    done += 1
+                    if info is None:
+                        bad.append(str(x))
+                    else:
+                        images.append(x)
+                        fact["count"] += 1
+                        for table, key in (("sizes", f"{info.size[1]}x{info.size[0]}"), ("depths", f"{info.depth}-bit {info.mode}")):
+                            fact[table][key] = fact[table].get(key, 0) + 1
+                    if show:
+                        progress(done, total, start, "reading images, once")
+            arrays[split, domain] = images
+    channels = max((len(x) for images in arrays.values() for x in images), default=1)
+    for d, domain in enumerate(facts):
+        for split in files:
+            images = [np.repeat(x, channels, 0) if len(x) < channels else x for x in arrays.get((split, domain), [])]
+            np.save(folder / f"{split}-{d}.npy", np.stack(images) if images else np.empty((0, channels, size, size), np.float16))
+    (folder / "facts.json").write_text(json.dumps(dict(facts=facts, bad=bad)))
+
+
+def folder_set(root, size, seed=0, cache=None, progress=True):
+    """The images of ROOT/DOMAIN, or of ROOT/train/DOMAIN and ROOT/test/DOMAIN; without ROOT/test a tenth is held out, by `seed`.
+
+    Raises UserError for a missing folder, fewer than two domains, or a domain without a readable image.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"--data {root}: there is no such folder")
+    split = (root / "test").is_dir()
+    files = {"train": by_domain(root / "train" if (root / "train").is_dir() else root, skip=("test",) if split else ())}
+    files["test"] = by_domain(root / "test") if split else {}
+    domains = tuple(files["train"])
+    if len(domains) < 2:
+        raise UserError(f"--data {root}: found {len(domains)} domain{'s' * (len(domains) != 1)}{''.join(f' ({d})' for d in domains)}, "
+                        "and two or more sub-folders with images are needed")
+    if unknown := [d for d in files["test"] if d not in domains]:
+        raise UserError(f"--data {root}: test has {', '.join(unknown)}, for which there are no training images")
+    stamp = {s: {d: [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in ps] for d, ps in by.items()}
+             for s, by in files.items()}
+    content = [inspect.getsource(sys.modules[__name__]), torch.__version__, str(root.resolve()), size, stamp]
+    folder = cached(cache, f"folder-{size}", content, lambda work: build_folder(work, files, size, progress))
+    found = json.loads((folder / "facts.json").read_text())
+    if found["bad"]:
+        print("\n".join(found["bad"] + [f"skipped {len(found['bad'])} unreadable files"]), file=sys.stderr)
+    train = [np.load(folder / f"train-{d}.npy", mmap_mode="r") for d in range(len(domains))]
+    test = [np.load(folder / f"test-{d}.npy", mmap_mode="r") for d in range(len(domains))]
+    if not split:
+        for d, images in enumerate(train):
+            out = len(images) // 10 or int(len(images) >= 5)
+            order = np.random.default_rng([seed, d]).permutation(len(images))
+            test[d], train[d] = images[np.sort(order[:out])], images[np.sort(order[out:])]
+    for domain, images in zip(domains, train):
+        if not len(images):
+            raise UserError(f"--data {root}: the domain {domain} has no image that can be read")
+    return Dataset(domains, size, train[0].shape[1], train, test, facts=found["facts"])
+
+
+# ---------------------------------------------------------------- looking at it
+
+def figure(path, rows, columns, labels, cell=160):
+    """A picture of `rows` (lists of (C, H, W) images in [-1, 1], None for a gap) under `columns`, beside `labels`."""
+    font, line, left = ImageFont.load_default(13), 18, 10 + max([7 * len(part) for label in labels for part in label.split("\n")] or [0])
+    top = 6 + line * max([c.count("\n") + 1 for c in columns] or [0])
+    sheet = Image.new("RGB", (left + max(map(len, rows)) * (cell + 4), top + len(rows) * (cell + 4)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for r, (row, label) in enumerate(zip(rows, labels)):
+        draw.multiline_text((4, top + r * (cell + 4) + 4), label, fill="black", font=font)
+        for c, x in enumerate(row):
+            if x is not None:
+                v = ((channels_to(torch.as_tensor(x).float(), 3) + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+                scale = cell / max(v.shape[:2])
+                tile = Image.fromarray(v).resize((max(1, round(v.shape[1] * scale)), max(1, round(v.shape[0] * scale))),
+                                                 Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
+                sheet.paste(tile, (left + c * (cell + 4), top + r * (cell + 4)))
+    for c, text in enumerate(columns):
+        draw.multiline_text((left + c * (cell + 4), 2), text, fill="black", font=font)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def check(dataset, path, each=6):
+    """Write a grid of examples per domain to `path`; print a line per domain: count, sizes, depths, value range. Returns the lines."""
+    rows, lines = [], []
+    many = lambda table: ", ".join(f"{key} ({n})" for key, n in sorted(table.items(), key=lambda kv: -kv[1])[:4]) + ", ..." * (len(table) > 4)
+    for domain, images, kept in zip(dataset.domains, dataset.train, dataset.held_out):
+        some = np.asarray(images[:: math.ceil(len(images) / 500)], np.float32)
+        fact = dataset.facts[domain]
+        lines.append(f"{domain}: {len(images)} to train, {len(kept)} held out; sizes {many(fact['sizes'])}; depths {many(fact['depths'])}; "
+                     f"values {some.min():.2f} to {some.max():.2f}, mean {some.mean():.2f}")
+        rows.append(list(some[np.linspace(0, len(some) - 1, min(each, len(some))).astype(int)]))
+    figure(path, rows, [], list(dataset.domains))
+    print("\n".join(lines + [f"examples: {path}"]))
+    return lines

@@ -1,0 +1,117 @@
+"""The network v(xt, t, y): one U-Net for all domains.
+
+Pixel-unshuffle in (so that all work happens at a fraction of the resolution), residual blocks modulated by time and
+label, self-attention at the lowest resolution, pixel-shuffle out. Fully convolutional: any height and width divisible by
+`stride`. Label `num_domains` is the null label, for classifier-free guidance.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What fixes the network's tensors. Presets below."""
+    num_domains: int = 5
+    channels: int = 1
+    stem: int = 2  # pixels of one side that become channels
+    widths: tuple = (64, 128)  # channels of each level; each level halves the resolution
+    blocks: tuple = (2, 3)  # residual blocks of each level, on the way down and again on the way up
+    head: int = 32  # channels of an attention head
+
+
+def time_features(t, dim=128):
+    """Sinusoids of 1000 t, frequencies 1 to 1e-4 (arXiv:1706.03762, sec. 3.5). t (B,) in [0, 1] -> (B, dim)."""
+    w = torch.exp(torch.arange(dim // 2, device=t.device) * (-math.log(1e4) / (dim // 2)))
+    angle = 1000 * t.float()[:, None] * w
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+class Block(nn.Module):
+    """x + conv(act(norm(conv(act(modulate(norm(x))))))), the last convolution zero at the start."""
+
+    def __init__(self, width, emb):
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(width // 16, width), nn.GroupNorm(width // 16, width)
+        self.film = nn.Linear(emb, 2 * width)
+        self.conv1, self.conv2 = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x, emb):  # (B, C, H, W), (B, emb)
+        scale, shift = self.film(emb)[:, :, None, None].chunk(2, 1)
+        h = self.conv1(F.silu(self.norm1(x) * (1 + scale) + shift))
+        return x + self.conv2(F.silu(self.norm2(h)))
+
+
+class Attention(nn.Module):
+    """x + self-attention over all positions, heads of `head` channels."""
+
+    def __init__(self, width, head):
+        super().__init__()
+        self.head = head
+        self.norm = nn.GroupNorm(width // 16, width)
+        self.qkv, self.out = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, C // self.head, self.head, H * W).transpose(-1, -2).unbind(1)
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, H W, head)
+        return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
+
+
+class UNet(nn.Module):
+    """v(xt, t, y) -> vt. xt (B, C, H, W) float, t (B,) in [0, 1], y (B,) int64 in 0..num_domains (the last: no label)."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+        self.stride = shape.stem * 2 ** (len(shape.widths) - 1)
+        widths, emb = shape.widths, 2 * shape.widths[-1]
+        pixels = shape.channels * shape.stem**2
+        self.time = nn.Sequential(nn.Linear(128, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.label = nn.Embedding(shape.num_domains + 1, emb)
+        self.stem = nn.Conv2d(pixels, widths[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for i, (width, blocks) in enumerate(zip(widths, shape.blocks)):
+            self.down.append(nn.ModuleList([nn.Conv2d(4 * widths[i - 1], width, 1) if i else nn.Identity(),
+                                            *[Block(width, emb) for _ in range(blocks)]]))
+        for i, (width, blocks) in reversed(list(enumerate(zip(widths, shape.blocks)))):
+            self.up.append(nn.ModuleList([nn.Conv2d(2 * width, width, 1), *[Block(width, emb) for _ in range(blocks)],
+                                          nn.Conv2d(width, 4 * widths[i - 1], 1) if i else nn.Identity()]))
+        self.attention = Attention(widths[-1], shape.head)
+        self.norm = nn.GroupNorm(widths[0] // 16, widths[0])
+        self.out = nn.Conv2d(widths[0], pixels, 3, padding=1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, xt, t, y):
+        H, W = xt.shape[-2:]
+        if H % self.stride or W % self.stride:
+            raise ValueError(f"height and width must be divisible by {self.stride}, got {H} x {W}")
+        emb = F.silu(self.time(time_features(t)) + self.label(y))  # (B, emb)
+        x = self.stem(F.pixel_unshuffle(xt, self.shape.stem))  # (B, widths[0], H / stem, W / stem)
+        skips = []
+        for i, (enter, *blocks) in enumerate(self.down):
+            x = enter(F.pixel_unshuffle(x, 2) if i else x)
+            for block in blocks:
+                x = block(x, emb)
+            skips.append(x)
+        x = self.attention(x)
+        for i, (merge, *blocks, leave) in enumerate(self.up):
+            x = merge(torch.cat([x, skips.pop()], 1))
+            for block in blocks:
+                x = block(x, emb)
+            x = F.pixel_shuffle(leave(x), 2) if skips else x
+        return F.pixel_shuffle(self.out(F.silu(self.norm(x))), self.shape.stem)
+
+
+# Training side in pixels, and the network. FLOPs (multiply and add are two) of one evaluation of one image.
+PRESETS = {
+    "cpu": (64, Shape(stem=4, widths=(96, 128), blocks=(2, 2))),
+    "gpu": (256, Shape(stem=4, widths=(128, 256, 384), blocks=(2, 2, 2))),
+}

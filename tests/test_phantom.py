@@ -1,0 +1,269 @@
+"""The simulator against things known from elsewhere: marched rays, tabulated hardening, counting statistics, and itself."""
+
+import hashlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minimedshift import phantom
+from minimedshift.phantom import DOMAINS, Head, render
+
+SYNTHETIC, REAL = DOMAINS[:2], DOMAINS[2:]
+PAIRS = [(s, r) for s in SYNTHETIC for r in REAL]
+
+
+def low_pass(x, width=1.5):
+    taps = torch.exp(-.5 * (torch.arange(-6, 7) / width) ** 2)
+    taps = taps / taps.sum()
+    x = F.conv2d(F.pad(x, (6, 6, 6, 6), mode="replicate"), taps.view(1, 1, 1, -1))
+    return F.conv2d(x, taps.view(1, 1, -1, 1))
+
+
+def structure(a, b):
+    """Mean over images of the PSNR (data range 2) after the low-pass."""
+    return (10 * torch.log10(4 / (low_pass(a) - low_pass(b)).square().mean((1, 2, 3)).clamp(min=1e-12))).mean().item()
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Per domain: 16 heads for fitting and 32 for scoring, as taken, the truth, and taken again."""
+    heads = [Head(5000 + i) for i in range(48)]
+    return {d: [render(heads, d, 64, **k) for k in ({}, {"noise": False}, {"exposure": 1})] for d in DOMAINS}
+
+
+# --- geometry ---------------------------------------------------------------------------------------------------------
+
+def march(head, row, col, size, parts, step=2e-4):
+    """Centimetres of one ray inside each part, float64: points tested one by one by the definition of a part, coarse then fine."""
+    p, D = phantom.PARTS, phantom.SOURCE_DISTANCE
+    u, v = head.field * ((col + .5) / size * 2 - 1), -head.field * ((row + .5) / size * 2 - 1)
+    direction = np.array([u, v, D]) / np.sqrt(u * u + v * v + D * D)
+
+    def inside(t, k):
+        points = np.array([u, v, 0]) + direction * t[:, None]
+        y = (points - head.centre[k]) @ head.matrix[k].T
+        y[:, 2] -= np.clip(y[:, 2], -p["length"][k], p["length"][k])
+        hit = (y * y).sum(1) <= 1
+        for cut in head.cuts[k]:
+            hit &= points @ cut[:3] <= cut[3]
+        return hit
+
+    lengths, coarse = [], np.arange(-25, 25, 50 * step)
+    for k in parts:
+        hits = coarse[inside(coarse, k)]  # parts are convex: one stretch of the ray
+        fine = np.arange(hits[0] - 60 * step, hits[-1] + 60 * step, step) if len(hits) else hits
+        lengths.append(inside(fine, k).sum() * step)
+    return np.array(lengths)
+
+
+def only(monkeypatch, keep):
+    """Make `project` see the parts in `keep` alone."""
+    boxes = phantom.boxes
+
+    def fewer(*args):
+        box = boxes(*args)
+        box[:, [k for k in range(box.shape[1]) if k not in keep]] = 0
+        return box
+
+    monkeypatch.setattr(phantom, "boxes", fewer)
+
+
+@pytest.mark.parametrize("capsule, cuts", [(False, 0), (False, 1), (False, 2), (True, 0), (True, 2)])
+def test_chords_of_each_kind_of_part_match_marched_rays(capsule, cuts, monkeypatch):
+    head, size = Head(1), 96
+    kind = np.flatnonzero((phantom.CAPSULE == capsule) & (phantom.CUTS == cuts))
+    weights = np.array(list(phantom.FILLS.values()))[phantom.PARTS["fill"]]
+    kind = [k for k in kind if weights[k].max() > 0][::7][:4]
+    for k in kind:
+        material = int(weights[k].argmax())
+        with monkeypatch.context() as patch:
+            only(patch, [k])
+            image = phantom.project([head], size)[0, material].numpy() / weights[k, material]
+        assert image.max() > 0
+        for quantile in (.3, .6, 1.):  # a short, a middling and the longest chord
+            wanted = np.quantile(image[image > .1 * image.max()], quantile)
+            row, col = np.unravel_index(np.abs(image - wanted).argmin(), image.shape)
+            length, = march(head, row, col, size, [k], step=min(2e-4, wanted / 4000))
+            assert image[row, col] == pytest.approx(length, rel=1e-3)
+
+
+def test_line_integrals_of_a_whole_head_match_marched_rays():
+    size, weights = 96, np.array(list(phantom.FILLS.values()))[phantom.PARTS["fill"]]
+    for seed, pixels in ((2, ((30, 44), (52, 50), (66, 60))), (3, ((40, 60), (58, 40), (74, 52)))):
+        head = Head(seed)
+        image = phantom.project([head], size, fine=True)[0].numpy()
+        for row, col in pixels:
+            marched = np.maximum(march(head, row, col, size, range(len(weights))) @ weights, 0)
+            np.testing.assert_allclose(image[:, row, col], marched, rtol=1e-3, atol=2e-3)
+
+
+def test_a_box_contains_its_part(monkeypatch):
+    head, size = Head(4), 64
+    cropped = phantom.project([head], size, fine=True)
+    monkeypatch.setattr(phantom, "boxes", lambda g, field, size: np.tile([0, size, 0, size], (*g["k"].shape, 1)))
+    torch.testing.assert_close(phantom.project([head], size, fine=True), cropped, rtol=1e-5, atol=1e-4)
+
+
+def test_heads_have_human_sizes_and_vary():
+    def extent(head):  # of the outer table, along its own axes: matrix rows are 1 / semi-axis
+        k = np.flatnonzero((phantom.PARTS["group"] == "vault") & (phantom.PARTS["depth"] == 0) & (phantom.CUTS == 2))[0]
+        return 1 / np.linalg.norm(head.matrix[k], axis=1)
+
+    sizes = np.array([extent(Head(seed)) for seed in range(64)])
+    assert (sizes.min(0) > (5.8, 8., 5.8)).all() and (sizes.max(0) < (8.4, 11., 8.4)).all()
+    assert (sizes.std(0) / sizes.mean(0) > .02).all()
+
+
+# --- physics ----------------------------------------------------------------------------------------------------------
+
+def test_beam_hardening_matches_the_full_spectrum():
+    materials = torch.zeros(1, 3, 1, 4)
+    materials[0, 2], materials[0, 0] = 15., torch.tensor([0., 1.2, 3., 6.])
+    logs = phantom.log_image(phantom.attenuate(materials)).flatten()
+    torch.testing.assert_close(logs, torch.tensor([3.547, 4.353, 5.445, 7.108]), rtol=.03, atol=0)
+
+
+def test_counts_have_poisson_variance():
+    z = torch.randn(1, 1, 256, 256, generator=torch.Generator().manual_seed(0))
+    for dose in (1e3, 4e3, 16e3):
+        signal = phantom.add_quantum_noise(torch.full_like(z, .1), dose, z)
+        assert signal.var().item() == pytest.approx(.1 / dose, rel=.03)
+        assert phantom.log_image(signal).var().item() == pytest.approx(1 / (.1 * dose), rel=.06)
+
+
+def test_noise_follows_dose_and_only_real_noise_is_correlated(pictures):
+    heads = [Head(5000 + i) for i in range(48)]
+    brain = phantom.project(heads, 64)[:, 2:] > 9
+    std, correlation = {}, {}
+    for d in DOMAINS:
+        noise = pictures[d][0] - pictures[d][1]
+        std[d] = noise[brain].std().item()
+        both = brain[..., 1:] & brain[..., :-1]
+        correlation[d] = (noise[..., 1:] * noise[..., :-1])[both].mean().item() / std[d] ** 2
+    ratio = phantom.PHYSICS["synthetic-high"].dose / phantom.PHYSICS["synthetic-low"].dose
+    assert (std["synthetic-low"] / std["synthetic-high"]) ** 2 == pytest.approx(ratio, rel=.25)  # a log of few counts has a heavier tail
+    assert .025 < std["synthetic-low"] < .05 and .04 < std["real-low"] < .08 and .012 < std["real-normal"] < .025
+    assert std["real-exposure"] < std["real-normal"]
+    assert all(abs(correlation[d]) < .03 for d in SYNTHETIC)
+    assert correlation["real-low"] > .1 and correlation["real-normal"] > .1
+
+
+def test_scatter_lowers_contrast_where_the_head_is_thick():
+    materials = phantom.project([Head(1)], 64)
+    primary = phantom.attenuate(materials)
+    share = phantom.add_scatter(primary, phantom.PHYSICS["real-normal"].scatter) / primary - 1
+    assert (share >= 0).all() and .1 < share[materials[:, 2:] > 9].median() < 1.
+    assert share[materials.sum(1, keepdim=True) == 0].median() < .05
+
+
+def test_blur_keeps_the_mean_and_spreads_a_point():
+    point = torch.zeros(1, 1, 33, 33)
+    point[..., 16, 16] = 1
+    spread = phantom.blur(point, 1.2)
+    assert spread.sum().item() == pytest.approx(1, abs=1e-5)
+    variance = (spread.sum((0, 1, 2)) * (torch.arange(33) - 16.) ** 2).sum()
+    assert variance.item() == pytest.approx(1.44, rel=.1)
+
+
+# --- the contract -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size", [64, 50])
+def test_a_head_has_the_same_bytes_in_any_company(size):
+    heads = [Head(i) for i in range(7)]
+    domains = [DOMAINS[i % 5] for i in range(7)]
+    together = render(heads, domains, size)
+    for i, head in enumerate(heads):
+        assert torch.equal(render(head, domains[i], size), together[i])
+    assert torch.equal(render(heads[::-1], domains[::-1], size).flip(0), together)
+    assert torch.equal(render(heads, "real-exposure", size)[4], together[4])
+
+
+def test_another_process_makes_the_same_bytes():
+    code = ("import hashlib; from minimedshift.phantom import *; "
+            "print(hashlib.sha256(render([Head(3), Head(4, 'real-low')], 'real-normal', 48).numpy().tobytes()).hexdigest())")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    here = render([Head(3), Head(4, "real-low")], "real-normal", 48)
+    assert out == hashlib.sha256(here.numpy().tobytes()).hexdigest()
+
+
+def test_shapes_range_and_no_saturated_area(pictures):
+    assert render(Head(0), "real-low", 32).shape == (1, 32, 32)
+    assert render([], "real-low", 32).shape == (0, 1, 32, 32)
+    body = phantom.project([Head(5000 + i) for i in range(48)], 64).sum(1, keepdim=True) > 1
+    for d in DOMAINS:
+        for x in pictures[d]:
+            assert x.dtype == torch.float32 and x.min() >= -1 and x.max() <= 1
+            assert (x[body].abs() == 1).float().mean() < .02
+            assert x[body].mean() < x[~body].mean() - .3  # air is bright
+
+
+def test_a_second_exposure_differs_in_noise_and_fine_texture_alone(pictures):
+    heads = [Head(5000 + i) for i in range(8)]
+    for d in DOMAINS:
+        first, again = pictures[d][1][:8], render(heads, d, 64, noise=False, exposure=1)
+        assert not torch.equal(pictures[d][0], pictures[d][2])
+        if d in SYNTHETIC:
+            assert torch.equal(first, again)
+        else:
+            assert not torch.equal(first, again) and structure(again, first) > 45
+        assert structure(pictures[d][2], pictures[d][1]) > 42
+
+
+def best_curve(x, y, bins=400):
+    """The best non-decreasing function of grey level from x to y: pooled adjacent violators on binned values."""
+    index = np.clip(((x + 1) / 2 * bins).astype(int), 0, bins - 1)
+    blocks = []  # [mean, weight, bins]
+    for i in np.unique(index):
+        blocks.append([y[index == i].mean(), (index == i).sum(), [i]])
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (m2, w2, i2), (m1, w1, i1) = blocks.pop(), blocks.pop()
+            blocks.append([(m1 * w1 + m2 * w2) / (w1 + w2), w1 + w2, i1 + i2])
+    knots, values = zip(*[((i + .5) / bins * 2 - 1, mean) for mean, _, members in blocks for i in members])
+    return lambda z: np.interp(z, knots, values)
+
+
+@pytest.mark.parametrize("source, target", PAIRS)
+def test_the_gap_is_not_a_grey_value_curve(source, target, pictures):
+    fit, score = slice(0, 16), slice(16, 48)
+    curve = best_curve(pictures[source][0][fit].numpy().ravel(), pictures[target][1][fit].numpy().ravel())
+    truth = pictures[target][1][score]
+    curved = torch.from_numpy(curve(pictures[source][0][score].numpy())).float()
+    assert structure(pictures[target][2][score], truth) > structure(curved, truth) + 8
+
+
+def test_priors_differ_by_domain_and_overlap():
+    views = {d: np.array([Head(i, d).view for i in range(300)]) for d in (None, "synthetic-low", "real-low")}
+    side = {d: (np.abs(v[:, 0]) > 30).mean() for d, v in views.items()}
+    assert side["real-low"] > side[None] > side["synthetic-low"]  # real heads are turned, synthetic ones look at the camera
+    assert side["synthetic-low"] > .15 and (np.abs(views["real-low"][:, 0]) < 30).mean() > .1  # yet neither lacks what the other has
+    assert Head(7).view == Head(7).view and Head(7).view != Head(7, "real-low").view
+    assert torch.equal(render(Head(7), "real-low", 32), render(Head(7, None), "real-low", 32))
+
+
+@pytest.mark.parametrize("call, word", [(lambda: render(Head(0), "ct", 64), "'ct'"), (lambda: render(Head(0), "real-low", 0), "size"),
+                                        (lambda: render([Head(0)], ["real-low"] * 2, 8), "2 domains"), (lambda: Head(0, "mr"), "'mr'")])
+def test_mistakes_end_in_one_sentence(call, word):
+    with pytest.raises(ValueError, match=word) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_draws_the_same_picture():
+    heads = [Head(i) for i in range(5)]
+    for d in DOMAINS:
+        torch.testing.assert_close(render(heads, d, 64, device="cuda").cpu(), render(heads, d, 64), rtol=0, atol=2e-3)
+
+
+@pytest.mark.slow
+def test_speed():
+    for size, count, wanted in ((64, 128, 60), (256, 16, 5)):
+        start = time.perf_counter()
+        for d in ("synthetic-low", "real-exposure"):
+            render([Head(i) for i in range(count)], d, size)
+        assert 2 * count / (time.perf_counter() - start) > wanted

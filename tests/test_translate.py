@@ -1,0 +1,256 @@
+"""The command a user types, on real kinds of files; and the carrying of a change to full resolution, against cases with a known answer."""
+
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import translate
+from minimedshift import checkpoint, phantom, run, sampler
+from minimedshift.model import Shape, UNet
+
+ROOT = Path(translate.__file__).parent
+SIZE = 16
+
+
+def save_checkpoint(path, **config):
+    """A tiny untrained network: its output is zero, so that every translation is the source itself."""
+    torch.manual_seed(0)
+    shape = Shape(widths=(32, 32), blocks=(1, 1))
+    weights = UNet(shape).state_dict()
+    checkpoint.save(path, dict(config=dict(data=None, train_images=5, valid_heads=1, test_heads=2, seed=0, shift=True, **config), shape=asdict(shape),
+                               domains=list(phantom.DOMAINS), step=3, image=dict(size=SIZE, channels=1, range=[-1., 1.]),
+                               translate=dict(tau=.5, guidance=2., steps=2, solver="heun"), model=weights, ema=weights))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("net") / "checkpoint.pt")
+
+
+def picture(*shape, top=255, seed=0):
+    """Smooth shapes with fine noise on them, as integers from 0 to top."""
+    rng = np.random.default_rng(seed)
+    smooth = np.asarray(Image.fromarray(rng.random((6, 6), np.float32)).resize(shape[1::-1], Image.Resampling.BICUBIC))
+    x = (smooth * .6 + .2).reshape(*shape[:2], *[1] * (len(shape) - 2)) + .1 * rng.random(shape, np.float32)
+    return (x.clip(0, 1) * top).astype(np.uint16 if top > 255 else np.uint8)
+
+
+def command(*argv, cwd=None):
+    return subprocess.run([sys.executable, str(ROOT / "translate.py"), *map(str, argv)], capture_output=True, text=True, cwd=cwd, timeout=60)
+
+
+def here(*argv):
+    """The same command in this process: its exit status."""
+    with pytest.raises(SystemExit) as end:
+        run(lambda: translate.main([str(a) for a in argv]))
+    return end.value.code
+
+
+def same(a, b, levels=1):
+    a, b = Image.open(a), Image.open(b)
+    assert (a.mode, a.size, a.format) == (b.mode, b.size, b.format)
+    assert np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max() <= levels
+
+
+# ---------------------------------------------------------------- real files, in a process of its own
+
+def test_a_mixed_folder_by_the_users_own_command(tmp_path, net):
+    folder = tmp_path / "in"
+    (folder / "deep" / "er").mkdir(parents=True)
+    grey = np.repeat(picture(780, 780, 1), 3, axis=2)
+    Image.fromarray(grey).save(folder / "a.png")
+    Image.fromarray(picture(1841, 1955, top=65535)).save(folder / "deep" / "er" / "b.png")
+    (folder / "notes.txt").write_text("not an image")
+    Image.fromarray(picture(80, 80)).save(folder / "cut.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:900])
+    done = command(folder, tmp_path / "out", "--source", "real-low", "--target", "real-normal", "--checkpoint", net, "--compare", tmp_path / "c.png")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "cut.jpg" in done.stderr and "notes.txt" not in done.stderr and "1 of 3 images" in done.stderr
+    first = done.stdout.splitlines()[0]
+    for word in ("real-low -> real-normal", "cpu", "EMA", "step 3", "tau 0.5", "guidance 2", "2 heun steps", "12 evaluations"):
+        assert word in first
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*") if p.is_file()) == ["a.png", "b.png"]
+    same(folder / "a.png", tmp_path / "out" / "a.png")
+    same(folder / "deep" / "er" / "b.png", tmp_path / "out" / "deep" / "er" / "b.png")
+    assert Image.open(tmp_path / "c.png").size[0] > 3 * 160
+
+
+def test_help_and_a_single_bad_file_in_a_process(tmp_path, net):
+    said = command("--help").stdout
+    assert "full resolution" in said and "--compare" in said and "auto" in said
+    (tmp_path / "a.png").write_text("nothing")
+    done = command(tmp_path / "a.png", tmp_path / "b.png", "--source", "auto", "--target", "real-low", "--checkpoint", net)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "a.png" in done.stderr
+
+
+@pytest.mark.parametrize("shape, top", [((780, 780, 3), 255), ((1841, 1955), 65535), ((16, 16), 255), ((9, 11), 65535), ((16, 31), 255), ((40, 300, 4), 255)])
+def test_a_translator_that_changes_nothing_changes_no_pixel(tmp_path, net, shape, top):
+    x = picture(*shape, top=top)
+    x = np.concatenate([np.repeat(x[..., :1], 3, 2), x[..., 3:]], 2) if len(shape) == 3 else x  # colour files of grey pictures
+    Image.fromarray(x).save(tmp_path / "a.png")
+    assert here(tmp_path / "a.png", tmp_path / "b.png", "--source", "synthetic-low", "--target", "real-low", "--checkpoint", net) == 0
+    same(tmp_path / "a.png", tmp_path / "b.png")
+
+
+def test_colours_become_their_luminance_for_a_grey_network(tmp_path, net):
+    Image.fromarray(picture(64, 48, 3)).save(tmp_path / "a.png")
+    assert here(tmp_path / "a.png", tmp_path / "b.png", "--source", "real-low", "--target", "real-low", "--checkpoint", net) == 0
+    got = np.asarray(Image.open(tmp_path / "b.png")).astype(int)
+    want = np.asarray(Image.open(tmp_path / "a.png").convert("L")).astype(int)
+    assert np.abs(got - want[..., None]).max() <= 1
+
+
+# ---------------------------------------------------------------- mistakes
+
+@pytest.mark.parametrize("change, word", [
+    (dict(source="real"), "synthetic-low, synthetic-high"), (dict(target="auto"), "choose from"), (dict(source=None), "--source"),
+    (dict(tau="1"), "below 1"), (dict(tau="nan"), "--tau"), (dict(tau="x"), "--tau"), (dict(steps="0"), "--steps"), (dict(batch_size="0"), "--batch-size"),
+    (dict(guidance="inf"), "--guidance"), (dict(solver="rk9"), "--solver"), (dict(device="tpu"), "--device"), (dict(checkpoint="none.pt"), "none.pt"),
+    (dict(checkpoint="a.png"), "a.png"), (dict(input="none.png"), "no such file"), (dict(output="there.png"), "--overwrite"), (dict(output="b.xyz"), "ends in"),
+    (dict(output="folder"), "name the file"), (dict(input="folder"), "is a file"), (dict(input="folder", output="folder/sub"), "inside"),
+    (dict(input="empty", output="new"), "no image files"), (dict(input="folder", output="folder"), "would be replaced"),
+    (dict(compare="there.png"), "would be replaced"), (dict(compare="b.png"), "choose another"), (dict(output="a.png/b.png"), "cannot be made"),
+    (dict(input="deep.png", output="deep.jpg"), "JPEG cannot hold"), (dict(output=None), "OUTPUT"), (dict(wrong="1"), "--wrong")])
+def test_a_mistake_is_one_sentence_and_changes_nothing(tmp_path, net, monkeypatch, capsys, change, word):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("folder", "empty"):
+        (tmp_path / folder).mkdir()
+    for name in ("a.png", "there.png", "folder/a.png"):
+        Image.fromarray(picture(20, 20)).save(name)
+    Image.fromarray(picture(20, 20, top=65535)).save("deep.png")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    flags = {**dict(input="a.png", output="b.png" if change.get("input") != "folder" else "there.png", source="real-low", target="real-low", checkpoint=net), **change}
+    argv = [v for v in (flags.pop("input"), flags.pop("output")) if v] + [s for k, v in flags.items() if v for s in ("--" + k.replace("_", "-"), v)]
+    assert here(*argv) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("error: ") and word in err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_overwrite_replaces_in_place(tmp_path, net):
+    Image.fromarray(picture(20, 20)).save(tmp_path / "a.png")
+    assert here(tmp_path, tmp_path, "--source", "real-low", "--target", "real-low", "--checkpoint", net, "--overwrite") == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_interrupted_files_stay_whole(tmp_path, net, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    for name in "abc":
+        Image.fromarray(picture(20, 20)).save(tmp_path / "in" / f"{name}.png")
+    real, calls = sampler.translate, []
+
+    def second_fails(*args, **how):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **how)
+
+    monkeypatch.setattr(sampler, "translate", second_fails)
+    assert here(tmp_path / "in", tmp_path / "out", "--source", "real-low", "--target", "real-low", "--checkpoint", net, "--batch-size", 1) == 130
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.png"]
+    same(tmp_path / "in" / "a.png", tmp_path / "out" / "a.png")
+
+
+# ---------------------------------------------------------------- the parts, against known answers
+
+def test_the_working_shape_frames_as_in_training():
+    assert translate.working_shape(780, 780, 64, 4) == (64, 64)
+    assert translate.working_shape(1841, 1955, 64, 4) == (64, 68)
+    assert translate.working_shape(300, 40, 64, 8) == (480, 64)
+    assert translate.working_shape(16, 31, 16, 4) == (16, 32) and translate.working_shape(5, 5, 16, 4) == (16, 16)
+
+
+def test_a_change_of_contrast_reaches_the_finest_detail_without_seams():
+    """If the translation is a line in the source's grey values, then so must the full image be: also its single-pixel detail."""
+    full = torch.from_numpy(picture(160, 160, top=65535).astype(np.float32))[None, None] / 32767.5 - 1
+    x1 = translate.resize(full, (40, 40))
+    out = translate.carry(full, x1, .5 * x1 + .2, eps=1e-8)
+    torch.testing.assert_close(out, .5 * full + .2, atol=2e-3, rtol=0)
+    detail = lambda x: (x - torch.nn.functional.avg_pool2d(x, 3, 1, 1)).std()
+    kept = detail(translate.carry(full, x1, x1 + torch.linspace(-.5, .5, 40))) / detail(full)  # a bright side: nothing is smoothed away
+    assert .97 < kept < 1.05
+    flat, ramp = torch.zeros(1, 1, 160, 160), torch.linspace(-.4, .4, 40).expand(1, 1, 40, 40)
+    steps = translate.carry(flat, torch.zeros(1, 1, 40, 40), ramp).diff(dim=-1)
+    assert steps.max() < 1.5 * .8 / 156 and steps.min() >= -1e-6
+
+
+def test_carrying_beats_adding_an_enlarged_difference():
+    """A translator that knows the simulated truth at a quarter of the size: the full picture is nearer to the truth than by plain addition."""
+    heads = [phantom.Head(seed) for seed in (900, 901)]
+    full, truth = phantom.render(heads, "synthetic-high", 128), phantom.render(heads, "real-normal", 128, noise=False)
+    x1, out = (translate.resize(x, (32, 32)) for x in (full, truth))
+    error = lambda x: translate.metrics.structure(x, truth).mean()
+    assert error(translate.carry(full, x1, out)) > error(full + translate.resize(out - x1, (128, 128))) + 1
+
+
+def test_an_image_of_the_training_size_is_the_translation_itself(tmp_path, net, monkeypatch):
+    monkeypatch.setattr(sampler, "translate", lambda model, x1, *_, **__: -x1)
+    x = picture(SIZE, SIZE, top=65535)
+    Image.fromarray(x).save(tmp_path / "a.tif")
+    assert here(tmp_path / "a.tif", tmp_path / "b.tif", "--source", "real-low", "--target", "real-low", "--checkpoint", net) == 0
+    np.testing.assert_allclose(np.asarray(Image.open(tmp_path / "b.tif")).astype(int), 65535 - x.astype(int), atol=1)
+
+
+def test_a_file_is_translated_the_same_in_any_company(tmp_path, net, monkeypatch):
+    shapes = [(20, 20), (16, 16), (40, 20), (64, 64), (20, 20), (16, 33)]
+    (tmp_path / "in").mkdir()
+    for i, shape in enumerate(shapes):
+        Image.fromarray(picture(*shape, seed=i)).save(tmp_path / "in" / f"{i}.bmp")
+    monkeypatch.setattr(sampler, "translate", lambda model, x1, *_, **__: -x1 + .1 * x1.mean((1, 2, 3), keepdim=True))
+    rest = ("--source", "real-low", "--target", "real-low", "--checkpoint", net)
+    assert here(tmp_path / "in", tmp_path / "out", *rest, "--batch-size", 2) == 0
+    for i in range(len(shapes)):
+        assert here(tmp_path / "in" / f"{i}.bmp", tmp_path / "alone.bmp", *rest, "--overwrite") == 0
+        same(tmp_path / "out" / f"{i}.bmp", tmp_path / "alone.bmp")
+
+
+def test_the_source_is_inferred_where_the_answer_is_known():
+    """Domains of a single image c_y each: the exact velocity is (c_y - x) / (1 - t), and the label is that of the nearest c_y."""
+    c = torch.tensor([-.8, -.2, .3, .9])
+    model = lambda x, t, y: (c[y].view(-1, 1, 1, 1) - x) / (1 - t).view(-1, 1, 1, 1)
+    model.shape = SimpleNamespace(num_domains=4)
+    wanted = torch.tensor([2, 0, 3, 1, 1])
+    x1 = c[wanted].view(-1, 1, 1, 1) + .1 * torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(translate.infer_source(model, x1, seed=0), wanted)
+
+
+def test_auto_says_what_it_took_and_uses_it(tmp_path, net, monkeypatch, capsys):
+    used = []
+    monkeypatch.setattr(translate, "infer_source", lambda model, x1, seed: torch.full((len(x1),), 3))
+    monkeypatch.setattr(sampler, "translate", lambda model, x1, y_source, y_target, **how: used.append((y_source.tolist(), y_target, how)) or x1)
+    Image.fromarray(picture(20, 20)).save(tmp_path / "a.png")
+    assert here(tmp_path / "a.png", tmp_path / "b.png", "--source", "auto", "--target", "real-low", "--checkpoint", net, "--tau", 0.25, "--steps", 7) == 0
+    assert "a.png: taken for real-normal" in capsys.readouterr().out
+    assert used == [([3], 2, dict(tau=.25, guidance=2., steps=7, solver="heun"))]
+
+
+def test_evaluations_are_those_the_sampler_makes(net):
+    model, _ = checkpoint.load_model(net)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    for solver in sampler.SOLVERS:
+        for guidance in (1., 2.):
+            calls.clear()
+            how = dict(tau=.4, guidance=guidance, steps=3, solver=solver)
+            sampler.translate(model, torch.zeros(1, 1, 8, 8), 0, 1, **how)
+            assert translate.evaluations(how) == len(calls)
+
+
+def test_without_arguments_held_out_heads_become_a_figure(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MINIMEDSHIFT_CACHE", str(tmp_path / "cache"))
+    net = save_checkpoint(tmp_path / "out" / "checkpoint.pt")
+    assert here("--checkpoint", net) == 0
+    assert "simulated" in capsys.readouterr().out
+    assert Image.open(tmp_path / "out" / "translate.png").size[0] > 6 * 160
+    own = checkpoint.load(net)
+    checkpoint.save(net, {**own, "config": {**own["config"], "data": "photos"}})
+    assert here("--checkpoint", net) == 2
+    assert "your own images" in capsys.readouterr().err

@@ -1,0 +1,274 @@
+"""Train MedShift: one flow-matching network for all domains.
+
+    python train.py                    simulates the five X-ray domains, trains, translates, scores; picks the machine itself
+    python train.py --data DIR         your own images, DIR/DOMAIN/*.png
+    python train.py --resume           goes on where the last run stopped, exactly
+
+Leaves in out/: checkpoint.pt, log.csv, loss.png, translations.png, report.json. Ctrl-C saves and stops.
+"""
+
+import math
+import platform
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from minimedshift import UserError, flag, parse, pick_device, run
+from minimedshift import checkpoint, data, evaluate, sampler
+from minimedshift.coupling import COUPLINGS, couple
+from minimedshift.flow import loss as flow_loss
+from minimedshift.flow import sample_t
+from minimedshift.model import PRESETS, UNet
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = flag(None, "folder of images, DIR/DOMAIN/*.png; without it the head phantom is simulated", "data")
+    size: int = flag(0, "side of the training images in pixels; 0 is the preset's", "data")
+    train_images: int = flag(5000, "simulated training images, all domains together", "data")
+    valid_heads: int = flag(64, "simulated validation heads, each in all domains", "data")
+    test_heads: int = flag(128, "simulated test heads, each in all domains", "data")
+    shift: bool = flag(True, "simulated domains differ in pose, framing and anatomy, not in physics alone", "data")
+    check_data: bool = flag(False, "write a picture and a line per domain, then stop", "data")
+    preset: str = flag("auto", "network and training settings", "method", ("auto", "cpu", "gpu"))
+    coupling: str = flag("independent", "which noise goes with which image", "method", tuple(COUPLINGS))
+    sigma: float = flag(0.0, "width of the bridge between noise and image", "method")
+    late: float = flag(0.5, "share of training times drawn with density 2t instead of uniformly", "method")
+    drop_label: float = flag(0.1, "share of labels replaced by the null label, for guidance", "method")
+    steps: int = flag(0, "optimizer steps; 0 is the preset's", "training")
+    batch_size: int = flag(0, "images a step; 0 is the preset's", "training")
+    lr: float = flag(1e-3, "peak learning rate (warm-up, then cosine to 0)", "training")
+    ema: float = flag(16.97, "exponent of the EMA profile: 16.97 averages about the last twentieth, 6.94 the last tenth", "training")
+    seed: int = flag(0, "all randomness is a function of the seed and the step", "training")
+    tau: float = flag(0.45, "how far back a translation goes: near 1 keeps structure, near 0 favours realism", "translation")
+    guidance: float = flag(3.0, "guidance scale of the forward leg; 1 is none", "translation")
+    solver_steps: int = flag(8, "solver steps of each leg", "translation")
+    solver: str = flag("heun", "ODE solver", "translation", tuple(sampler.SOLVERS))
+    out: str = flag("out", "folder for everything the run leaves", "run")
+    resume: bool = flag(False, "go on from OUT/checkpoint.pt, with the flags of that run", "run")
+    device: str = flag("auto", "where to compute", "run", ("auto", "cuda", "mps", "cpu"))
+    dtype: str = flag("auto", "number format of the network's arithmetic; auto measures", "run", ("auto", "float32", "bfloat16"))
+    compile: bool = flag(False, "torch.compile the network", "run")
+    evaluate: bool = flag(True, "score the result on simulated test heads at the end", "run")
+
+
+
+
+SCHEDULE = {"cpu": (1000, 32), "gpu": (40000, 64)}  # optimizer steps, images a step
+FREE = {"out", "resume", "device", "dtype", "compile", "evaluate", "check_data"}  # flags that may differ on --resume
+SAVE_EVERY = 250  # steps
+
+
+def pick_dtype(name, device):
+    """The number format of the network's arithmetic: bfloat16 on CUDA; on a CPU what a convolution is faster in, found out."""
+    if name != "auto" or device.type != "cpu":
+        return getattr(torch, name if name != "auto" else "bfloat16" if device.type == "cuda" else "float32")
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = (torch.randn(shape).to(dtype, memory_format=torch.channels_last) for shape in ((16, 64, 32, 32), (64, 64, 3, 3)))
+        with torch.no_grad():
+            for _ in range(5):
+                start = time.perf_counter()
+                F.conv2d(x, w, padding=1)
+                seconds[dtype] = min(seconds.get(dtype, 1e9), time.perf_counter() - start)
+    return min(seconds, key=seconds.get)
+
+
+def randomness(seed, step, device="cpu"):
+    """A generator that is a function of (seed, step): nothing to save, and resume is exact."""
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)
+
+
+def resolve(config):
+    """The config with everything automatic filled in, and the device. Raises UserError for the first flag that makes no sense."""
+    device = pick_device(config.device)
+    preset = config.preset if config.preset != "auto" else "gpu" if device.type == "cuda" else "cpu"
+    size, shape = PRESETS[preset]
+    steps, batch = SCHEDULE[preset]
+    config = replace(config, preset=preset, size=config.size or size, steps=config.steps or steps, batch_size=config.batch_size or batch)
+    stride = shape.stem * 2 ** (len(shape.widths) - 1)
+    for name, good, allowed in (("size", config.size >= 16 and config.size % stride == 0, f"at least 16 and divisible by {stride}"),
+                                ("train_images", config.train_images >= 5, "at least 5"), ("valid_heads", config.valid_heads >= 1, "at least 1"),
+                                ("test_heads", config.test_heads >= 1, "at least 1"), ("sigma", config.sigma >= 0, "at least 0"),
+                                ("late", 0 <= config.late <= 1, "in [0, 1]"), ("drop_label", 0 <= config.drop_label < 1, "in [0, 1)"),
+                                ("steps", config.steps >= 1, "at least 1"), ("batch_size", config.batch_size >= 1, "at least 1"),
+                                ("lr", config.lr > 0, "above 0"), ("ema", config.ema >= 0, "at least 0"), ("seed", config.seed >= 0, "at least 0"),
+                                ("tau", 0 <= config.tau < 1, "at least 0 and below 1"), ("solver_steps", config.solver_steps >= 1, "at least 1")):
+        if not good:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is not allowed: it must be {allowed}")
+    return config, device
+
+
+@torch.no_grad()
+def draw_samples(path, model, ema, dataset, tau, settings, device, count=4):
+    """samples.png: held-out images of the first domain and their translations to every other one, by the EMA weights."""
+    live = {name: p.clone() for name, p in model.named_parameters()}
+    model.load_state_dict(ema.mean)
+    x1 = evaluate.load(dataset.held_out[0][:count] if len(dataset.held_out[0]) else dataset.train[0][:count], device)
+    columns = [x1] + [sampler.translate(model, x1, 0, y, tau, **settings) for y in range(1, len(dataset.domains))]
+    model.load_state_dict(live)
+    data.figure(path, [list(row) for row in zip(*(x.cpu() for x in columns))], [f"source\n{dataset.domains[0]}", *[f"\n{d}" for d in dataset.domains[1:]]],
+                [""] * len(x1))
+
+
+def main(argv=None):
+    # ---- config: every flag is checked before any long work
+    config, device = resolve(parse(Config, __doc__, argv))
+    out = Path(config.out)
+    file = out / "checkpoint.pt"
+    then = checkpoint.load(file, device) if config.resume else None
+    for name, value in asdict(config).items() if then else ():
+        if name not in FREE and then["config"].get(name) != value:
+            raise UserError(f"--resume needs the flags of the stopped run: --{name.replace('_', '-')} was {then['config'].get(name)}, is {value}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made ({error.strerror})") from None
+
+    # ---- data
+    if config.data:
+        dataset = data.folder_set(config.data, config.size, config.seed)
+    else:
+        dataset = data.phantom_set(config.size, config.train_images, config.valid_heads, config.test_heads, config.seed, config.shift)
+    if config.check_data:
+        data.check(dataset, out / "data.png")
+        return 0
+
+    # ---- model
+    dtype = getattr(torch, then["machine"]["dtype"]) if then else pick_dtype(config.dtype, device)
+    torch.manual_seed(config.seed)
+    shape = replace(PRESETS[config.preset][1], num_domains=len(dataset.domains), channels=dataset.channels)
+    model = UNet(shape).to(device, memory_format=torch.channels_last)
+    network = torch.compile(model) if config.compile else model
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type != "mps")
+    ema = checkpoint.EMA(model, config.ema)
+    if then:
+        checkpoint.load_weights(model, then["model"], file)
+        optimizer.load_state_dict(then["optimizer"])
+        ema.load(then["ema"])
+    first = then["step"] if then else 0
+    null, settings = len(dataset.domains), dict(guidance=config.guidance, steps=config.solver_steps, solver=config.solver)
+    print(f"{device.type}, {str(dtype)[6:]}, {config.preset} preset: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
+          f"{null} domains, {sum(map(len, dataset.train))} images of {config.size}x{config.size}, "
+          f"steps {first} to {config.steps} of {config.batch_size}", flush=True)
+
+    def save(step):
+        checkpoint.save(file, dict(
+            config=asdict(config), shape=asdict(shape), domains=list(dataset.domains), step=step,
+            image=dict(size=config.size, channels=dataset.channels, range=[-1.0, 1.0]), translate=dict(tau=config.tau, **settings),
+            machine=dict(dtype=str(dtype)[6:], memory_format="channels_last"),
+            model=model.state_dict(), ema=ema.mean, optimizer=optimizer.state_dict()))
+
+    # ---- loop
+    stopping = []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: stopping.append(True))  # finish the step, save, stop
+    log = Log(out, first, config.steps, config.batch_size)
+    for step in range(first, config.steps):
+        lr = config.lr * min((step + 1) / 50, (1 + math.cos(math.pi * step / config.steps)) / 2)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        host, there = randomness(config.seed, step), randomness(config.seed, step, device)
+        y = torch.randint(null, (config.batch_size,), generator=host)
+        x1 = dataset.batch(y, host).to(device)  # (B, C, H, W)
+        dropped = torch.rand(len(y), generator=host) < config.drop_label
+        t = sample_t(len(y), there, config.late, device)  # (B,)
+        x0, noise = (torch.randn(x1.shape, generator=there, device=device) for _ in range(2))
+        x0 = couple(config.coupling, x0, x1, y)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = flow_loss(network, x0, x1, y.masked_fill(dropped, null).to(device), t, config.sigma, noise).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(step + 1)
+        log(step + 1, loss.detach(), lr)
+        if stopping or (step + 1) % SAVE_EVERY == 0 or step + 1 == config.steps:
+            save(step + 1)
+            log.draw()
+            draw_samples(out / "samples.png", model, ema, dataset, config.tau, settings, device)
+        if stopping:
+            print(f"\nstopped and saved after step {step + 1}: the same command with --resume goes on", flush=True)
+            return 130
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    # ---- report and pictures, from the EMA weights
+    model.load_state_dict(ema.mean)
+    model.eval()
+    if config.evaluate and dataset.test is not None:
+        seconds = time.time() - log.start
+        report, columns = evaluate.report(model, dataset, config.tau, settings, device)
+        evaluate.write_json(out / "report.json", dict(
+            command=" ".join(["python", *sys.argv]), seed=config.seed, machine=machine(device), torch=torch.__version__, dtype=str(dtype)[6:],
+            weights="EMA", steps=config.steps, training_seconds=seconds, **report))
+        evaluate.picture(out / "translations.png", dataset, report["main_pair"], columns)
+        print(f"{out}/: checkpoint.pt, log.csv, loss.png, translations.png, report.json")
+    return 0
+
+
+def machine(device):
+    """The name of the processor or GPU, for the report."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        return f"{len(names)} x {names[0]}"
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+class Log:
+    """log.csv, loss.png and the progress line. A loss is read one step late, so that no step waits for it."""
+
+    def __init__(self, out, first, steps, batch_size):
+        self.out, self.first, self.steps, self.batch_size = out, first, steps, batch_size
+        path = out / "log.csv"
+        rows = path.read_text().splitlines()[1:first + 1] if first and path.exists() else []
+        self.losses = [float(row.split(",")[1]) for row in rows]
+        self.file = open(path, "w", buffering=1)
+        self.file.write("\n".join(["step,loss,lr,seconds", *rows, ""]))
+        self.start, self.shown, self.pending = time.time(), 0.0, None
+
+    def __call__(self, step, loss, lr):
+        seconds = time.time() - self.start
+        self.flush()
+        self.pending = step, loss, lr, seconds
+        every = 1 if sys.stdout.isatty() else 30
+        if seconds - self.shown > every or step == self.steps:
+            self.flush()
+            self.shown, rate = seconds, (step - self.first) / seconds
+            recent, left = self.losses[-100:], round((self.steps - step) / rate)
+            print(f"step {step}/{self.steps}  loss {sum(recent) / len(recent):.4f}  {rate * self.batch_size:.0f} images/s  "
+                  f"{left // 60}:{left % 60:02d} left  ", end="\r" if sys.stdout.isatty() and step < self.steps else "\n", flush=True)
+
+    def flush(self):
+        if self.pending:
+            step, loss, lr, seconds = self.pending
+            self.losses.append(loss.item())
+            self.file.write(f"{step},{self.losses[-1]:.6g},{lr:.6g},{seconds:.2f}\n")
+            self.pending = None
+
+    def draw(self):
+        """loss.png: every step's loss and its running mean."""
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+        self.flush()
+        losses = torch.tensor(self.losses)
+        width = min(50, len(losses))
+        figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+        axes.plot(range(1, len(losses) + 1), losses, lw=.5, alpha=.4, label="each step")
+        axes.plot(range(width, len(losses) + 1), losses.unfold(0, width, 1).mean(1), label=f"mean of {width} steps")
+        axes.set(xlabel="step", ylabel=r"loss  $|v - u_t|^2$", yscale="log", title="flow-matching loss")
+        axes.legend()
+        figure.savefig(self.out / "loss.png", dpi=100)
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    run(main)

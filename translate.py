@@ -1,0 +1,251 @@
+"""Translate X-ray images from one domain to another: `python translate.py INPUT OUTPUT --source DOMAIN --target DOMAIN`.
+
+INPUT is an image or a folder of them (sub-folders are kept); OUTPUT gets the same names, sizes, modes and bit depths.
+--source auto infers the domain of each image. Without arguments, held-out simulated heads are translated into a figure beside the checkpoint.
+
+An image is translated at the working size: its shorter side is brought to the size the network was trained at, so
+that the head is framed as in training. The change is then carried to full resolution: in every small window of the
+working image a line is fitted from grey value to change, the lines are spread smoothly over the full image and
+applied to its own pixels, so that the source's fine detail stays and no seam appears. An image of exactly the training size is
+translated as it is.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from minimedshift import UserError, data, flag, metrics, parse, pick_device, run, sampler
+from minimedshift.checkpoint import load_model
+
+
+@dataclass(frozen=True)
+class Config:
+    input: str = flag(None, "an image, or a folder of images", "positional")
+    output: str = flag(None, "where the translation goes: a file for a file, a folder for a folder", "positional")
+    source: str = flag(None, "domain of INPUT, or auto: inferred for each image", "what")
+    target: str = flag(None, "domain to translate to", "what")
+    checkpoint: str = flag("out/checkpoint.pt", "trained network; its EMA weights are used", "what")
+    tau: float = flag(None, "how far back to go, in [0, 1): near 1 keeps structure, near 0 favours realism (default: the checkpoint's)", "how", kind=float)
+    guidance: float = flag(None, "strength of the target label on the way forward; 1 is none (default: the checkpoint's)", "how", kind=float)
+    steps: int = flag(None, "solver steps of each leg (default: the checkpoint's)", "how", kind=int)
+    solver: str = flag(None, "ODE solver (default: the checkpoint's)", "how", choices=tuple(sampler.SOLVERS))
+    seed: int = flag(0, "noise of --source auto; the translation itself has no randomness", "how")
+    batch_size: int = flag(16, "images translated at once", "machine")
+    device: str = flag("auto", "where to compute", "machine", choices=("auto", "cuda", "mps", "cpu"))
+    overwrite: bool = flag(False, "replace existing files", "files")
+    compare: str = flag(None, "also write this picture: source | translation | difference, of the first 8 images", "files")
+
+
+# ---------------------------------------------------------------- flags and files, checked before any work
+
+def check_flags(c):
+    for name, good, allowed in (("tau", c.tau is None or 0 <= c.tau < 1, "at least 0 and below 1"),
+                                ("guidance", c.guidance is None or abs(c.guidance) < 1000, "a number, 1 for none"),
+                                ("steps", c.steps is None or c.steps >= 1, "at least 1"), ("batch_size", c.batch_size >= 1, "at least 1")):
+        if not good:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)} is not allowed: it must be {allowed}")
+    if c.input and not (c.output and c.source and c.target):
+        raise UserError("to translate INPUT, give OUTPUT, --source (a domain, or auto) and --target too")
+    if c.compare and not c.input:
+        raise UserError("--compare needs INPUT and OUTPUT")
+
+
+def plan_files(c):
+    """[(input file, output file)], or UserError: nothing is written over unless --overwrite, and never INPUT by surprise."""
+    source, target = Path(c.input), Path(c.output)
+    if source.is_dir():
+        if target.is_file():
+            raise UserError(f"INPUT {source} is a folder but OUTPUT {target} is a file")
+        if source.resolve() in target.resolve().parents:
+            raise UserError(f"OUTPUT {target} lies inside INPUT {source}, so its files would be taken for inputs: choose a folder outside")
+        files = [(path, target / path.relative_to(source)) for path in data.image_files(source)]
+        if not files:
+            raise UserError(f"INPUT {source} has no image files ({' '.join(data.FORMATS)})")
+    else:
+        if not source.is_file():
+            raise UserError(f"INPUT {source}: there is no such file or folder")
+        if target.is_dir():
+            raise UserError(f"INPUT {source} is a file but OUTPUT {target} is a folder: name the file, for example {target / source.name}")
+        files = [(source, target)]
+    outputs = [path for _, path in files] + ([Path(c.compare)] if c.compare else [])
+    if c.compare and Path(c.compare).resolve() in {path.resolve() for pair in files for path in pair}:
+        raise UserError(f"--compare {c.compare} is also one of the images: choose another name")
+    for path in outputs:
+        if path.suffix.lower() not in data.FORMATS:
+            raise UserError(f"{path}: an image file ends in one of {' '.join(data.FORMATS)}")
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, where an image should be written")
+    there = [path for path in outputs if path.exists()]
+    if there and not c.overwrite:
+        others = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        raise UserError(f"{there[0]}{others} would be replaced: choose another name, or say --overwrite")
+    for folder in {path.parent for path in outputs}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the folder {folder} cannot be made ({error.strerror})") from None
+    return files
+
+
+# ---------------------------------------------------------------- from full resolution to the working size and back
+
+def working_shape(h, w, size, stride):
+    """The shape at which an (h, w) image is translated: shorter side = training size, the other near it, divisible by stride."""
+    return tuple(max(size, round(n * size / min(h, w) / stride) * stride) for n in (h, w))
+
+
+def resize(x, shape):
+    """x (B, C, H, W) -> (B, C, *shape), antialiased."""
+    return x if x.shape[-2:] == shape else F.interpolate(x, shape, mode="bicubic", antialias=True)
+
+
+def carry(full, x1, out, radius=1, eps=1e-3):
+    """The translation x1 -> out (B, C, h, w) carried to `full` (B, C, H, W), the image that x1 is a small copy of.
+
+        change = a x1 + b in each window:  a = cov(x1, change) / (var(x1) + eps),  b = mean(change) - a mean(x1)
+        result = full + A full + B,  A and B the window means of a and b, upsampled        arXiv:1505.00996, Algorithm 2
+    """
+    change = out - x1
+    mean = lambda z: F.avg_pool2d(z, 2 * radius + 1, 1, radius, count_include_pad=False)
+    a = (mean(x1 * change) - mean(x1) * mean(change)) / (mean(x1 * x1) - mean(x1)**2 + eps)
+    b = mean(change) - a * mean(x1)
+    a, b = mean(a), mean(b)
+    up = lambda z: resize(z, full.shape[-2:])
+    return full + up(a) * full + up(b) + up(change - a * x1 - b)  # the last term: what no line explains, such as noise
+
+
+# ---------------------------------------------------------------- the source domain, inferred
+
+@torch.inference_mode()
+def infer_source(model, x1, seed, draws=8):
+    """The label (B,) whose velocity fits the images x1 (B, C, H, W) best:  argmin_y sum ||v(xt, t, y) - (x1 - x0)||^2
+
+    over `draws` fixed pairs of t and noise x0, the same for every label and image (diffusion classifier, arXiv:2303.16203).
+    """
+    generator, errors = torch.Generator().manual_seed(seed), 0
+    for i in range(draws):
+        t = (i + .5) / draws
+        x0 = torch.randn(x1.shape[1:], generator=generator).to(x1.device)
+        xt, ts = (1 - t) * x0 + t * x1, torch.full((len(x1),), t, device=x1.device)
+        labels = [torch.full((len(x1),), y, device=x1.device) for y in range(model.shape.num_domains)]
+        errors = errors + torch.stack([(model(xt, ts, y).float() - (x1 - x0)).square().mean((1, 2, 3)) for y in labels])
+    return errors.argmin(0)
+
+
+# ---------------------------------------------------------------- files in, files out
+
+def translate_batch(items, model, state, c, how, device):
+    """Translate [(input, output, x, info)] of one working shape and write them; returns [(source, translation)] for --compare."""
+    channels, domains = state["image"]["channels"], state["domains"]
+    full = [data.channels_to(x, channels)[None].to(device) for _, _, x, _ in items]
+    shape = working_shape(*full[0].shape[-2:], state["image"]["size"], model.stride)
+    x1 = torch.cat([resize(x, shape) for x in full])
+    y_source = infer_source(model, x1, c.seed) if c.source == "auto" else torch.full((len(x1),), domains.index(c.source), device=device)
+    if c.source == "auto":
+        for (path, *_), y in zip(items, y_source.tolist()):
+            print(f"{path}: taken for {domains[y]}")
+    out = sampler.translate(model, x1, y_source, domains.index(c.target), **how)
+    results = []
+    for (_, path, x, info), whole, small, new in zip(items, full, x1, out):
+        if whole.shape[-2:] != shape:
+            new = carry(whole, small[None], new[None])[0]
+        data.write_image(path, new, info)
+        results.append((whole[0].cpu(), new.clamp(-1, 1).cpu()))
+    return results
+
+
+def translate_files(files, model, state, c, how, device):
+    """Translate all files, those of one working shape together; returns the exit status."""
+    waiting, bad, done, start, shown = {}, 0, 0, time.time(), []
+
+    def flush(shape):
+        nonlocal done
+        batch = waiting.pop(shape)
+        results = translate_batch(batch, model, state, c, how, device)
+        shown.extend(results[:8 - len(shown)] if c.compare else [])
+        done += len(batch)
+        if len(files) > 1:
+            data.progress(done, len(files) - bad, start, "translating")
+
+    for path, output in files:
+        try:
+            x, info = data.read_image(path)
+            data.check_writable(output, info)
+        except UserError as error:
+            if len(files) == 1:
+                raise
+            bad += 1
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        shape = working_shape(*info.size, state["image"]["size"], model.stride)
+        waiting.setdefault(shape, []).append((path, output, x, info))
+        if len(waiting[shape]) == c.batch_size:
+            flush(shape)
+    for shape in list(waiting):
+        flush(shape)
+    if shown:
+        rows = [(x, out, (out - x) / 2) for x, out in shown]
+        data.figure(c.compare, rows, ["source", "translation", "difference / 2\n(grey: none)"], [""] * len(rows))
+    if bad:
+        print(f"{bad} of {len(files)} images could not be read; the others are done", file=sys.stderr)
+    return 2 if bad else 0
+
+
+# ---------------------------------------------------------------- no arguments: held-out simulated heads
+
+def translate_heads(model, state, c, how, device, heads=8):
+    """Write translate.png beside the checkpoint: source | translations at several tau | truth, of test heads."""
+    config, domains = state["config"], list(state["domains"])
+    if config.get("data"):
+        raise UserError("this network was trained on your own images: give INPUT, OUTPUT, --source and --target")
+    keys = ("train_images", "valid_heads", "test_heads", "seed", "shift")
+    test = data.phantom_set(state["image"]["size"], **{key: config[key] for key in keys}).test
+    source, target = domains.index(c.source or "synthetic-high"), domains.index(c.target or "real-normal")
+    load = lambda array, d: torch.from_numpy(array[:heads, d].astype("float32")).to(device)
+    x1, truth = load(test.images, source), load(test.truth, target)
+    score = lambda x: f"{metrics.structure(x, truth).mean():.1f} dB"
+    pictures, captions = [x1], [f"source, {score(x1)}\n{domains[source]}"]
+    for tau in [c.tau] if c.tau is not None else sorted({.6, .45, .3, how["tau"]}, reverse=True):
+        out = sampler.translate(model, x1, source, target, **{**how, "tau": tau})
+        pictures.append(out)
+        captions.append(f"tau {tau:g}, {score(out)}" + ("\n(default)" if tau == state["translate"]["tau"] else ""))
+    path = Path(c.checkpoint).parent / "translate.png"
+    data.figure(path, [list(row) for row in zip(*(x.cpu() for x in pictures + [truth]))],
+                captions + [f"simulated truth\n{domains[target]}"], [f"head {i}" for i in range(len(x1))])
+    print(f"{path}: simulated test heads; dB is the structure PSNR against the simulated truth, mean of the {len(x1)} heads shown")
+    return 0
+
+
+# ---------------------------------------------------------------- the command
+
+def main(argv=None):
+    c = parse(Config, __doc__, argv)
+    check_flags(c)
+    device = pick_device(c.device)
+    model, state = load_model(c.checkpoint, device)
+    for name in ("source", "target"):
+        allowed = list(state["domains"]) + ["auto"] * (name == "source" and c.input is not None)
+        if getattr(c, name) not in allowed + [None]:
+            raise UserError(f"--{name} {getattr(c, name)} is not a domain of {c.checkpoint}: choose from {', '.join(allowed)}")
+    files = plan_files(c) if c.input else []
+
+    how = {key: state["translate"][key] if getattr(c, key) is None else getattr(c, key) for key in ("tau", "guidance", "steps", "solver")}
+    print(f"{c.source or 'synthetic-high'} -> {c.target or 'real-normal'} on {device} with the EMA weights of step {state['step']}: "
+          f"tau {how['tau']:g}, guidance {how['guidance']:g}, {how['steps']} {how['solver']} steps a leg, {evaluations(how)} evaluations an image",
+          flush=True)
+    return translate_files(files, model, state, c, how, device) if files else translate_heads(model, state, c, how, device)
+
+
+def evaluations(how):
+    """Network evaluations of one translation, counted by solving dx/dt = 0."""
+    calls = []
+    sampler.last(sampler.SOLVERS[how["solver"]](lambda x, t: calls.append(t) or 0 * x, torch.zeros(1), sampler.grid(0, how["steps"])))
+    return len(calls) * (2 if how["guidance"] == 1 else 3)
+
+
+if __name__ == "__main__":
+    run(main)

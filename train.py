@@ -22,15 +22,16 @@ from minimedshift import UserError, flag, parse, pick_device, run
 from minimedshift import checkpoint, data, evaluate, sampler
 from minimedshift.coupling import COUPLINGS, couple
 from minimedshift.flow import loss as flow_loss
-from minimedshift.flow import sample_t
+from minimedshift.flow import draw_noise, sample_t
 from minimedshift.model import PRESETS, UNet
+from minimedshift.optim import Muon, split
 
 
 @dataclass(frozen=True)
 class Config:
     data: str = flag(None, "folder of images, DIR/DOMAIN/*.png; without it the head phantom is simulated", "data")
     size: int = flag(0, "side of the training images in pixels; 0 is the preset's", "data")
-    train_images: int = flag(5000, "simulated training images, all domains together", "data")
+    train_images: int = flag(10000, "simulated training images, all domains together", "data")
     valid_heads: int = flag(64, "simulated validation heads, each in all domains", "data")
     test_heads: int = flag(128, "simulated test heads, each in all domains", "data")
     shift: bool = flag(True, "simulated domains differ in pose, framing and anatomy, not in physics alone", "data")
@@ -38,16 +39,17 @@ class Config:
     preset: str = flag("auto", "network and training settings", "method", ("auto", "cpu", "gpu"))
     coupling: str = flag("independent", "which noise goes with which image", "method", tuple(COUPLINGS))
     sigma: float = flag(0.0, "width of the bridge between noise and image", "method")
-    late: float = flag(0.5, "share of training times drawn with density 2t instead of uniformly", "method")
+    colour: float = flag(1.0, "how fast the noise's amplitude falls with frequency: 0 is white, 1 like natural images", "method")
+    late: float = flag(0.0, "share of training times drawn with density 2t instead of uniformly", "method")
     drop_label: float = flag(0.1, "share of labels replaced by the null label, for guidance", "method")
     steps: int = flag(0, "optimizer steps; 0 is the preset's", "training")
     batch_size: int = flag(0, "images a step; 0 is the preset's", "training")
-    lr: float = flag(1e-3, "peak learning rate (warm-up, then cosine to 0)", "training")
+    lr: float = flag(0.02, "peak learning rate of the convolutions (Muon); the rest (AdamW) has a twentieth", "training")
     ema: float = flag(16.97, "exponent of the EMA profile: 16.97 averages about the last twentieth, 6.94 the last tenth", "training")
     seed: int = flag(0, "all randomness is a function of the seed and the step", "training")
-    tau: float = flag(0.45, "how far back a translation goes: near 1 keeps structure, near 0 favours realism", "translation")
-    guidance: float = flag(3.0, "guidance scale of the forward leg; 1 is none", "translation")
-    solver_steps: int = flag(8, "solver steps of each leg", "translation")
+    tau: float = flag(0.1, "how far back a translation goes: near 1 keeps structure, near 0 favours realism", "translation")
+    guidance: float = flag(1.0, "guidance scale of the forward leg; 1 is none", "translation")
+    solver_steps: int = flag(6, "solver steps of each leg", "translation")
     solver: str = flag("heun", "ODE solver", "translation", tuple(sampler.SOLVERS))
     out: str = flag("out", "folder for everything the run leaves", "run")
     resume: bool = flag(False, "go on from OUT/checkpoint.pt, with the flags of that run", "run")
@@ -57,9 +59,7 @@ class Config:
     evaluate: bool = flag(True, "score the result on simulated test heads at the end", "run")
 
 
-
-
-SCHEDULE = {"cpu": (1000, 32), "gpu": (40000, 64)}  # optimizer steps, images a step
+SCHEDULE = {"cpu": (1200, 16), "gpu": (40000, 64)}  # optimizer steps, images a step
 FREE = {"out", "resume", "device", "dtype", "compile", "evaluate", "check_data"}  # flags that may differ on --resume
 SAVE_EVERY = 250  # steps
 
@@ -95,6 +95,7 @@ def resolve(config):
     for name, good, allowed in (("size", config.size >= 16 and config.size % stride == 0, f"at least 16 and divisible by {stride}"),
                                 ("train_images", config.train_images >= 5, "at least 5"), ("valid_heads", config.valid_heads >= 1, "at least 1"),
                                 ("test_heads", config.test_heads >= 1, "at least 1"), ("sigma", config.sigma >= 0, "at least 0"),
+                                ("colour", 0 <= config.colour <= 2, "in [0, 2]"),
                                 ("late", 0 <= config.late <= 1, "in [0, 1]"), ("drop_label", 0 <= config.drop_label < 1, "in [0, 1)"),
                                 ("steps", config.steps >= 1, "at least 1"), ("batch_size", config.batch_size >= 1, "at least 1"),
                                 ("lr", config.lr > 0, "above 0"), ("ema", config.ema >= 0, "at least 0"), ("seed", config.seed >= 0, "at least 0"),
@@ -145,11 +146,13 @@ def main(argv=None):
     shape = replace(PRESETS[config.preset][1], num_domains=len(dataset.domains), channels=dataset.channels)
     model = UNet(shape).to(device, memory_format=torch.channels_last)
     network = torch.compile(model) if config.compile else model
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type != "mps")
+    inside, rest = split(model)
+    optimizers = [Muon(inside, config.lr), torch.optim.AdamW(rest, config.lr / 20, betas=(0.9, 0.99), weight_decay=0.01)]
     ema = checkpoint.EMA(model, config.ema)
     if then:
         checkpoint.load_weights(model, then["model"], file)
-        optimizer.load_state_dict(then["optimizer"])
+        for optimizer, state in zip(optimizers, then["optimizer"]):
+            optimizer.load_state_dict(state)
         ema.load(then["ema"])
     first = then["step"] if then else 0
     null, settings = len(dataset.domains), dict(guidance=config.guidance, steps=config.solver_steps, solver=config.solver)
@@ -162,7 +165,7 @@ def main(argv=None):
             config=asdict(config), shape=asdict(shape), domains=list(dataset.domains), step=step,
             image=dict(size=config.size, channels=dataset.channels, range=[-1.0, 1.0]), translate=dict(tau=config.tau, **settings),
             machine=dict(dtype=str(dtype)[6:], memory_format="channels_last"),
-            model=model.state_dict(), ema=ema.mean, optimizer=optimizer.state_dict()))
+            model=model.state_dict(), ema=ema.mean, optimizer=[optimizer.state_dict() for optimizer in optimizers]))
 
     # ---- loop
     stopping = []
@@ -170,22 +173,23 @@ def main(argv=None):
         signal.signal(name, lambda *_: stopping.append(True))  # finish the step, save, stop
     log = Log(out, first, config.steps, config.batch_size)
     for step in range(first, config.steps):
-        lr = config.lr * min((step + 1) / 50, (1 + math.cos(math.pi * step / config.steps)) / 2)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = config.lr * min((step + 1) / 50, (1 + math.cos(math.pi * step / config.steps)) / 2)  # warm-up, cosine
+        for optimizer, share in zip(optimizers, (1, 1 / 20)):
+            optimizer.param_groups[0]["lr"] = lr * share
         host, there = randomness(config.seed, step), randomness(config.seed, step, device)
         y = torch.randint(null, (config.batch_size,), generator=host)
         x1 = dataset.batch(y, host).to(device)  # (B, C, H, W)
         dropped = torch.rand(len(y), generator=host) < config.drop_label
         t = sample_t(len(y), there, config.late, device)  # (B,)
-        x0, noise = (torch.randn(x1.shape, generator=there, device=device) for _ in range(2))
+        x0, noise = (draw_noise(x1.shape, there, config.colour, device) for _ in range(2))
         x0 = couple(config.coupling, x0, x1, y)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = flow_loss(network, x0, x1, y.masked_fill(dropped, null).to(device), t, config.sigma, noise).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         ema.update(step + 1)
         log(step + 1, loss.detach(), lr)
         if stopping or (step + 1) % SAVE_EVERY == 0 or step + 1 == config.steps:
@@ -202,7 +206,7 @@ def main(argv=None):
     model.eval()
     if config.evaluate and dataset.test is not None:
         seconds = time.time() - log.start
-        report, columns = evaluate.report(model, dataset, config.tau, settings, device)
+        report, columns = evaluate.report(model, dataset, config.tau, settings, config.colour, device)
         evaluate.write_json(out / "report.json", dict(
             command=" ".join(["python", *sys.argv]), seed=config.seed, machine=machine(device), torch=torch.__version__, dtype=str(dtype)[6:],
             weights="EMA", steps=config.steps, training_seconds=seconds, **report))

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from minimedshift import UserError, data, flag, metrics, parse, pick_device, run, sampler
 from minimedshift.checkpoint import load_model
+from minimedshift.flow import draw_noise
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def carry(full, x1, out, radius=1, eps=1e-3):
 # ---------------------------------------------------------------- the source domain, inferred
 
 @torch.inference_mode()
-def infer_source(model, x1, seed, draws=8):
+def infer_source(model, x1, seed, colour=0.0, draws=8):
     """The label (B,) whose velocity fits the images x1 (B, C, H, W) best:  argmin_y sum ||v(xt, t, y) - (x1 - x0)||^2
 
     over `draws` fixed pairs of t and noise x0, the same for every label and image (diffusion classifier, arXiv:2303.16203).
@@ -129,7 +130,7 @@ def infer_source(model, x1, seed, draws=8):
     generator, errors = torch.Generator().manual_seed(seed), 0
     for i in range(draws):
         t = (i + .5) / draws
-        x0 = torch.randn(x1.shape[1:], generator=generator).to(x1.device)
+        x0 = draw_noise(x1.shape[1:], generator, colour).to(x1.device)
         xt, ts = (1 - t) * x0 + t * x1, torch.full((len(x1),), t, device=x1.device)
         labels = [torch.full((len(x1),), y, device=x1.device) for y in range(model.shape.num_domains)]
         errors = errors + torch.stack([(model(xt, ts, y).float() - (x1 - x0)).square().mean((1, 2, 3)) for y in labels])
@@ -144,7 +145,7 @@ def translate_batch(items, model, state, c, how, device):
     full = [data.channels_to(x, channels)[None].to(device) for _, _, x, _ in items]
     shape = working_shape(*full[0].shape[-2:], state["image"]["size"], model.stride)
     x1 = torch.cat([resize(x, shape) for x in full])
-    y_source = infer_source(model, x1, c.seed) if c.source == "auto" else torch.full((len(x1),), domains.index(c.source), device=device)
+    y_source = infer_source(model, x1, c.seed, state["config"].get("colour", 0.0)) if c.source == "auto" else torch.full((len(x1),), domains.index(c.source), device=device)
     if c.source == "auto":
         for (path, *_), y in zip(items, y_source.tolist()):
             print(f"{path}: taken for {domains[y]}")

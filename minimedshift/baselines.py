@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from . import metrics, sampler
+from .flow import draw_noise
 
 
 # ---------------------------------------------------------------- grey-value curves
@@ -76,7 +77,7 @@ def fit_curve(source, target, bins=512):
     source, target: (N, C, H, W) of the same heads. Pixels are binned by source value; the isotonic fit is of the bins' target
     means, weighted by their counts, so binning costs less than one part in `bins` of the range.
     """
-    s, t = (torch.as_tensor(a).double().flatten() for a in (source, target))
+    s, t = (torch.tensor(np.asarray(a)).double().flatten() for a in (source, target))
     low, high = s.min(), s.max()
     bin = ((s - low) / (high - low).clamp(min=1e-12) * bins).long().clamp(max=bins - 1)
     count, knots, means = (torch.bincount(bin, weights, minlength=bins) for weights in (None, s, t))
@@ -87,13 +88,13 @@ def fit_curve(source, target, bins=512):
 
 # ---------------------------------------------------------------- with a network
 
-def sdedit(model, x1, y_target, tau, guidance=1.0, steps=10, solver="heun", seed=0):
+def sdedit(model, x1, y_target, tau, guidance=1.0, steps=10, solver="heun", colour=0.0, seed=0):
     """SDEdit (arXiv:2108.01073, Alg. 1): drown the image in fresh noise down to time tau, then generate in the target domain.
 
-    x1: (B, C, H, W) source images, y_target: int or (B,). xt = tau x1 + (1-tau) x0 with x0 ~ N(0, I) drawn from `seed` on the
-    host, the same on every machine. The second leg is MedShift's own.
+    x1: (B, C, H, W) source images, y_target: int or (B,). xt = tau x1 + (1-tau) x0 with x0 the noise of training, drawn from
+    `seed` on the host, the same on every machine. The second leg is MedShift's own.
     """
-    x0 = torch.randn(x1.shape, generator=torch.Generator().manual_seed(seed)).to(x1)
+    x0 = draw_noise(x1.shape, torch.Generator().manual_seed(seed), colour).to(x1)
     xt = tau * x1 + (1 - tau) * x0
     return sampler.decode(model, xt, y_target, tau, guidance, steps, solver)
 

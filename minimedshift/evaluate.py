@@ -6,6 +6,7 @@ What the numbers mean is in metrics.py, what MedShift is compared with in baseli
 import json
 import os
 import time
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from .baselines import reference_scores, sdedit
 
 MAIN = ("synthetic-high", "real-normal")
 TAUS = (0.3, 0.45, 0.6)
+VISIBLE = 40  # dB; beyond, what a grey-value curve leaves is under 1 % of the grey range
 
 
 def in_batches(function, x, batch=64):
@@ -27,7 +29,7 @@ def load(array, device):
     return torch.from_numpy(np.array(array, np.float32)).to(device)
 
 
-def main_pair(model, dataset, taus, settings, device="cpu", heads=128, source=MAIN[0], target=MAIN[1]):
+def main_pair(model, dataset, taus, settings, colour=0.0, device="cpu", heads=128, source=MAIN[0], target=MAIN[1]):
     """One pair at several tau, beside SDEdit at the same tau and the references. Returns (dict, {tau: (N, C, H, W)})."""
     s, t = dataset.domains.index(source), dataset.domains.index(target)
     x, images, truth = (load(a[:heads, d], device) for a, d in
@@ -40,49 +42,58 @@ def main_pair(model, dataset, taus, settings, device="cpu", heads=128, source=MA
         start = time.time()
         translations[tau] = in_batches(lambda part: sampler.translate(model, part, s, t, tau, **settings), x)
         seconds = time.time() - start
-        again = in_batches(lambda part: sdedit(model, part, t, tau, **settings), x)
+        again = in_batches(lambda part: sdedit(model, part, t, tau, **settings, colour=colour), x)
         result["medshift"][tau] = dict(metrics.score(translations[tau], truth, images, *bounds), seconds=seconds)
         result["sdedit"][tau] = metrics.score(again, truth, images, *bounds)
     return result, translations
 
 
 def all_pairs(model, dataset, tau, settings, device="cpu", heads=32):
-    """Every ordered pair of domains at one tau: {"source -> target": scores}. Each source is encoded once."""
-    results, (guidance, rest) = {}, (settings["guidance"], {k: v for k, v in settings.items() if k != "guidance"})
+    """Every ordered pair of domains at one tau: {"source -> target": scores}, and the share of heads whose anatomy is kept.
+
+    Each source is encoded once. Anatomy is kept where a head's translations into one domain from two sources are nearer to
+    each other than to any other head's; the share is over all targets and pairs of sources.
+    """
+    rows, into = {}, {target: [] for target in dataset.domains}
+    guidance, rest = settings["guidance"], {k: v for k, v in settings.items() if k != "guidance"}
     for s, source in enumerate(dataset.domains):
-        x = load(dataset.test.images[:heads, s], device)
-        z = in_batches(lambda part: sampler.encode(model, part, s, tau, **rest), x)
+        z = in_batches(lambda part: sampler.encode(model, part, s, tau, **rest), load(dataset.test.images[:heads, s], device))
         for t, target in enumerate(dataset.domains):
             if s == t:
                 continue
+            x = in_batches(lambda part: sampler.decode(model, part, t, tau, guidance, **rest), z)
+            into[target].append(x)
             references = reference_scores(dataset, s, t, heads, device)
-            curve, second, untouched = (references[k] for k in ("curve", "second_exposure", "untouched"))
-            images, truth = load(dataset.test.images[:heads, t], device), load(dataset.test.truth[:heads, t], device)
-            y = in_batches(lambda part: sampler.decode(model, part, t, tau, guidance, **rest), z)
-            row = metrics.score(y, truth, images, curve["E"], second["E"])
+            curve, second, untouched = (references[name] for name in ("curve", "second_exposure", "untouched"))
+            row = metrics.score(x, load(dataset.test.truth[:heads, t], device), load(dataset.test.images[:heads, t], device), curve["E"], second["E"])
             if untouched["E"] <= second["E"]:  # a cleaner source: nothing to close, judged by its noise alone
                 row["gap_closed"] = None
-            results[f"{source} -> {target}"] = dict(row, curve=curve["structure"], second_exposure=second["structure"],
-                                                    untouched=untouched["structure"])
-    return results
+            rows[f"{source} -> {target}"] = dict(row, **{name: references[name]["structure"] for name in references})
+    kept = [metrics.same_head(a, b) for some in into.values() for a, b in combinations(some, 2)]
+    return rows, torch.cat(kept).float().mean().item()
 
 
-def report(model, dataset, tau, settings, device="cpu", taus=TAUS, heads=128, heads_each=32, say=print):
+def report(model, dataset, tau, settings, colour=0.0, device="cpu", taus=TAUS, heads=128, heads_each=32, say=print):
     """The numbers of report.json (a dict) and the main pair's translations {tau: (N, C, H, W)} for the figure.
 
-    settings: guidance, steps, solver. Every number is simulated, from EMA weights if `model` holds them.
+    settings: guidance, steps, solver. Two means of the gap closed are given: over the pairs whose curve is under VISIBLE dB, and
+    over all pairs whose source is not cleaner than a second exposure, in which pairs that differ by dose alone weigh most.
     """
     start = time.time()
-    pair, translations = main_pair(model, dataset, sorted({*taus, tau}), settings, device, heads)
+    pair, translations = main_pair(model, dataset, sorted({*taus, tau}), settings, colour, device, heads)
+    percent = lambda share: "none to close" if share is None else f"{share:.0%}"
     for t, row in pair["medshift"].items():
         say(f"tau {t:<5} structure {row['structure']:.2f} dB (SDEdit {pair['sdedit'][t]['structure']:.2f}, curve "
             f"{pair['curve']['structure']:.2f}, second exposure {pair['second_exposure']['structure']:.2f})  "
-            f"noise {row['noise']:.2f}  gap closed {row['gap_closed']:.0%}")
-    pairs = all_pairs(model, dataset, tau, settings, device, heads_each)
+            f"noise {row['noise']:.2f}  gap closed {percent(row['gap_closed'])}", flush=True)
+    pairs, kept = all_pairs(model, dataset, tau, settings, device, heads_each)
     closed = [row["gap_closed"] for row in pairs.values() if row["gap_closed"] is not None]
-    say(f"all {len(pairs)} ordered pairs at tau {tau}: mean gap closed {np.mean(closed):.0%} over the {len(closed)} that have a gap")
-    return dict(simulated=True, tau=tau, **settings, main_pair=pair, pairs=pairs, mean_gap_closed=float(np.mean(closed)),
-                pairs_with_gap=len(closed), seconds=time.time() - start), translations
+    visible = [row["gap_closed"] for row in pairs.values() if row["gap_closed"] is not None and row["curve"] < VISIBLE]
+    means = dict(zip(("visible", "all"), (float(np.mean(some)) if some else None for some in (visible, closed))))
+    say(f"all {len(pairs)} ordered pairs at tau {tau}: mean gap closed {percent(means['visible'])} over the {len(visible)} whose curve is under "
+        f"{VISIBLE} dB, {percent(means['all'])} over the {len(closed)} whose source is not the cleaner one; same head {kept:.1%}", flush=True)
+    return dict(simulated=True, translation=dict(tau=tau, **settings), main_pair=pair, pairs=pairs, mean_gap_closed=means, pairs_with_gap=dict(
+        visible=len(visible), all=len(closed)), same_head=kept, evaluation_seconds=time.time() - start), translations
 
 
 def write_json(path, values):

@@ -1,17 +1,35 @@
 """The bridge from noise to image, and what the network learns from it.
 
-    xt = (1 - t) x0 + t x1 + sigma sqrt(t (1 - t)) e        e ~ N(0, I)       x0 noise at t = 0, x1 image at t = 1
+    xt = (1 - t) x0 + t x1 + sigma sqrt(t (1 - t)) e        x0 noise at t = 0, x1 image at t = 1, e noise too
     ut = d xt / dt = x1 - x0 + sigma (1 - 2t) / (2 sqrt(t (1 - t))) e          arXiv:2302.00482, eq. 15
 
 The network is asked for ut when shown xt. What it answers is the mean of ut over all lines through xt: the velocity of
 a flow that carries all noise to all images. sigma = 0 is plain flow matching, sigma > 0 a Brownian bridge.
 """
 
-import math
-
 import torch
 
+COARSE = 3  # periods per frame
 EDGE = 1e-3  # with sigma > 0 the slope of sqrt(t (1 - t)) is infinite at both ends: t stays this far away
+
+
+def draw_noise(shape, generator=None, colour=0.0, device="cpu"):
+    """Gaussian noise (B, C, H, W) of unit variance whose amplitude falls with spatial frequency k:
+
+        noise = F^-1 [ max(|k|, COARSE)^-colour F[e] ],  e ~ N(0, I),  rescaled        |k| in periods per frame
+
+    colour = 0 is white, N(0, I). colour = 1 falls like the spectrum of natural images, so that edges and shades are drowned at
+    the same t: under white noise all but the finest outlive t = .2, and a translation can no longer change them. What is coarser
+    than a COARSE-th of the frame, where the head is and how it is turned, outlives both.
+    """
+    e = torch.randn(shape, generator=generator, device=device)
+    if not colour:
+        return e
+    H, W = shape[-2:]
+    k = torch.hypot(torch.fft.fftfreq(H, 1 / H, device=device)[:, None], torch.fft.fftfreq(W, 1 / W, device=device)[None])
+    gain = k.clamp_min(COARSE) ** -colour  # (H, W)
+    gain = gain / gain.square().mean().sqrt()
+    return torch.fft.irfft2(torch.fft.rfft2(e) * gain[:, :W // 2 + 1], s=(H, W))
 
 
 def per_image(t, x):

@@ -135,6 +135,16 @@ def gap_closed(E, E_curve, E_second):
     return None if E_curve <= E_second else (E_curve - E) / (E_curve - E_second)
 
 
+def same_head(a, b):
+    """Per head i, whether a[i] and b[i] are nearer to each other than to any other head's image, once low-passed: (N,) bool.
+
+    a, b (N, C, H, W): translations of the same N heads into one domain from two different sources. What keeps anatomy passes.
+    """
+    a, b = (low_pass(x).flatten(1) for x in (a, b))
+    distance, own = torch.cdist(a, b), torch.arange(len(a), device=a.device)
+    return (distance.argmin(0) == own) & (distance.argmin(1) == own)
+
+
 @torch.no_grad()
 def score(x, truth, images, E_curve=None, E_second=None):
     """All numbers of one set of translations x (B, C, H, W), as a dict of floats (means over images; noise: over the set).

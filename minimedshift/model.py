@@ -6,7 +6,7 @@ label, self-attention at the lowest resolution, pixel-shuffle out. Fully convolu
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +110,9 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.out(F.silu(self.norm(x))), self.shape.stem)
 
 
-# Training side in pixels, and the network. FLOPs (multiply and add are two) of one evaluation of one image.
+# Side of the training images in pixels, and the network. One evaluation of one image, a multiply-add counted as two:
+#   cpu  2.65M parameters, 0.54 GFLOPs; training takes about 1.3 GB at 16 images a step
+#   gpu  24.09M parameters, 27.11 GFLOPs; memory not measured yet
 PRESETS = {
     "cpu": (64, Shape(stem=4, widths=(96, 128), blocks=(2, 2))),
     "gpu": (256, Shape(stem=4, widths=(128, 256, 384), blocks=(2, 2, 2))),

@@ -222,11 +222,11 @@ class Prior:
 
 SHARED = Prior(turns=((.3, 0, 10), (.12, 90, 6), (.12, -90, 6), (.25, 45, 15), (.21, -45, 15)), tilt=(0, 11), roll=(0, 14), field=(10., 12.5),
                shift=.9, skin=(.35, 1.1), ears=.5, spread=1.)
-SYNTHETIC = Prior(turns=((1., 0, 14),), tilt=(-3, 8), roll=(4, 11), field=(10.5, 12.5), shift=1.1, skin=(.7, 1.2), ears=.95, spread=1.3)
-REAL = Prior(turns=((.7, -58, 17), (.3, 58, 17)), tilt=(3, 9), roll=(14, 14), field=(9.8, 11.5), shift=1., skin=(.3, .45), ears=.05, spread=.45)
+SYNTHETIC = Prior(turns=((1., 0, 14),), tilt=(-3, 8), roll=(4, 11), field=(10.5, 12.5), shift=1.1, skin=(.5, 1.2), ears=.9, spread=1.2)
+REAL = Prior(turns=((.7, -58, 17), (.3, 58, 17)), tilt=(3, 9), roll=(14, 14), field=(9.8, 11.5), shift=1., skin=(.3, .8), ears=.2, spread=.7)
 OWN_PRIOR = {"synthetic-low": SYNTHETIC, "synthetic-high": dataclasses.replace(SYNTHETIC, roll=(-6, 10), tilt=(-6, 8)), "real-low": REAL,
              "real-normal": REAL, "real-exposure": dataclasses.replace(REAL, roll=(4, 9), shift=.5, field=(10., 11.5))}
-SHARED_SHARE = .45          # of each domain's training heads comes from the shared prior: domains overlap, or nothing could be learnt
+SHARED_SHARE = .9                   # of each domain's training heads comes from the shared prior: domains overlap, or nothing could be learnt
 SOURCE_DISTANCE = 75.       # cm from the X-ray source to the isocentre plane, in which pixels are measured
 
 
@@ -506,9 +506,9 @@ class Physics:
 PHYSICS = {
     "synthetic-low": Physics(dose=1600, full=False, slope=.20),
     "synthetic-high": Physics(dose=24000, full=False, slope=.20),
-    "real-low": Physics(dose=3600, electronic=3., scatter=.12, width=.6, coarse=1.25, fine=3., rest=.52, slope=.37, air=.9),
-    "real-normal": Physics(dose=40000, electronic=3., scatter=.12, width=.5, coarse=1.25, fine=3., rest=.52, slope=.37, air=.9),
-    "real-exposure": Physics(dose=240000, electronic=3., scatter=.1, width=.4, coarse=1.4, fine=4.2, rest=.46, slope=.35, air=.76),
+    "real-low": Physics(dose=3000, electronic=3., scatter=.2, width=.6, coarse=2.2, fine=2.3, rest=.20, slope=.44, air=.9),
+    "real-normal": Physics(dose=30000, electronic=3., scatter=.2, width=.5, coarse=2.2, fine=2.3, rest=.20, slope=.44, air=.9),
+    "real-exposure": Physics(dose=150000, electronic=3., scatter=.16, width=.4, coarse=.6, fine=4.5, rest=.36, slope=.42, air=.72),
 }
 
 

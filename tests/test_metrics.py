@@ -134,3 +134,10 @@ def test_too_small_an_image_is_told_in_a_sentence():
         metrics.low_pass(x)
     with pytest.raises(ValueError, match="at least 11 pixels"):
         metrics.ssim(x, x)
+
+
+def test_same_head_tells_translations_of_one_head_from_another():
+    heads = metrics.low_pass(torch.randn(10, 1, 24, 24, generator=torch.Generator().manual_seed(0))) * 3
+    a, b = (heads + 0.1 * torch.randn(heads.shape, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
+    assert metrics.same_head(a, b).all()
+    assert metrics.same_head(a, b[[1, 0, *range(2, 10)]]).tolist() == [False, False] + [True] * 8

@@ -1,0 +1,89 @@
+"""Checkpoints: whole or not at all, refused in a sentence, and an EMA with a closed form."""
+
+import pytest
+import torch
+
+from minimedshift import UserError, checkpoint
+from minimedshift.checkpoint import EMA
+from minimedshift.optim import Muon, orthogonalise
+
+
+def test_round_trip_of_plain_types(tmp_path):
+    state = dict(step=3, config=dict(sigma=0.0, data=None), model={"w": torch.randn(3)})
+    checkpoint.save(tmp_path / "a" / "c.pt", state)
+    back = checkpoint.load(tmp_path / "a" / "c.pt")
+    assert back["step"] == 3 and back["config"] == state["config"] and torch.equal(back["model"]["w"], state["model"]["w"])
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["c.pt"]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    checkpoint.save(tmp_path / "c.pt", dict(step=1))
+    with pytest.raises(Exception):
+        checkpoint.save(tmp_path / "c.pt", dict(step=lambda: 0))
+    assert checkpoint.load(tmp_path / "c.pt")["step"] == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", "text", dict(step=1), dict(format=99), [1, 2]])
+def test_what_is_no_checkpoint_is_refused_in_one_sentence(tmp_path, content):
+    path = tmp_path / "c.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(UserError, match="c.pt") as error:
+        checkpoint.load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_truncated_and_foreign_files(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint at"):
+        checkpoint.load(tmp_path / "none.pt")
+    checkpoint.save(tmp_path / "c.pt", dict(w=torch.randn(1000)))
+    (tmp_path / "c.pt").write_bytes((tmp_path / "c.pt").read_bytes()[:2000])
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        checkpoint.load(tmp_path / "c.pt")
+    with pytest.raises(UserError, match="weight is nothing"):
+        checkpoint.load_weights(torch.nn.Linear(2, 2, bias=False), {}, "c.pt")
+    with pytest.raises(UserError, match=r"weight is \(3, 3\), this one needs \(2, 2\)"):
+        checkpoint.load_weights(torch.nn.Linear(2, 2, bias=False), {"weight": torch.zeros(3, 3)}, "c.pt")
+
+
+def test_ema_of_a_ramp():
+    """theta = k at step k: the power-function profile's mean is close to n (gamma + 1) / (gamma + 2) for long runs."""
+    net, gamma, n = torch.nn.Linear(1, 1, bias=False), 6.94, 2000
+    ema = EMA(net, gamma)
+    for step in range(1, n + 1):
+        with torch.no_grad():
+            net.weight.fill_(step)
+        ema.update(step)
+        if step == 1:
+            assert ema.mean["weight"].item() == 1  # nothing of the initial weights is left
+    assert ema.mean["weight"].item() == pytest.approx(n * (gamma + 1) / (gamma + 2), rel=2e-3)
+
+
+def test_ema_leaves_buffers_and_the_live_network_alone():
+    net = torch.nn.BatchNorm1d(2)
+    before = net.weight.clone()
+    EMA(net).update(5)
+    assert torch.equal(net.weight, before) and set(EMA(net).mean) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16), (24, 24)])
+def test_muon_makes_singular_values_alike(shape):
+    m = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, vt = torch.linalg.svd(m, full_matrices=False)
+    o = orthogonalise(m)
+    assert 0.3 < torch.linalg.svdvals(o).min() and torch.linalg.svdvals(o).max() < 1.3
+    assert ((o * (u @ vt)).sum() / o.norm() / (u @ vt).norm()).item() > 0.95
+
+
+def test_muon_solves_a_badly_scaled_least_squares():
+    torch.manual_seed(0)
+    x = torch.randn(256, 8) * torch.logspace(0, -2, 8)
+    target = torch.randn(4, 8)
+    w = torch.nn.Parameter(torch.zeros(4, 8))
+    optimizer = Muon([w], weight_decay=0.0)
+    for step in range(400):
+        loss = (x @ (w - target).T).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 400)
+        optimizer.step()
+    assert (w - target).abs().max() < 0.1

@@ -1,0 +1,96 @@
+"""Solvers against ODEs whose solution is known, and translation between Gaussians, where it is a formula."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minimedshift.sampler import SOLVERS, Velocity, decode, encode, grid, last, translate
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_order_of_convergence_in_both_directions(solver, order, reverse):
+    """dx/dt = x cos t, so x(t) = x(0) exp(sin t)."""
+    ends = (1.0, 0.0) if reverse else (0.0, 1.0)
+    errors = []
+    for n in (16, 32):
+        times = torch.linspace(*ends, n + 1, dtype=torch.float64).tolist()
+        x = last(SOLVERS[solver](lambda x, t: x * math.cos(t), torch.ones(1, dtype=torch.float64), times))
+        errors.append(abs(x.item() - math.exp(math.sin(ends[1]) - math.sin(ends[0]))))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.2)
+
+
+def test_solvers_yield_the_whole_trajectory():
+    for solver in SOLVERS.values():
+        steps = list(solver(lambda x, t: torch.ones_like(x), torch.zeros(2), [0.0, 0.25, 1.0]))
+        assert [t for t, _ in steps] == [0.0, 0.25, 1.0]
+        torch.testing.assert_close(torch.stack([x for _, x in steps])[:, 0], torch.tensor([0.0, 0.25, 1.0]))
+
+
+def test_grid_ends_where_it_should_and_is_dense_near_one():
+    times = grid(0.3, 10)
+    assert times[0] == 1 and times[-1] == pytest.approx(0.3) and times == sorted(times, reverse=True)
+    assert times[0] - times[1] < (times[-2] - times[-1]) / 5
+    for tau, steps in ((1.0, 5), (-0.1, 5), (0.5, 0)):
+        with pytest.raises(ValueError, match="tau"):
+            grid(tau, steps)
+
+
+MEANS, SPREADS = (0.5, -1.0), (0.4, 1.5)
+
+
+def gaussian(x, t, y):
+    """The exact velocity from N(0, 1) to N(m_y, s_y^2) under independent coupling; the null label has the mean of both."""
+    m = torch.tensor([*MEANS, sum(MEANS) / 2], dtype=x.dtype)[y].view(-1, 1, 1, 1)
+    s = torch.tensor([*SPREADS, 1.0], dtype=x.dtype)[y].view(-1, 1, 1, 1)
+    t = t.view(-1, 1, 1, 1).to(x.dtype)
+    return m + (t * s**2 - (1 - t)) / (t**2 * s**2 + (1 - t) ** 2) * (x - t * m)
+
+
+gaussian.shape = SimpleNamespace(num_domains=2)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.45, 0.8])
+def test_translation_between_gaussians_is_the_known_map(tau):
+    """A Gaussian flow is affine: xt = t m + S(t) (x1 - m) / s with S^2 = t^2 s^2 + (1 - t)^2; two legs compose."""
+    x1 = torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(0)) * SPREADS[0] + MEANS[0]
+    at = lambda k: math.sqrt(tau**2 * SPREADS[k] ** 2 + (1 - tau) ** 2)
+    z = tau * MEANS[0] + at(0) / SPREADS[0] * (x1 - MEANS[0])
+    expected = MEANS[1] + SPREADS[1] / at(1) * (z - tau * MEANS[1])
+    torch.testing.assert_close(encode(gaussian, x1, 0, tau, steps=100), z, atol=2e-3, rtol=0)
+    torch.testing.assert_close(translate(gaussian, x1, 0, 1, tau, steps=100), expected, atol=5e-3, rtol=0)
+
+
+def test_there_and_back_is_the_identity_up_to_the_solver():
+    x1 = torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(0)) * 0.4 + 0.5
+    errors = [(translate(gaussian, x1, 0, 0, 0.2, steps=n) - x1).abs().max().item() for n in (20, 40)]
+    assert errors[1] < 1e-3 and errors[1] < errors[0] / 3
+
+
+def test_guidance_extrapolates_from_the_null_label_and_is_counted():
+    x, t = torch.randn(4, 1, 2, 2), 0.5
+    at = torch.full((4,), t)
+    plain, null = gaussian(x, at, torch.ones(4, dtype=torch.long)), gaussian(x, at, torch.full((4,), 2))
+    v = Velocity(gaussian, 1, guidance=3.0)
+    torch.testing.assert_close(v(x, t), null + 3 * (plain - null))
+    assert v.evaluations == 2
+    one = Velocity(gaussian, torch.tensor([0, 1, 0, 1]))
+    torch.testing.assert_close(one(x, t), gaussian(x, at, torch.tensor([0, 1, 0, 1])))
+    assert one.evaluations == 1
+
+
+def test_only_the_forward_leg_is_guided():
+    x1, seen = torch.randn(2, 1, 2, 2), []
+
+    def spy(x, t, y):
+        seen.append(y[0].item())
+        return gaussian(x, t, y)
+
+    spy.shape = gaussian.shape
+    encode(spy, x1, 0, 0.5, steps=2)
+    assert set(seen) == {0}
+    seen.clear()
+    decode(spy, x1, 1, 0.5, guidance=2.0, steps=2)
+    assert set(seen) == {1, 2}

@@ -1,0 +1,146 @@
+"""The command a user types: a whole run, an exact resume, and every mistake in one sentence."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+from minimedshift import UserError, checkpoint, data, evaluate, run
+
+ROOT = Path(train.__file__).parent
+TINY = ["--size", "16", "--train-images", "20", "--valid-heads", "2", "--test-heads", "3", "--batch-size", "4", "--solver-steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return {**os.environ, "MINIMEDSHIFT_CACHE": str(tmp_path_factory.mktemp("cache"))}
+
+
+def start(out, cache, *flags):
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *TINY, "--out", str(out), *flags], env=cache, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process):
+    output, errors = process.communicate(timeout=120)
+    return process.returncode, output, errors
+
+
+def same_tensors(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_tensors(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_tensors, a, b))
+    return a == b
+
+
+def test_a_whole_run_leaves_everything_it_promises(tmp_path, cache):
+    status, output, errors = finish(start(tmp_path, cache, "--steps", "4"))
+    assert (status, errors) == (0, ""), errors
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pt", "log.csv", "loss.png", "samples.png", "translations.png", "report.json"}
+    assert "images/s" in output and "left" in output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["pairs"]) == 20 and report["simulated"] and report["main_pair"]["heads"] == 3
+    assert set(report["main_pair"]["medshift"]) == set(report["main_pair"]["sdedit"])
+    rows = (tmp_path / "log.csv").read_text().splitlines()
+    assert rows[0] == "step,loss,lr,seconds" and [int(r.split(",")[0]) for r in rows[1:]] == [1, 2, 3, 4]
+    state = checkpoint.load(tmp_path / "checkpoint.pt")
+    assert state["step"] == 4 and state["image"]["size"] == 16 and state["translate"]["steps"] == 1
+    assert {"config", "domains", "model", "ema", "optimizer", "machine"} <= state.keys()
+
+
+@pytest.mark.parametrize("coupling", ["independent", "exact"])
+def test_stop_and_resume_give_the_same_bytes(tmp_path, cache, coupling):
+    flags = ["--steps", "300", "--no-evaluate", "--coupling", coupling, "--sigma", "0.1"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    first = start(parts, cache, *flags)
+    log = parts / "log.csv"
+    while first.poll() is None and not (log.exists() and log.read_text().count("\\n") > 8):
+        time.sleep(0.02)
+    first.send_signal(signal.SIGINT)
+    status, output, errors = finish(first)
+    stopped = checkpoint.load(parts / "checkpoint.pt")["step"]
+    assert status == 130 and "--resume" in output and 5 < stopped < 300, (status, output, errors)
+    assert finish(start(parts, cache, *flags, "--resume"))[0] == 0
+    assert finish(start(whole, cache, *flags))[0] == 0
+    a, b = (checkpoint.load(folder / "checkpoint.pt") for folder in (whole, parts))
+    for key in ("model", "ema", "optimizer", "step"):
+        assert same_tensors(a[key], b[key]), key
+    without_time = lambda folder: [row.rsplit(",", 1)[0] for row in (folder / "log.csv").read_text().splitlines()]
+    assert without_time(whole) == without_time(parts)
+
+
+def folder_of_images(root, *domains, count=6):
+    for i, domain in enumerate(domains):
+        (root / domain).mkdir(parents=True)
+        for k in range(count):
+            Image.new("L", (20, 24), 40 * i + 5 * k).save(root / domain / f"{k}.png")
+    return root
+
+
+def test_your_own_folder_trains(tmp_path, cache):
+    root = folder_of_images(tmp_path / "images", "a", "b/c")
+    status, output, errors = finish(start(tmp_path / "out", cache, "--data", str(root), "--steps", "2"))
+    assert (status, errors) == (0, "")
+    assert checkpoint.load(tmp_path / "out" / "checkpoint.pt")["domains"] == ["a", "b-c"]
+
+
+def test_check_data_shows_and_stops(tmp_path, cache):
+    status, output, _ = finish(start(tmp_path, cache, "--check-data"))
+    assert status == 0 and all(f"{name}: 4 to train" in output for name in data.phantom.DOMAINS)
+    assert [p.name for p in tmp_path.iterdir()] == ["data.png"]
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--learning-rate", "1"], "unrecognized"), (["--steps", "many"], "--steps"), (["--steps", "-1"], "--steps"), (["--size", "30"], "--size"),
+    (["--coupling", "best"], "--coupling"), (["--sigma", "-1"], "--sigma"), (["--tau", "1"], "--tau"), (["--lr", "0"], "--lr"),
+    (["--device", "tpu"], "--device"), (["--data", "/no/such/folder"], "/no/such/folder"), (["--resume"], "no checkpoint"),
+    (["--seed", "-1"], "--seed"), (["--colour", "9"], "--colour"), (["--late", "2"], "--late")])
+def test_a_mistake_ends_in_one_sentence_and_status_2(tmp_path, capsys, monkeypatch, flags, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        run(lambda: train.main(flags))
+    errors = capsys.readouterr().err
+    assert end.value.code == 2 and says in errors and errors.count("\\n") == 1
+
+
+def test_resume_with_another_flag_is_refused_and_loses_nothing(tmp_path, cache):
+    assert finish(start(tmp_path, cache, "--steps", "2", "--no-evaluate"))[0] == 0
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    status, _, errors = finish(start(tmp_path, cache, "--steps", "2", "--no-evaluate", "--resume", "--lr", "0.5"))
+    assert status == 2 and "--lr was 0.02, is 0.5" in errors and (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_help_shows_groups_and_defaults():
+    text = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True).stdout
+    assert all(word in text for word in ("data:", "method:", "training:", "translation:", "run:", "(default: 0.02)"))
+
+
+def test_the_random_draws_of_a_step_depend_on_seed_and_step_alone():
+    draw = lambda seed, step: torch.randn(3, generator=train.randomness(seed, step)).tolist()
+    assert draw(0, 5) == draw(0, 5) and len({tuple(draw(s, k)) for s in range(3) for k in range(5)}) == 15
+
+
+def test_the_report_of_a_perfect_and_of_a_lazy_translator(tmp_path, monkeypatch):
+    """A translator that returns the second exposure closes the whole gap; one that does nothing scores as untouched."""
+    dataset = data.phantom_set(32, 20, 8, 8, cache=tmp_path, progress=False)
+    s, t = (dataset.domains.index(name) for name in evaluate.MAIN)
+    settings = dict(guidance=1.0, steps=1, solver="euler")
+    monkeypatch.setattr(evaluate, "sdedit", lambda model, x, *a, **k: x)
+    monkeypatch.setattr(evaluate.sampler, "translate", lambda *a, **k: torch.from_numpy(dataset.test.second[:, t].astype("float32")))
+    perfect, _ = evaluate.main_pair(None, dataset, [0.5], settings, heads=8)
+    assert perfect["medshift"][0.5]["gap_closed"] == pytest.approx(1)
+    monkeypatch.setattr(evaluate.sampler, "translate", lambda model, x, *a, **k: x)
+    lazy, _ = evaluate.main_pair(None, dataset, [0.5], settings, heads=8)
+    for key in ("E", "structure", "noise"):
+        assert lazy["medshift"][0.5][key] == lazy["untouched"][key] == lazy["sdedit"][0.5][key]

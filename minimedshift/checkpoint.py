@@ -63,7 +63,7 @@ def load(path, device="cpu"):
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0][:80]})") from None
+        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise UserError(f"{path} is not a minimedshift checkpoint of format {FORMAT} (found {found})")

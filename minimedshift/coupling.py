@@ -38,13 +38,12 @@ def assign(cost, tolerance=1e-6):
     """
     if cost.ndim != 2 or cost.shape[0] != cost.shape[1]:
         raise ValueError(f"assign needs a square cost matrix, got {tuple(cost.shape)}")
-    n = len(cost)
-    if n < 2:
-        return torch.zeros(n, dtype=torch.int64, device=cost.device)
-    value = -cost.double()  # prices reach range * n: float32 would round small bids away and never end
-    span = (value.max() - value.min()).clamp_min(1e-30)
+    n, span = len(cost), (cost.max() - cost.min()).item() if cost.numel() else 0.0
+    if n < 2 or span == 0:  # nothing to choose
+        return torch.arange(n, device=cost.device)
+    value = (cost.min() - cost).double() / span  # -1..0, and prices stay under n: no bid is too small to be felt
     price = value.new_zeros(n)
-    eps, last = span / 4, tolerance * span / n
+    eps, last = 1 / 4, tolerance / n
     while True:
         owner = value.new_full((n,), -1, dtype=torch.int64)  # of each column
         column = owner.clone()  # of each row
@@ -61,7 +60,7 @@ def assign(cost, tolerance=1e-6):
             column[winner[sold]] = sold
         if eps <= last:
             return column
-        eps = torch.maximum(eps / 5, last)
+        eps = max(eps / 5, last)
 
 
 COUPLINGS = {"independent": independent, "exact": exact}

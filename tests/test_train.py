@@ -144,3 +144,20 @@ def test_the_report_of_a_perfect_and_of_a_lazy_translator(tmp_path, monkeypatch)
     lazy, _ = evaluate.main_pair(None, dataset, [0.5], settings, heads=8)
     for key in ("E", "structure", "noise"):
         assert lazy["medshift"][0.5][key] == lazy["untouched"][key] == lazy["sdedit"][0.5][key]
+
+
+@pytest.mark.slow
+def test_the_readme_run_beats_what_it_is_compared_with(tmp_path, cache):
+    """`python train.py` with no flag but --out, then `python translate.py` on what it left: the README's first screen."""
+    command = [sys.executable, str(ROOT / "train.py"), "--out", str(tmp_path)]
+    done = subprocess.run(command, env=cache, capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stderr
+    pair = json.loads((tmp_path / "report.json").read_text())["main_pair"]
+    best = max(pair["medshift"].values(), key=lambda row: row["structure"])
+    assert best["structure"] > max(pair[name]["structure"] for name in ("untouched", "histogram", "curve"))
+    assert 0.5 < best["noise"] < 2
+    for tau, row in pair["medshift"].items():
+        assert row["structure"] > pair["sdedit"][tau]["structure"]
+    done = subprocess.run([sys.executable, str(ROOT / "translate.py"), "--checkpoint", str(tmp_path / "checkpoint.pt")], env=cache,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and (tmp_path / "translate.png").exists(), done.stderr

@@ -145,8 +145,10 @@ def translate_batch(items, model, state, c, how, device):
     full = [data.channels_to(x, channels)[None].to(device) for _, _, x, _ in items]
     shape = working_shape(*full[0].shape[-2:], state["image"]["size"], model.stride)
     x1 = torch.cat([resize(x, shape) for x in full])
-    y_source = infer_source(model, x1, c.seed, state["config"].get("colour", 0.0)) if c.source == "auto" else torch.full((len(x1),), domains.index(c.source), device=device)
-    if c.source == "auto":
+    if c.source != "auto":
+        y_source = torch.full((len(x1),), domains.index(c.source), device=device)
+    else:
+        y_source = infer_source(model, x1, c.seed, state["config"].get("colour", 0.0))
         for (path, *_), y in zip(items, y_source.tolist()):
             print(f"{path}: taken for {domains[y]}")
     out = sampler.translate(model, x1, y_source, domains.index(c.target), **how)

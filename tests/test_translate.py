@@ -224,7 +224,7 @@ def test_the_source_is_inferred_where_the_answer_is_known():
 
 def test_auto_says_what_it_took_and_uses_it(tmp_path, net, monkeypatch, capsys):
     used = []
-    monkeypatch.setattr(translate, "infer_source", lambda model, x1, seed: torch.full((len(x1),), 3))
+    monkeypatch.setattr(translate, "infer_source", lambda model, x1, seed, colour: torch.full((len(x1),), 3))
     monkeypatch.setattr(sampler, "translate", lambda model, x1, y_source, y_target, **how: used.append((y_source.tolist(), y_target, how)) or x1)
     Image.fromarray(picture(20, 20)).save(tmp_path / "a.png")
     assert here(tmp_path / "a.png", tmp_path / "b.png", "--source", "auto", "--target", "real-low", "--checkpoint", net, "--tau", 0.25, "--steps", 7) == 0

@@ -21,7 +21,7 @@ def parse(config, description, argv=None):
     an int is accepted where a float is meant, fields listed first without a default group are optional positionals.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110, max_help_position=34))
+                                     formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=110, max_help_position=34))
     parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (see --help)"))
     groups = {}
     for f in fields(config):

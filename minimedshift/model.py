@@ -111,7 +111,7 @@ class UNet(nn.Module):
 
 
 # Side of the training images in pixels, and the network. One evaluation of one image, a multiply-add counted as two:
-#   cpu  2.65M parameters, 0.54 GFLOPs; training takes about 1.3 GB at 16 images a step
+#   cpu  2.65M parameters, 0.54 GFLOPs; a training process of 0.8 GB at 16 images a step
 #   gpu  24.09M parameters, 27.11 GFLOPs; memory not measured yet
 PRESETS = {
     "cpu": (64, Shape(stem=4, widths=(96, 128), blocks=(2, 2))),

@@ -4,7 +4,7 @@
     python train.py --data DIR         your own images, DIR/DOMAIN/*.png
     python train.py --resume           goes on where the last run stopped, exactly
 
-Leaves in out/: checkpoint.pt, log.csv, loss.png, translations.png, report.json. Ctrl-C saves and stops.
+Leaves in out/: checkpoint.pt, log.csv, loss.png, samples.png, translations.png, report.json. Ctrl-C saves and stops.
 """
 
 import math

@@ -111,7 +111,7 @@ class UNet(nn.Module):
 
 
 # Side of the training images in pixels, and the network. One evaluation of one image, a multiply-add counted as two:
-#   cpu  2.65M parameters, 0.54 GFLOPs; a training process of 0.8 GB at 16 images a step
+#   cpu  2.65M parameters, 0.54 GFLOPs; a training process was seen at 0.8 GB with 16 images a step, peak not measured
 #   gpu  24.09M parameters, 27.11 GFLOPs; memory not measured yet
 PRESETS = {
     "cpu": (64, Shape(stem=4, widths=(96, 128), blocks=(2, 2))),

@@ -22,7 +22,7 @@ from minimedshift import UserError, flag, parse, pick_device, run
 from minimedshift import checkpoint, data, evaluate, sampler
 from minimedshift.coupling import COUPLINGS, couple
 from minimedshift.flow import loss as flow_loss
-from minimedshift.flow import draw_noise, sample_t
+from minimedshift.flow import draw_noise
 from minimedshift.model import PRESETS, UNet
 from minimedshift.optim import Muon, split
 
@@ -40,16 +40,16 @@ class Config:
     coupling: str = flag("independent", "which noise goes with which image", "method", tuple(COUPLINGS))
     sigma: float = flag(0.0, "width of the bridge between noise and image", "method")
     colour: float = flag(1.0, "how fast the noise's amplitude falls with frequency: 0 is white, 1 like natural images", "method")
-    late: float = flag(0.0, "share of training times drawn with density 2t instead of uniformly", "method")
     drop_label: float = flag(0.1, "share of labels replaced by the null label, for guidance", "method")
     steps: int = flag(0, "optimizer steps; 0 is the preset's", "training")
     batch_size: int = flag(0, "images a step; 0 is the preset's", "training")
     lr: float = flag(0.02, "peak learning rate of the convolutions (Muon); the rest (AdamW) has a twentieth", "training")
     ema: float = flag(16.97, "exponent of the EMA profile: 16.97 averages about the last twentieth, 6.94 the last tenth", "training")
     seed: int = flag(0, "all randomness is a function of the seed and the step", "training")
-    tau: float = flag(0.1, "how far back a translation goes: near 1 keeps structure, near 0 favours realism", "translation")
+    tau: float = flag(0.4, "how far back a translation goes: near 1 keeps structure, near 0 favours realism", "translation")
     guidance: float = flag(1.0, "guidance scale of the forward leg; 1 is none", "translation")
-    solver_steps: int = flag(6, "solver steps of each leg", "translation")
+    end: float = flag(0.97, "time at which an image is taken to be: 1 is the paper's; below 1, faint detail passes untouched", "translation")
+    solver_steps: int = flag(5, "solver steps of each leg", "translation")
     solver: str = flag("heun", "ODE solver", "translation", tuple(sampler.SOLVERS))
     out: str = flag("out", "folder for everything the run leaves", "run")
     resume: bool = flag(False, "go on from OUT/checkpoint.pt, with the flags of that run", "run")
@@ -59,7 +59,7 @@ class Config:
     evaluate: bool = flag(True, "score the result on simulated test heads at the end", "run")
 
 
-SCHEDULE = {"cpu": (1200, 16), "gpu": (40000, 64)}  # optimizer steps, images a step
+SCHEDULE = {"cpu": (1400, 16), "gpu": (40000, 64)}  # optimizer steps, images a step
 FREE = {"out", "resume", "device", "dtype", "compile", "evaluate", "check_data"}  # flags that may differ on --resume
 SAVE_EVERY = 250  # steps
 
@@ -96,10 +96,11 @@ def resolve(config):
                                 ("train_images", config.train_images >= 5, "at least 5"), ("valid_heads", config.valid_heads >= 1, "at least 1"),
                                 ("test_heads", config.test_heads >= 1, "at least 1"), ("sigma", config.sigma >= 0, "at least 0"),
                                 ("colour", 0 <= config.colour <= 2, "in [0, 2]"),
-                                ("late", 0 <= config.late <= 1, "in [0, 1]"), ("drop_label", 0 <= config.drop_label < 1, "in [0, 1)"),
+                                ("drop_label", 0 <= config.drop_label < 1, "in [0, 1)"),
                                 ("steps", config.steps >= 1, "at least 1"), ("batch_size", config.batch_size >= 1, "at least 1"),
                                 ("lr", config.lr > 0, "above 0"), ("ema", config.ema >= 0, "at least 0"), ("seed", config.seed >= 0, "at least 0"),
-                                ("tau", 0 <= config.tau < 1, "at least 0 and below 1"), ("solver_steps", config.solver_steps >= 1, "at least 1")):
+                                ("tau", 0 <= config.tau < config.end, f"at least 0 and below --end, {config.end}"),
+                                ("end", config.end <= 1, "at most 1"), ("solver_steps", config.solver_steps >= 1, "at least 1")):
         if not good:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is not allowed: it must be {allowed}")
     return config, device
@@ -155,7 +156,7 @@ def main(argv=None):
             optimizer.load_state_dict(state)
         ema.load(then["ema"])
     first = then["step"] if then else 0
-    null, settings = len(dataset.domains), dict(guidance=config.guidance, steps=config.solver_steps, solver=config.solver)
+    null, settings = len(dataset.domains), dict(guidance=config.guidance, steps=config.solver_steps, solver=config.solver, end=config.end)
     print(f"{device.type}, {str(dtype)[6:]}, {config.preset} preset: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
           f"{null} domains, {sum(map(len, dataset.train))} images of {config.size}x{config.size}, "
           f"steps {first} to {config.steps} of {config.batch_size}", flush=True)
@@ -180,7 +181,7 @@ def main(argv=None):
         y = torch.randint(null, (config.batch_size,), generator=host)
         x1 = dataset.batch(y, host).to(device)  # (B, C, H, W)
         dropped = torch.rand(len(y), generator=host) < config.drop_label
-        t = sample_t(len(y), there, config.late, device)  # (B,)
+        t = torch.rand(len(y), generator=there, device=device)  # (B,)
         x0, noise = (draw_noise(x1.shape, there, config.colour, device) for _ in range(2))
         x0 = couple(config.coupling, x0, x1, y)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

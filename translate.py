@@ -34,6 +34,7 @@ class Config:
     guidance: float = flag(None, "strength of the target label on the way forward; 1 is none (default: the checkpoint's)", "how", kind=float)
     steps: int = flag(None, "solver steps of each leg (default: the checkpoint's)", "how", kind=int)
     solver: str = flag(None, "ODE solver (default: the checkpoint's)", "how", choices=tuple(sampler.SOLVERS))
+    end: float = flag(None, "time at which an image is taken to be, above tau and at most 1 (default: the checkpoint's)", "how", kind=float)
     seed: int = flag(0, "noise of --source auto; the translation itself has no randomness", "how")
     batch_size: int = flag(16, "images translated at once", "machine")
     device: str = flag("auto", "where to compute", "machine", choices=("auto", "cuda", "mps", "cpu"))
@@ -212,7 +213,7 @@ def translate_heads(model, state, c, how, device, heads=8):
     x1, truth = load(test.images, source), load(test.truth, target)
     score = lambda x: f"{metrics.structure(x, truth).mean():.1f} dB"
     pictures, captions = [x1], [f"source, {score(x1)}\n{domains[source]}"]
-    for tau in [c.tau] if c.tau is not None else sorted({.6, .45, .3, how["tau"]}, reverse=True):
+    for tau in [c.tau] if c.tau is not None else sorted((tau for tau in {.6, .45, .3, how["tau"]} if tau < how["end"]), reverse=True):
         out = sampler.translate(model, x1, source, target, **{**how, "tau": tau})
         pictures.append(out)
         captions.append(f"tau {tau:g}, {score(out)}" + ("\n(default)" if tau == state["translate"]["tau"] else ""))
@@ -236,7 +237,9 @@ def main(argv=None):
             raise UserError(f"--{name} {getattr(c, name)} is not a domain of {c.checkpoint}: choose from {', '.join(allowed)}")
     files = plan_files(c) if c.input else []
 
-    how = {key: state["translate"][key] if getattr(c, key) is None else getattr(c, key) for key in ("tau", "guidance", "steps", "solver")}
+    how = {key: default if getattr(c, key) is None else getattr(c, key) for key, default in state["translate"].items()}
+    if not how["tau"] < how["end"] <= 1:
+        raise UserError(f"--tau {how['tau']:g} and --end {how['end']:g} do not fit: tau must be below end, and end at most 1")
     print(f"{c.source or 'synthetic-high'} -> {c.target or 'real-normal'} on {device} with the EMA weights of step {state['step']}: "
           f"tau {how['tau']:g}, guidance {how['guidance']:g}, {how['steps']} {how['solver']} steps a leg, {evaluations(how)} evaluations an image",
           flush=True)

@@ -92,7 +92,7 @@ def sdedit(model, x1, y_target, tau, guidance=1.0, steps=10, solver="heun", colo
     """SDEdit (arXiv:2108.01073, Alg. 1): drown the image in fresh noise down to time tau, then generate in the target domain.
 
     x1: (B, C, H, W) source images, y_target: int or (B,). xt = tau x1 + (1-tau) x0 with x0 the noise of training, drawn from
-    `seed` on the host, the same on every machine. The second leg is MedShift's own.
+    `seed` on the host, the same on every machine. The second leg is MedShift's own, all the way to t = 1.
     """
     x0 = draw_noise(x1.shape, torch.Generator().manual_seed(seed), colour).to(x1)
     xt = tau * x1 + (1 - tau) * x0

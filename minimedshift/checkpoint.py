@@ -13,7 +13,7 @@ import torch
 from . import UserError
 from .model import Shape, UNet
 
-FORMAT = 1
+FORMAT = 2  # 1 had no `end` among the settings of a translation
 
 
 class EMA:

@@ -37,13 +37,6 @@ def per_image(t, x):
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 
-def sample_t(n, generator=None, late=0.0, device="cpu"):
-    """n times in (0, 1). late = 0 is uniform; late > 0 moves that share of the mass towards t = 1 (density 2t), where
-    translation happens: an encoding to tau never sees t < tau. Returns (n,) float32."""
-    u, coin = torch.rand(2, n, generator=generator, device=device)
-    return torch.where(coin < late, u.sqrt(), u)
-
-
 def bridge(x0, x1, t, sigma=0.0, noise=None):
     """The point xt of the bridge and its velocity ut (equations above).
 

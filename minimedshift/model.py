@@ -1,8 +1,9 @@
 """The network v(xt, t, y): one U-Net for all domains.
 
-Pixel-unshuffle in (so that all work happens at a fraction of the resolution), residual blocks modulated by time and
-label, self-attention at the lowest resolution, pixel-shuffle out. Fully convolutional: any height and width divisible by
-`stride`. Label `num_domains` is the null label, for classifier-free guidance.
+Pixel-unshuffle in (so that all work happens at a fraction of the resolution), residual blocks modulated by time, self-attention
+at the lowest resolution, pixel-shuffle out. The label joins on the way up alone: the way down describes what is in the picture,
+whatever its domain, the way up draws it in one. Fully convolutional: any height and width divisible by `stride`. Label
+`num_domains` is the null label, for classifier-free guidance.
 """
 
 import math
@@ -93,19 +94,20 @@ class UNet(nn.Module):
         H, W = xt.shape[-2:]
         if H % self.stride or W % self.stride:
             raise ValueError(f"height and width must be divisible by {self.stride}, got {H} x {W}")
-        emb = F.silu(self.time(time_features(t)) + self.label(y))  # (B, emb)
+        time = self.time(time_features(t))  # (B, emb)
+        describe, draw = F.silu(time), F.silu(time + self.label(y))
         x = self.stem(F.pixel_unshuffle(xt, self.shape.stem))  # (B, widths[0], H / stem, W / stem)
         skips = []
         for i, (enter, *blocks) in enumerate(self.down):
             x = enter(F.pixel_unshuffle(x, 2) if i else x)
             for block in blocks:
-                x = block(x, emb)
+                x = block(x, describe)
             skips.append(x)
         x = self.attention(x)
         for i, (merge, *blocks, leave) in enumerate(self.up):
             x = merge(torch.cat([x, skips.pop()], 1))
             for block in blocks:
-                x = block(x, emb)
+                x = block(x, draw)
             x = F.pixel_shuffle(leave(x), 2) if skips else x
         return F.pixel_shuffle(self.out(F.silu(self.norm(x))), self.shape.stem)
 

@@ -11,13 +11,21 @@ import torch
 
 
 def orthogonalise(m, rounds=5):
-    """About U V^T of each matrix m (R, C): singular values between .7 and 1.2. X <- a X + b (X X^T) X + c (X X^T)^2 X."""
-    x = m.T if m.shape[0] > m.shape[1] else m
-    x = x / (x.norm() + 1e-7)
-    for _ in range(rounds):
-        s = x @ x.T
-        x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
-    return x.T if m.shape[0] > m.shape[1] else x
+    """About U V^T of each matrix in m (N, R, C): singular values between .7 and 1.2.
+
+    Newton-Schulz, x <- p(x x^T) x with p(s) = a + b s + c s^2, is done on the small Gram matrix s = x x^T: all factors are polynomials
+    in s and commute, so s <- p^2 s, q <- p q, and only the last product q x is as large as m.
+    """
+    x = m.mT if m.shape[1] > m.shape[2] else m
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    s = x @ x.mT
+    q = eye = torch.eye(s.shape[1], device=s.device)
+    for i in range(rounds):
+        p = 3.4445 * eye - 4.7750 * s + 2.0315 * s @ s
+        q = p @ q
+        s = p @ p @ s if i < rounds - 1 else None
+    x = q @ x
+    return x.mT if m.shape[1] > m.shape[2] else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -29,13 +37,17 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            same = {}  # parameters of one shape are worked on together
             for p in group["params"]:
-                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
-                mean.lerp_(p.grad, 1 - group["momentum"])
-                m = p.grad.lerp(mean, group["momentum"]).flatten(1)
-                scale = max(1, m.shape[0] / m.shape[1]) ** 0.5
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(orthogonalise(m).view(p.shape), alpha=-group["lr"] * scale)
+                same.setdefault(p.shape, []).append(p)
+            for some in same.values():
+                means = [self.state[p].setdefault("mean", torch.zeros_like(p)) for p in some]
+                grads = [p.grad for p in some]
+                torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+                m = torch.stack(torch._foreach_lerp(grads, means, group["momentum"])).flatten(2)  # (N, R, C)
+                scale = max(1, m.shape[1] / m.shape[2]) ** 0.5
+                torch._foreach_mul_(some, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(some, [u.view(p.shape) for u, p in zip(orthogonalise(m), some)], alpha=-group["lr"] * scale)
 
 
 def split(model):

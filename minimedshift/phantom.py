@@ -504,11 +504,11 @@ class Physics:
 
 
 PHYSICS = {
-    "synthetic-low": Physics(dose=1600, full=False, slope=.20),
-    "synthetic-high": Physics(dose=24000, full=False, slope=.20),
-    "real-low": Physics(dose=3000, electronic=3., scatter=.2, width=.6, coarse=2.2, fine=2.3, rest=.20, slope=.44, air=.9),
-    "real-normal": Physics(dose=30000, electronic=3., scatter=.2, width=.5, coarse=2.2, fine=2.3, rest=.20, slope=.44, air=.9),
-    "real-exposure": Physics(dose=150000, electronic=3., scatter=.16, width=.4, coarse=.6, fine=4.5, rest=.36, slope=.42, air=.72),
+    "synthetic-low": Physics(dose=900, full=False, slope=.20),
+    "synthetic-high": Physics(dose=5000, full=False, slope=.20),
+    "real-low": Physics(dose=2000, electronic=3., scatter=.2, width=.9, coarse=2.2, fine=2.3, rest=.20, slope=.44, air=.9),
+    "real-normal": Physics(dose=15000, electronic=3., scatter=.2, width=.5, coarse=2.2, fine=2.3, rest=.20, slope=.44, air=.9),
+    "real-exposure": Physics(dose=60000, electronic=3., scatter=.16, width=.4, coarse=.6, fine=4.5, rest=.36, slope=.42, air=.72),
 }
 
 

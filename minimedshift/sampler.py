@@ -1,7 +1,11 @@
 """The ODE dx/dt = v(x, t, y), solved in both directions; translation is one leg back and one leg forward.
 
-    encode     dx = -v(x, t, y_source) dt     from the image at t = 1 down to z at t = tau
-    decode     dx =  v(x, t, y_target) dt     from z up to the translated image at t = 1       arXiv:2508.21435, eq. 4-5
+    encode     dx = -v(x, t, y_source) dt     from the image down to z at t = tau
+    decode     dx =  v(x, t, y_target) dt     from z up to the translated image        arXiv:2508.21435, eq. 4-5
+
+In the paper an image is xt at t = 1. Here it may count as xt a little earlier, at t = end: both legs lie in [tau, end]. What happens
+beyond is a stiff layer in which detail fainter than (1 - end) x0 is blown up into full-sized noise, and the network's errors with it.
+With end < 1 such detail passes as it is; what that is worth is measured in the README.
 
 Solvers are generators that yield every (t, xt), so that any caller can draw the trajectory; the same code runs both ways.
 """
@@ -34,12 +38,12 @@ class Velocity:
         return self.model(x, t, y).float()
 
 
-def grid(tau, steps, rho=2.0):
-    """steps + 1 times from 1 down to tau, dense near t = 1, where the velocity is stiff: 1 - t = (1 - tau) s^rho,
-    s = 0..1. Turn it around for the way up. Raises ValueError unless 0 <= tau < 1 and steps >= 1."""
-    if not 0 <= tau < 1 or steps < 1:
-        raise ValueError(f"the grid needs 0 <= tau < 1 and steps >= 1, got tau = {tau} and steps = {steps}")
-    return [1 - (1 - tau) * (i / steps) ** rho for i in range(steps + 1)]
+def grid(tau, steps, end=1.0, rho=1.5):
+    """steps + 1 times from end down to tau, denser near the image, where the velocity is stiff: t = end - (end - tau) s^rho,
+    s = 0..1. Turn it around for the way up. Raises ValueError unless 0 <= tau < end <= 1 and steps >= 1."""
+    if not 0 <= tau < end <= 1 or steps < 1:
+        raise ValueError(f"the grid needs 0 <= tau < end <= 1 and steps >= 1, got tau = {tau}, end = {end} and steps = {steps}")
+    return [end - (end - tau) * (i / steps) ** rho for i in range(steps + 1)]
 
 
 def euler(v, x, times):
@@ -70,18 +74,18 @@ def last(trajectory):
 
 
 @torch.inference_mode()
-def encode(model, x1, y, tau=0.0, steps=10, solver="heun"):
-    """From the image x1 (B, C, H, W) at t = 1 back to z at t = tau under label y: (B, C, H, W). Never guided."""
-    return last(SOLVERS[solver](Velocity(model, y), x1, grid(tau, steps)))
+def encode(model, x1, y, tau=0.0, steps=10, solver="heun", end=1.0):
+    """From the image x1 (B, C, H, W) at t = end back to z at t = tau under label y: (B, C, H, W). Never guided."""
+    return last(SOLVERS[solver](Velocity(model, y), x1, grid(tau, steps, end)))
 
 
 @torch.inference_mode()
-def decode(model, z, y, tau=0.0, guidance=1.0, steps=10, solver="heun"):
-    """From z (B, C, H, W) at t = tau forward to the image at t = 1 under label y, guided: (B, C, H, W)."""
-    return last(SOLVERS[solver](Velocity(model, y, guidance), z, grid(tau, steps)[::-1]))
+def decode(model, z, y, tau=0.0, guidance=1.0, steps=10, solver="heun", end=1.0):
+    """From z (B, C, H, W) at t = tau forward to the image at t = end under label y, guided: (B, C, H, W)."""
+    return last(SOLVERS[solver](Velocity(model, y, guidance), z, grid(tau, steps, end)[::-1]))
 
 
-def translate(model, x1, y_source, y_target, tau=0.45, guidance=1.0, steps=10, solver="heun"):
+def translate(model, x1, y_source, y_target, tau=0.45, guidance=1.0, steps=10, solver="heun", end=1.0):
     """Carry images x1 (B, C, H, W) in [-1, 1] from domain y_source to y_target (ints or (B,)). tau near 1 keeps structure,
     tau near 0 favours realism. `steps` are for each leg. Returns (B, C, H, W), not clipped."""
-    return decode(model, encode(model, x1, y_source, tau, steps, solver), y_target, tau, guidance, steps, solver)
+    return decode(model, encode(model, x1, y_source, tau, steps, solver, end), y_target, tau, guidance, steps, solver, end)

@@ -67,11 +67,21 @@ def test_ema_leaves_buffers_and_the_live_network_alone():
 
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16), (24, 24)])
 def test_muon_makes_singular_values_alike(shape):
-    m = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    u, _, vt = torch.linalg.svd(m, full_matrices=False)
+    u, s, vt = torch.linalg.svd(torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    m = u * torch.logspace(0, -1.5, s.shape[1]) @ vt  # singular values from 1 to .03
     o = orthogonalise(m)
-    assert 0.3 < torch.linalg.svdvals(o).min() and torch.linalg.svdvals(o).max() < 1.3
-    assert ((o * (u @ vt)).sum() / o.norm() / (u @ vt).norm()).item() > 0.95
+    assert 0.6 < torch.linalg.svdvals(o).min() and torch.linalg.svdvals(o).max() < 1.25
+    assert ((o * (u @ vt)).sum((1, 2)) / o.norm(dim=(1, 2)) / (u @ vt).norm(dim=(1, 2)) > 0.95).all()
+
+
+def test_newton_schulz_on_the_gram_matrix_is_newton_schulz():
+    """The textbook form, on the matrix itself and in float64."""
+    m = torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.logspace(0, -3, 40))
+    x = m.double() / m.double().norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        s = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
+    torch.testing.assert_close(orthogonalise(m), x.float(), atol=1e-4, rtol=0)
 
 
 def test_muon_solves_a_badly_scaled_least_squares():

@@ -29,13 +29,17 @@ def test_solvers_yield_the_whole_trajectory():
         torch.testing.assert_close(torch.stack([x for _, x in steps])[:, 0], torch.tensor([0.0, 0.25, 1.0]))
 
 
-def test_grid_ends_where_it_should_and_is_dense_near_one():
-    times = grid(0.3, 10)
-    assert times[0] == 1 and times[-1] == pytest.approx(0.3) and times == sorted(times, reverse=True)
-    assert times[0] - times[1] < (times[-2] - times[-1]) / 5
-    for tau, steps in ((1.0, 5), (-0.1, 5), (0.5, 0)):
+@pytest.mark.parametrize("end", [1.0, 0.97])
+def test_grid_ends_where_it_should_and_is_denser_near_the_image(end):
+    times = grid(0.3, 10, end)
+    assert times[0] == end and times[-1] == pytest.approx(0.3) and times == sorted(times, reverse=True)
+    assert times[0] - times[1] < (times[-2] - times[-1]) / 4
+
+
+def test_grid_refuses_what_cannot_be_solved():
+    for tau, steps, end in ((1.0, 5, 1.0), (-0.1, 5, 1.0), (0.5, 0, 1.0), (0.5, 5, 0.5), (0.5, 5, 1.1)):
         with pytest.raises(ValueError, match="tau"):
-            grid(tau, steps)
+            grid(tau, steps, end)
 
 
 MEANS, SPREADS = (0.5, -1.0), (0.4, 1.5)
@@ -52,15 +56,15 @@ def gaussian(x, t, y):
 gaussian.shape = SimpleNamespace(num_domains=2)
 
 
-@pytest.mark.parametrize("tau", [0.0, 0.45, 0.8])
-def test_translation_between_gaussians_is_the_known_map(tau):
-    """A Gaussian flow is affine: xt = t m + S(t) (x1 - m) / s with S^2 = t^2 s^2 + (1 - t)^2; two legs compose."""
+@pytest.mark.parametrize("tau, end", [(0.0, 1.0), (0.45, 1.0), (0.8, 1.0), (0.1, 0.97)])
+def test_translation_between_gaussians_is_the_known_map(tau, end):
+    """A Gaussian flow is affine: (xt - t m) / S(t) stays the same, with S^2 = t^2 s^2 + (1 - t)^2; two legs compose."""
     x1 = torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(0)) * SPREADS[0] + MEANS[0]
-    at = lambda k: math.sqrt(tau**2 * SPREADS[k] ** 2 + (1 - tau) ** 2)
-    z = tau * MEANS[0] + at(0) / SPREADS[0] * (x1 - MEANS[0])
-    expected = MEANS[1] + SPREADS[1] / at(1) * (z - tau * MEANS[1])
-    torch.testing.assert_close(encode(gaussian, x1, 0, tau, steps=100), z, atol=2e-3, rtol=0)
-    torch.testing.assert_close(translate(gaussian, x1, 0, 1, tau, steps=100), expected, atol=5e-3, rtol=0)
+    S = lambda t, y: math.sqrt(t**2 * SPREADS[y] ** 2 + (1 - t) ** 2)
+    z = tau * MEANS[0] + S(tau, 0) / S(end, 0) * (x1 - end * MEANS[0])
+    expected = end * MEANS[1] + S(end, 1) / S(tau, 1) * (z - tau * MEANS[1])
+    torch.testing.assert_close(encode(gaussian, x1, 0, tau, steps=100, end=end), z, atol=2e-3, rtol=0)
+    torch.testing.assert_close(translate(gaussian, x1, 0, 1, tau, steps=100, end=end), expected, atol=5e-3, rtol=0)
 
 
 def test_there_and_back_is_the_identity_up_to_the_solver():

@@ -26,7 +26,7 @@ def save_checkpoint(path, **config):
     weights = UNet(shape).state_dict()
     checkpoint.save(path, dict(config=dict(data=None, train_images=5, valid_heads=1, test_heads=2, seed=0, shift=True, **config), shape=asdict(shape),
                                domains=list(phantom.DOMAINS), step=3, image=dict(size=SIZE, channels=1, range=[-1., 1.]),
-                               translate=dict(tau=.5, guidance=2., steps=2, solver="heun"), model=weights, ema=weights))
+                               translate=dict(tau=.5, guidance=2., steps=2, solver="heun", end=1.0), model=weights, ema=weights))
     return str(path)
 
 
@@ -112,7 +112,7 @@ def test_colours_become_their_luminance_for_a_grey_network(tmp_path, net):
 
 @pytest.mark.parametrize("change, word", [
     (dict(source="real"), "synthetic-low, synthetic-high"), (dict(target="auto"), "choose from"), (dict(source=None), "--source"),
-    (dict(tau="1"), "below 1"), (dict(tau="nan"), "--tau"), (dict(tau="x"), "--tau"), (dict(steps="0"), "--steps"), (dict(batch_size="0"), "--batch-size"),
+    (dict(tau="1"), "below 1"), (dict(tau="nan"), "--tau"), (dict(tau="x"), "--tau"), (dict(end=".4"), "below end"), (dict(steps="0"), "--steps"), (dict(batch_size="0"), "--batch-size"),
     (dict(guidance="inf"), "--guidance"), (dict(solver="rk9"), "--solver"), (dict(device="tpu"), "--device"), (dict(checkpoint="none.pt"), "none.pt"),
     (dict(checkpoint="a.png"), "a.png"), (dict(input="none.png"), "no such file"), (dict(output="there.png"), "--overwrite"), (dict(output="b.xyz"), "ends in"),
     (dict(output="folder"), "name the file"), (dict(input="folder"), "is a file"), (dict(input="folder", output="folder/sub"), "inside"),
@@ -229,7 +229,7 @@ def test_auto_says_what_it_took_and_uses_it(tmp_path, net, monkeypatch, capsys):
     Image.fromarray(picture(20, 20)).save(tmp_path / "a.png")
     assert here(tmp_path / "a.png", tmp_path / "b.png", "--source", "auto", "--target", "real-low", "--checkpoint", net, "--tau", 0.25, "--steps", 7) == 0
     assert "a.png: taken for real-normal" in capsys.readouterr().out
-    assert used == [([3], 2, dict(tau=.25, guidance=2., steps=7, solver="heun"))]
+    assert used == [([3], 2, dict(tau=.25, guidance=2., steps=7, solver="heun", end=1.0))]
 
 
 def test_evaluations_are_those_the_sampler_makes(net):
@@ -239,7 +239,7 @@ def test_evaluations_are_those_the_sampler_makes(net):
     for solver in sampler.SOLVERS:
         for guidance in (1., 2.):
             calls.clear()
-            how = dict(tau=.4, guidance=guidance, steps=3, solver=solver)
+            how = dict(tau=.4, guidance=guidance, steps=3, solver=solver, end=1.0)
             sampler.translate(model, torch.zeros(1, 1, 8, 8), 0, 1, **how)
             assert translate.evaluations(how) == len(calls)
 

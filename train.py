@@ -212,7 +212,7 @@ def main(argv=None):
             command=" ".join(["python", *sys.argv]), seed=config.seed, machine=machine(device), torch=torch.__version__, dtype=str(dtype)[6:],
             weights="EMA", steps=config.steps, training_seconds=seconds, **report))
         evaluate.picture(out / "translations.png", dataset, report["main_pair"], columns)
-        print(f"{out}/: checkpoint.pt, log.csv, loss.png, translations.png, report.json")
+        print(f"{out}/: checkpoint.pt, log.csv, loss.png, samples.png, translations.png, report.json")
     return 0
 
 

@@ -30,7 +30,7 @@ class Config:
     source: str = flag(None, "domain of INPUT, or auto: inferred for each image", "what")
     target: str = flag(None, "domain to translate to", "what")
     checkpoint: str = flag("out/checkpoint.pt", "trained network; its EMA weights are used", "what")
-    tau: float = flag(None, "how far back to go, in [0, 1): near 1 keeps structure, near 0 favours realism (default: the checkpoint's)", "how", kind=float)
+    tau: float = flag(None, "how far back to go, at least 0 and below end: near 1 keeps structure, near 0 favours realism (default: the checkpoint's)", "how", kind=float)
     guidance: float = flag(None, "strength of the target label on the way forward; 1 is none (default: the checkpoint's)", "how", kind=float)
     steps: int = flag(None, "solver steps of each leg (default: the checkpoint's)", "how", kind=int)
     solver: str = flag(None, "ODE solver (default: the checkpoint's)", "how", choices=tuple(sampler.SOLVERS))
@@ -47,7 +47,7 @@ class Config:
 def check_flags(c):
     for name, good, allowed in (("tau", c.tau is None or 0 <= c.tau < 1, "at least 0 and below 1"),
                                 ("guidance", c.guidance is None or abs(c.guidance) < 1000, "a number, 1 for none"),
-                                ("steps", c.steps is None or c.steps >= 1, "at least 1"), ("batch_size", c.batch_size >= 1, "at least 1")):
+                                ("end", c.end is None or 0 < c.end <= 1, "above 0 and at most 1"), ("steps", c.steps is None or c.steps >= 1, "at least 1"), ("batch_size", c.batch_size >= 1, "at least 1")):
         if not good:
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)} is not allowed: it must be {allowed}")
     if c.input and not (c.output and c.source and c.target):
@@ -126,11 +126,12 @@ def carry(full, x1, out, radius=1, eps=1e-3):
 def infer_source(model, x1, seed, colour=0.0, draws=8):
     """The label (B,) whose velocity fits the images x1 (B, C, H, W) best:  argmin_y sum ||v(xt, t, y) - (x1 - x0)||^2
 
-    over `draws` fixed pairs of t and noise x0, the same for every label and image (diffusion classifier, arXiv:2303.16203).
+    over `draws` fixed pairs of t and noise x0, the same for every label and image (diffusion classifier, arXiv:2303.16203). t lies in
+    [.9, 1]: there the image's own noise, by which doses are told apart, is not yet drowned.
     """
     generator, errors = torch.Generator().manual_seed(seed), 0
     for i in range(draws):
-        t = (i + .5) / draws
+        t = .9 + .1 * (i + .5) / draws
         x0 = draw_noise(x1.shape[1:], generator, colour).to(x1.device)
         xt, ts = (1 - t) * x0 + t * x1, torch.full((len(x1),), t, device=x1.device)
         labels = [torch.full((len(x1),), y, device=x1.device) for y in range(model.shape.num_domains)]

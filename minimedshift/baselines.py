@@ -88,7 +88,7 @@ def fit_curve(source, target, bins=512):
 
 # ---------------------------------------------------------------- with a network
 
-def sdedit(model, x1, y_target, tau, guidance=1.0, steps=10, solver="heun", colour=0.0, seed=0):
+def sdedit(model, x1, y_target, tau, guidance=1.0, steps=5, solver="heun", colour=0.0, seed=0):
     """SDEdit (arXiv:2108.01073, Alg. 1): drown the image in fresh noise down to time tau, then generate in the target domain.
 
     x1: (B, C, H, W) source images, y_target: int or (B,). xt = tau x1 + (1-tau) x0 with x0 the noise of training, drawn from
@@ -96,7 +96,7 @@ def sdedit(model, x1, y_target, tau, guidance=1.0, steps=10, solver="heun", colo
     """
     x0 = draw_noise(x1.shape, torch.Generator().manual_seed(seed), colour).to(x1)
     xt = tau * x1 + (1 - tau) * x0
-    return sampler.decode(model, xt, y_target, tau, guidance, steps, solver)
+    return sampler.decode(model, xt, y_target, tau, guidance, steps, solver, end=1.0)
 
 
 def regress(model, x, y):

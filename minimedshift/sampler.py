@@ -74,18 +74,18 @@ def last(trajectory):
 
 
 @torch.inference_mode()
-def encode(model, x1, y, tau=0.0, steps=10, solver="heun", end=1.0):
+def encode(model, x1, y, tau=0.0, steps=5, solver="heun", end=0.97):
     """From the image x1 (B, C, H, W) at t = end back to z at t = tau under label y: (B, C, H, W). Never guided."""
     return last(SOLVERS[solver](Velocity(model, y), x1, grid(tau, steps, end)))
 
 
 @torch.inference_mode()
-def decode(model, z, y, tau=0.0, guidance=1.0, steps=10, solver="heun", end=1.0):
+def decode(model, z, y, tau=0.0, guidance=1.0, steps=5, solver="heun", end=0.97):
     """From z (B, C, H, W) at t = tau forward to the image at t = end under label y, guided: (B, C, H, W)."""
     return last(SOLVERS[solver](Velocity(model, y, guidance), z, grid(tau, steps, end)[::-1]))
 
 
-def translate(model, x1, y_source, y_target, tau=0.45, guidance=1.0, steps=10, solver="heun", end=1.0):
+def translate(model, x1, y_source, y_target, tau=0.4, guidance=1.0, steps=5, solver="heun", end=0.97):
     """Carry images x1 (B, C, H, W) in [-1, 1] from domain y_source to y_target (ints or (B,)). tau near 1 keeps structure,
     tau near 0 favours realism. `steps` are for each leg. Returns (B, C, H, W), not clipped."""
     return decode(model, encode(model, x1, y_source, tau, steps, solver, end), y_target, tau, guidance, steps, solver, end)

@@ -147,7 +147,7 @@ def test_noise_follows_dose_and_only_real_noise_is_correlated(pictures):
         correlation[d] = (noise[..., 1:] * noise[..., :-1])[both].mean().item() / std[d] ** 2
     ratio = phantom.PHYSICS["synthetic-high"].dose / phantom.PHYSICS["synthetic-low"].dose
     assert (std["synthetic-low"] / std["synthetic-high"]) ** 2 == pytest.approx(ratio, rel=.25)  # a log of few counts has a heavier tail
-    assert .025 < std["synthetic-low"] < .05 and .04 < std["real-low"] < .08 and .012 < std["real-normal"] < .025
+    assert .035 < std["synthetic-low"] < .055 and .045 < std["real-low"] < .075 and .02 < std["real-normal"] < .035
     detail = {d: std[d] / phantom.PHYSICS[d].fine for d in REAL}  # enhancement amplifies noise with the detail it is for
     assert detail["real-exposure"] < detail["real-normal"] < detail["real-low"]
     assert all(abs(correlation[d]) < .03 for d in SYNTHETIC)

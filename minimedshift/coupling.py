@@ -3,6 +3,7 @@
 Flow matching pairs every image x1 with a noise x0 and learns the straight line between them. Any pairing whose noises
 are N(0, I) is allowed; a pairing with short lines makes lines that cross less. Pairs are made inside each label's block:
 a label-blind plan would train p(x0 | y) that is not N(0, I), while sampling starts from N(0, I) (arXiv:2503.10636).
+For coloured noise (flow.draw_noise) read its own Gaussian instead of N(0, I): nothing else changes.
 """
 
 import torch

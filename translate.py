@@ -47,7 +47,8 @@ class Config:
 def check_flags(c):
     for name, good, allowed in (("tau", c.tau is None or 0 <= c.tau < 1, "at least 0 and below 1"),
                                 ("guidance", c.guidance is None or abs(c.guidance) < 1000, "a number, 1 for none"),
-                                ("end", c.end is None or 0 < c.end <= 1, "above 0 and at most 1"), ("steps", c.steps is None or c.steps >= 1, "at least 1"), ("batch_size", c.batch_size >= 1, "at least 1")):
+                                ("end", c.end is None or 0 < c.end <= 1, "above 0 and at most 1"),
+                                ("steps", c.steps is None or c.steps >= 1, "at least 1"), ("batch_size", c.batch_size >= 1, "at least 1")):
         if not good:
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)} is not allowed: it must be {allowed}")
     if c.input and not (c.output and c.source and c.target):

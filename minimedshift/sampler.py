@@ -75,7 +75,8 @@ def last(trajectory):
 
 @torch.inference_mode()
 def encode(model, x1, y, tau=0.0, steps=5, solver="heun", end=0.97):
-    """From the image x1 (B, C, H, W) at t = end back to z at t = tau under label y: (B, C, H, W). Never guided."""
+    """From the image x1 (B, C, H, W) at t = end back to z at t = tau under label y: (B, C, H, W). Never guided.
+    Raises ValueError as `grid` does, KeyError for an unknown solver."""
     return last(SOLVERS[solver](Velocity(model, y), x1, grid(tau, steps, end)))
 
 
@@ -87,5 +88,5 @@ def decode(model, z, y, tau=0.0, guidance=1.0, steps=5, solver="heun", end=0.97)
 
 def translate(model, x1, y_source, y_target, tau=0.4, guidance=1.0, steps=5, solver="heun", end=0.97):
     """Carry images x1 (B, C, H, W) in [-1, 1] from domain y_source to y_target (ints or (B,)). tau near 1 keeps structure,
-    tau near 0 favours realism. `steps` are for each leg. Returns (B, C, H, W), not clipped."""
+    tau near 0 favours realism. `steps` are for each leg. Returns (B, C, H, W), not clipped. Raises what `encode` raises."""
     return decode(model, encode(model, x1, y_source, tau, steps, solver, end), y_target, tau, guidance, steps, solver, end)

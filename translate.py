@@ -33,9 +33,9 @@ class Config:
     tau: float = flag(None, "how far back to go, at least 0 and below end: near 1 keeps structure, near 0 favours realism (default: the checkpoint's)", "how", kind=float)
     guidance: float = flag(None, "strength of the target label on the way forward; 1 is none (default: the checkpoint's)", "how", kind=float)
     steps: int = flag(None, "solver steps of each leg (default: the checkpoint's)", "how", kind=int)
-    solver: str = flag(None, "ODE solver (default: the checkpoint's)", "how", choices=tuple(sampler.SOLVERS))
+    solver: str = flag(None, "ODE solver, or sde: a diffusion with the same images at every t (default: the checkpoint's)", "how", choices=tuple(sampler.SOLVERS))
     end: float = flag(None, "time at which an image is taken to be, above tau and at most 1 (default: the checkpoint's)", "how", kind=float)
-    seed: int = flag(0, "noise of --source auto; the translation itself has no randomness", "how")
+    seed: int = flag(0, "noise of --source auto and of --solver sde; else a translation has no randomness", "how")
     batch_size: int = flag(16, "images translated at once", "machine")
     device: str = flag("auto", "where to compute", "machine", choices=("auto", "cuda", "mps", "cpu"))
     overwrite: bool = flag(False, "replace existing files", "files")
@@ -136,7 +136,7 @@ def infer_source(model, x1, seed, colour=0.0, draws=8):
         x0 = draw_noise(x1.shape[1:], generator, colour).to(x1.device)
         xt, ts = (1 - t) * x0 + t * x1, torch.full((len(x1),), t, device=x1.device)
         labels = [torch.full((len(x1),), y, device=x1.device) for y in range(model.shape.num_domains)]
-        errors = errors + torch.stack([(model(xt, ts, y).float() - (x1 - x0)).square().mean((1, 2, 3)) for y in labels])
+        errors = errors + torch.stack([(model(xt, ts, y)[:, :x1.shape[1]].float() - (x1 - x0)).square().mean((1, 2, 3)) for y in labels])
     return errors.argmin(0)
 
 
@@ -154,7 +154,7 @@ def translate_batch(items, model, state, c, how, device):
         y_source = infer_source(model, x1, c.seed, state["config"].get("colour", 0.0))
         for (path, *_), y in zip(items, y_source.tolist()):
             print(f"{path}: taken for {domains[y]}")
-    out = sampler.translate(model, x1, y_source, domains.index(c.target), **how)
+    out = sampler.translate(model, x1, y_source, domains.index(c.target), **how, generator=torch.Generator(device).manual_seed(c.seed))
     results = []
     for (_, path, x, info), whole, small, new in zip(items, full, x1, out):
         if whole.shape[-2:] != shape:
@@ -215,10 +215,12 @@ def translate_heads(model, state, c, how, device, heads=8):
     x1, truth = load(test.images, source), load(test.truth, target)
     score = lambda x: f"{metrics.structure(x, truth).mean():.1f} dB"
     pictures, captions = [x1], [f"source, {score(x1)}\n{domains[source]}"]
-    for tau in [c.tau] if c.tau is not None else sorted((tau for tau in {.6, .45, .3, how["tau"]} if tau < how["end"]), reverse=True):
-        out = sampler.translate(model, x1, source, target, **{**how, "tau": tau})
+    taus = [how["tau"]] if c.tau is not None or how["x0"] == "image" else sorted((tau for tau in {.6, .45, .3, how["tau"]} if tau < how["end"]), reverse=True)
+    for tau in taus:
+        out = sampler.translate(model, x1, source, target, **{**how, "tau": tau}, generator=torch.Generator(device).manual_seed(c.seed))
         pictures.append(out)
-        captions.append(f"tau {tau:g}, {score(out)}" + ("\n(default)" if tau == state["translate"]["tau"] else ""))
+        name = "directly" if how["x0"] == "image" else f"tau {tau:g}"
+        captions.append(f"{name}, {score(out)}" + ("\n(default)" if tau == state["translate"]["tau"] and len(taus) > 1 else ""))
     path = Path(c.checkpoint).parent / "translate.png"
     data.figure(path, [list(row) for row in zip(*(x.cpu() for x in pictures + [truth]))],
                 captions + [f"simulated truth\n{domains[target]}"], [f"head {i}" for i in range(len(x1))])
@@ -237,22 +239,28 @@ def main(argv=None):
         allowed = list(state["domains"]) + ["auto"] * (name == "source" and c.input is not None)
         if getattr(c, name) not in allowed + [None]:
             raise UserError(f"--{name} {getattr(c, name)} is not a domain of {c.checkpoint}: choose from {', '.join(allowed)}")
+    if state["translate"]["x0"] == "image":
+        for name, given in (("--tau", c.tau is not None), ("--end", c.end is not None), ("--source auto", c.source == "auto"), ("--solver sde", c.solver == "sde")):
+            if given:
+                raise UserError(f"{name} has no meaning for {c.checkpoint}, which goes from image to image directly (--x0 image)")
+    if c.solver == "sde" and not (state["shape"]["score"] or (state["config"]["coupling"] == "independent" and state["config"]["sigma"] == 0)):
+        raise UserError(f"--solver sde needs a score, and {c.checkpoint} has none: train with --score, or with --coupling independent and --sigma 0")
     files = plan_files(c) if c.input else []
 
-    how = {key: default if getattr(c, key) is None else getattr(c, key) for key, default in state["translate"].items()}
+    how = {key: default if getattr(c, key, None) is None else getattr(c, key) for key, default in state["translate"].items()}
     if not how["tau"] < how["end"] <= 1:
         raise UserError(f"--tau {how['tau']:g} and --end {how['end']:g} do not fit: tau must be below end, and end at most 1")
     print(f"{c.source or 'synthetic-high'} -> {c.target or 'real-normal'} on {device} with the EMA weights of step {state['step']}: "
-          f"tau {how['tau']:g}, guidance {how['guidance']:g}, {how['steps']} {how['solver']} steps a leg, {evaluations(how)} evaluations an image",
+          f"{'directly' if how['x0'] == 'image' else 'tau ' + format(how['tau'], 'g')}, guidance {how['guidance']:g}, {how['steps']} {how['solver']} steps a leg, "
+          f"{evaluations(how)} evaluations an image",
           flush=True)
     return translate_files(files, model, state, c, how, device) if files else translate_heads(model, state, c, how, device)
 
 
 def evaluations(how):
-    """Network evaluations of one translation, counted by solving dx/dt = 0."""
-    calls = []
-    sampler.last(sampler.SOLVERS[how["solver"]](lambda x, t: calls.append(t) or 0 * x, torch.zeros(1), sampler.grid(0, how["steps"])))
-    return len(calls) * (2 if how["guidance"] == 1 else 3)
+    """Network evaluations of one translation."""
+    leg = how["steps"] * sampler.EVALUATIONS[how["solver"]]
+    return leg * (1 if how["guidance"] == 1 else 2) + leg * (how["x0"] == "noise")
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def sdedit(model, x1, y_target, tau, guidance=1.0, steps=5, solver="heun", colou
     """
     x0 = draw_noise(x1.shape, torch.Generator().manual_seed(seed), colour).to(x1)
     xt = tau * x1 + (1 - tau) * x0
-    return sampler.decode(model, xt, y_target, tau, guidance, steps, solver, end=1.0)
+    return sampler.decode(model, xt, y_target, tau, guidance, steps, solver, 1.0, colour, torch.Generator(x1.device).manual_seed(seed))
 
 
 def regress(model, x, y):

@@ -13,7 +13,7 @@ import torch
 from . import UserError
 from .model import Shape, UNet
 
-FORMAT = 2  # 1 had no `end` among the settings of a translation
+FORMAT = 3  # 1 had no `end` among the settings of a translation, 2 no `colour` and `x0`
 
 
 class EMA:

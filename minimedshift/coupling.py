@@ -1,78 +1,261 @@
 """Which noise goes with which image: the coupling.
 
-Flow matching pairs every image x1 with a noise x0 and learns the straight line between them. Any pairing whose noises
-are N(0, I) is allowed; a pairing with short lines makes lines that cross less. Pairs are made inside each label's block:
-a label-blind plan would train p(x0 | y) that is not N(0, I), while sampling starts from N(0, I) (arXiv:2503.10636).
-For coloured noise (flow.draw_noise) read its own Gaussian instead of N(0, I): nothing else changes.
+Flow matching pairs every image x1 with a noise x0 and learns the line between them. Any pairing will do in which the noises of
+each label are N(0, I); one with short lines has lines that cross less. The Schrodinger bridge of a Brownian motion of width
+sigma pairs them by entropic optimal transport (arXiv:2302.00482, Prop. 3.4; for C = 1/2 ||.||^2 it would be eps = sigma^2):
+
+    pi = argmin <C, pi> + eps sum pi log pi,    C_ij = ||x1_i - x0_j||^2,    eps = 2 sigma^2,    all rows and columns weigh alike
+
+    independent   eps to infinity: any noise with any image
+    sinkhorn      eps between: pi from a batch, then a noise for each image drawn from pi(. | image)
+    exact         eps to 0: the one-to-one assignment of least total cost
+    semidiscrete  eps to 0 and all training images at once: every fresh noise has its image (class Semidiscrete)
+
+Plans are made inside each label's block. A label-blind plan would train p(x0 | y) that is not N(0, I), while sampling starts from
+N(0, I) (arXiv:2503.10636). For coloured noise (flow.draw_noise) read its own Gaussian instead of N(0, I): nothing else changes.
 """
 
+import math
+from typing import NamedTuple
+
+import numpy as np
 import torch
 
-
-def squared_distance(x0, x1):
-    """Cost matrix C_ij = ||x1_i - x0_j||^2 of images (n, ...) and noises (m, ...): (n, m) float32, >= 0."""
-    a, b = x1.flatten(1).float(), x0.flatten(1).float()
-    return (a.square().sum(1)[:, None] + b.square().sum(1)[None] - 2 * a @ b.T).clamp_min(0)
-
-
-def independent(x0, x1):
-    """Image i keeps noise i: p(x0, x1) = p(x0) p(x1). Returns (n,) int64, the noise of each image."""
-    return torch.arange(len(x1), device=x1.device)
+COUPLINGS = ("independent", "sinkhorn", "exact", "semidiscrete")
+DENSE = 4096  # up to here a batch's costs are stored, beyond they are computed in blocks of DENSE^2 whenever they are needed
+TRIALS = 40  # fresh noises for each image, to see how evenly the images are picked
+ITERATIONS = 100  # of Sinkhorn, the first half of them while eps shrinks
 
 
-def exact(x0, x1):
-    """Optimal transport between n noises and n images (n, ...): the permutation of least sum ||x1_i - x0_j(i)||^2.
+class Plan(NamedTuple):
+    """What `couple` returns; the scalars are tensors on the device, so that nothing waits for them."""
+    index: torch.Tensor    # (n,) int64: the noise of each image
+    entropy: torch.Tensor  # mean entropy of pi(. | image) over log n: 0 is one noise for each image, 1 is independent
+    cost: torch.Tensor     # mean ||x1 - x0||^2 of the pairs over that of all pairs of one label
+    error: torch.Tensor    # mean relative error of the plan's column sums; its row sums are exact
 
-    Equal to the Schrodinger bridge's static plan as its sigma goes to 0. Returns (n,) int64, the noise of each image.
+
+def couple(name, x0, x1, y, eps=0.0, generator=None):
+    """Pair noises with images inside each label's block.
+
+    x0, x1 (n, ...) on any device, y (n,) int64 on the host (so that block sizes cost no device sync); eps > 0 and a generator on
+    the device are needed for "sinkhorn". Returns a Plan: x0[plan.index] goes with x1 and y, which stay where they are, every image
+    used once. Raises ValueError for a coupling that makes no plan of a batch, or eps <= 0.
     """
-    return assign(squared_distance(x0, x1))
+    one, zero = torch.ones((), device=x1.device), torch.zeros((), device=x1.device)
+    if name == "independent":
+        return Plan(torch.arange(len(x1), device=x1.device), one, one, zero)
+    if name == "exact":
+        index, entropy, error = exact(x0, x1, y), zero, zero
+    elif name == "sinkhorn":
+        index, entropy, error = sinkhorn(x0, x1, y, eps, generator)
+    else:
+        raise ValueError(f"couple knows independent, sinkhorn and exact, not {name}")
+    a, b, there = x1.flatten(1).float(), x0.flatten(1).float(), y.to(x1.device, non_blocking=True)
+    all_pairs = sum(z.square().sum(1).mean() for z in (a, b)) - 2 * (a * label_mean(b, there, int(y.max()) + 1)[there]).sum(1).mean()
+    return Plan(index, entropy, (a - b[index]).square().sum(1).mean() / all_pairs, error)
 
 
-def assign(cost, tolerance=1e-6):
-    """The cheapest one-to-one assignment of rows to columns, by auction (Bertsekas 1988, eps-scaling as in his eq. 5).
+def label_mean(x, y, labels):
+    """The mean of x (n, d) over each label: (labels, d), zero where there is none."""
+    count = torch.zeros(labels, device=x.device).index_add_(0, y, torch.ones_like(x[:, 0]))
+    return torch.zeros(labels, x.shape[1], device=x.device).index_add_(0, y, x) / count.clamp_min(1)[:, None]
 
-    Every row without a column bids for its best one, raising that column's price by its margin over the second best plus
-    eps; the highest bid wins and the former owner is free again. When all own one, the total is within n eps of the
-    optimum. eps shrinks from a quarter of the cost range to tolerance * range / n; prices carry over between rounds.
 
-    cost (n, n) finite, any device. Returns (n,) int64, the column of each row; raises ValueError on any other shape.
+def centred(x):
+    """x (n, ...) as (n, d) float32 less its mean. Of ||x1 - x0||^2 only -2 <x1, x0> matters to a plan, and only up to row and column
+    constants: of centred vectors it is a small number, exact enough in float32."""
+    x = x.flatten(1).float()
+    return x - x.mean(0)
+
+
+# ---------------------------------------------------------------- entropic: Sinkhorn
+
+def blocks(a, b, ya, yb):
+    """The matrix 2 <a_i, b_j>, -inf across labels: minus the cost. a, b (n, d), labels ya, yb (n,), in blocks of rows (start, (rows, n))."""
+    rows = max(1, DENSE**2 // len(b))
+    for start in range(0, len(a), rows):
+        part = slice(start, start + rows)
+        yield start, (2 * a[part] @ b.T).masked_fill_(ya[part, None] != yb, -torch.inf)
+
+
+def half_step(matrix, g, eps, count):
+    """f_i = -log mean_j exp(g_j - C_ij / eps), over the count_i entries of i's label: after it, every row of the plan has its weight
+    (arXiv:1803.00567, eq. 4.43; potentials in units of eps). matrix: blocks of -C. g (n,) -> f (n,)."""
+    total = []
+    for start, block in matrix:
+        z = torch.add(g, block, alpha=1 / eps)
+        total.append(z.diagonal(start) - z.log_softmax(1).diagonal(start))  # logsumexp, at a third of its time on a CPU
+    return count.log() - torch.cat(total)
+
+
+def solve(x0, x1, y, eps, iterations=ITERATIONS):
+    """The dual of the entropic plan. y (n,) on the device. Returns g (n,), one potential a noise in units of eps, and the function
+    that gives the blocks of -C.
+
+    eps shrinks to its value during the first half of a fixed number of iterations: no iteration waits for the device.
+    """
+    a, b = centred(x1), centred(x0)
+    count = torch.zeros(len(y), device=y.device).index_add_(0, y, torch.ones(len(y), device=y.device))[y]  # of i's label
+    rows, columns = (lambda: blocks(a, b, y, y)), (lambda: blocks(b, a, y, y))
+    if len(a) <= DENSE:
+        stored = next(rows())[1]
+        rows, columns = (lambda: [(0, stored)]), (lambda: [(0, stored.T)])
+    g, now = torch.zeros(len(b), device=b.device), eps
+    for i in range(iterations):
+        before, now = now, eps * 1000 ** max(0, 1 - 2 * i / iterations)
+        g = half_step(columns(), half_step(rows(), g * (before / now), now, count), now, count)
+    return g * (now / eps), rows
+
+
+def sinkhorn(x0, x1, y, eps, generator=None, iterations=ITERATIONS):
+    """Entropic optimal transport: for each image a noise drawn from pi(. | image), by the Gumbel trick.
+
+    Returns index (n,) int64, and as scalars the normalised entropy and the marginal error (see Plan).
+    """
+    if not eps > 0:
+        raise ValueError(f"sinkhorn needs eps > 0, got {eps}")
+    y = y.to(x1.device, non_blocking=True)
+    g, rows = solve(x0, x1, y, eps, iterations)
+    index, entropy, most, columns = [], 0, 0, 0
+    for _, block in rows():
+        logits = torch.add(g, block, alpha=1 / eps)  # (rows, n): log pi(j | i) up to a constant
+        p = logits.softmax(1)
+        index.append((logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(1))
+        entropy, most = entropy + torch.special.entr(p).sum(), most + torch.isfinite(block).sum(1).log().sum()
+        columns = columns + p.sum(0)
+    return torch.cat(index), entropy / most.clamp_min(1e-9), (columns - 1).abs().mean()
+
+
+def find_eps(x0, x1, y, entropy, steps=20):
+    """The eps whose plan of these noises and images has this normalised entropy in (0, 1), by bisection; a float. Not for the hot loop."""
+    low, high = np.log(x1.flatten(1).float().var(0).sum().item()) + np.log((1e-5, 1e2))
+    for _ in range(steps):
+        middle = (low + high) / 2
+        wide = sinkhorn(x0, x1, y, float(np.exp(middle)))[1].item() > entropy
+        low, high = (low, middle) if wide else (middle, high)
+    return float(np.exp((low + high) / 2))
+
+
+# ---------------------------------------------------------------- exact: assignment
+
+def exact(x0, x1, y):
+    """Optimal transport: in each label the permutation of least sum ||x1_i - x0_j(i)||^2. y on the host. Returns (n,) int64."""
+    index = torch.empty(len(y), dtype=torch.int64)
+    for label in y.unique().tolist():
+        mine = (y == label).nonzero()[:, 0]
+        rows = mine.to(x1.device)
+        index[mine] = mine[assign(-centred(x1[rows]) @ centred(x0[rows]).T)]
+    return index.to(x1.device)
+
+
+def assign(cost):
+    """The cheapest one-to-one assignment of rows to columns: prices by auction, then the last rows by shortest paths. Optimal.
+
+    Auction (Bertsekas 1988): a row without a column takes its best one from whoever has it, and raises that column's price by
+    its margin over the second best plus eps; the total is then within n eps of the optimum. What is not quite the row's best is
+    given up again, and each such row gets a column along the cheapest chain of exchanges (Jonker & Volgenant 1987).
+
+    cost (n, n) finite, any device. Returns (n,) int64 on the host, the column of each row; raises ValueError on any other shape.
     """
     if cost.ndim != 2 or cost.shape[0] != cost.shape[1]:
         raise ValueError(f"assign needs a square cost matrix, got {tuple(cost.shape)}")
-    n, span = len(cost), (cost.max() - cost.min()).item() if cost.numel() else 0.0
-    if n < 2 or span == 0:  # nothing to choose
-        return torch.arange(n, device=cost.device)
-    value = (cost.min() - cost).double() / span  # -1..0, and prices stay under n: no bid is too small to be felt
-    price = value.new_zeros(n)
-    eps, last = 1 / 4, tolerance / n
-    while True:
-        owner = value.new_full((n,), -1, dtype=torch.int64)  # of each column
-        column = owner.clone()  # of each row
-        while (free := (column < 0).nonzero()[:, 0]).numel():
-            (best, second), index = (value[free] - price).topk(2).values.T, (value[free] - price).argmax(1)
-            bid = price[index] + (best - second) + eps  # (rows without a column)
-            top = torch.full_like(price, -torch.inf).scatter_reduce(0, index, bid, "amax")
-            won = bid == top[index]
-            winner = torch.full_like(owner, -1).scatter_reduce(0, index[won], free[won], "amax")  # ties: the last row
-            sold = (winner >= 0).nonzero()[:, 0]
-            evicted = owner[sold]
-            column[evicted[evicted >= 0]] = -1
-            owner[sold], price[sold] = winner[sold], top[sold]
-            column[winner[sold]] = sold
-        if eps <= last:
-            return column
-        eps = max(eps / 5, last)
+    cost, n = cost.detach().double().cpu().numpy(), len(cost)
+    spread = cost.std() if n else 0
+    if n < 2 or spread == 0:  # nothing to choose
+        return torch.arange(n)
+    price, value, rows = np.zeros(n), np.empty(n), list(cost)
+    for eps in (spread / 5, spread / 20, spread / 100, spread / 500):
+        owner, column, free = [-1] * n, [-1] * n, list(range(n))
+        while free:
+            i = free.pop()
+            np.add(rows[i], price, out=value)
+            j = int(value.argmin())
+            best, value[j] = value[j], np.inf
+            price[j] += value[value.argmin()] - best + eps
+            if owner[j] >= 0:
+                free.append(owner[j])
+            owner[j], column[i] = i, j
+
+    u = (cost + price).min(1)  # row and column duals: cost_ij + price_j - u_i >= 0, and 0 on every pair we keep
+    owner, column = np.full(n, -1), np.array(column)
+    column[cost[np.arange(n), column] + price[column] > u] = -1
+    owner[column[column >= 0]] = np.flatnonzero(column >= 0)
+    for start in np.flatnonzero(column < 0):
+        distance, before, shut = cost[start] + price - u[start], np.full(n, start), np.zeros(n)
+        reached = []
+        while owner[j := int((distance + shut).argmin())] >= 0:  # Dijkstra, until a column nobody owns
+            i = owner[j]
+            shut[j] = np.inf
+            reached.append(j)
+            through = cost[i] + price + (distance[j] - u[i]) + shut
+            nearer = through < distance
+            distance[nearer], before[nearer] = through[nearer], i
+        gain = distance[j] - distance[reached]
+        price[reached] += gain
+        u[owner[reached]] += gain
+        u[start] += distance[j]
+        i = -1
+        while i != start:  # everyone on the chain moves on by one
+            i = before[j]
+            owner[j], column[i], j = i, j, column[i]
+    return torch.from_numpy(column)
 
 
-COUPLINGS = {"independent": independent, "exact": exact}
+# ---------------------------------------------------------------- semidiscrete: all training images at once
 
+class Semidiscrete:
+    """Optimal transport from all noise to all training images of a label: noise x0 goes to image argmax_j <x0, x_j> + g_j.
 
-def couple(name, x0, x1, y):
-    """Pair noises with images inside each label's block. x0, x1 (B, ...), y (B,) int64 on the host (so that block sizes
-    cost no device sync). Returns x0 reordered: every noise is used once, images and labels stay where they are."""
-    index = torch.arange(len(x1), device=x1.device)
-    if name != "independent":
+    images: one (N, ...) array or tensor a label; g: one (N,) potential each, from `learn_potentials`. All are held on the
+    device, in float32. arXiv:2509.25519; there the potential is g_j + ||x_j||^2 / 2. To ignore labels, give one group of all
+    images, and `labels` (N,), theirs, on the host.
+    """
+
+    def __init__(self, images, g, device="cpu", labels=None):
+        self.labels = labels
+        self.images = [torch.as_tensor(np.array(x, np.float32), device=device) for x in images]
+        self.g = [torch.as_tensor(z, device=device) for z in g]
+        self.centre = [x.mean(0) for x in self.images]
+        self.square = [x.square().flatten(1).sum(1).mean() for x in self.images]
+
+    def pick(self, x0, y):
+        """The image of each noise x0 (n, ...), among those of its label y (n,), which is on the host (or among all, where labels are ignored).
+        Returns x1 (n, ...), y (n,) the label of each, and a Plan, whose index is that of the image in its group."""
+        y = y if self.labels is None else 0 * y
+        j, x1, independent = torch.empty(len(y), dtype=torch.int64, device=x0.device), torch.empty_like(x0), 0
         for label in y.unique().tolist():
-            rows = (y == label).nonzero()[:, 0].to(x1.device)
-            index[rows] = rows[COUPLINGS[name](x0[rows], x1[rows])]
-    return x0[index]
+            rows = (y == label).nonzero()[:, 0].to(x0.device, non_blocking=True)
+            mine, images = x0[rows], self.images[label]
+            j[rows] = (mine.flatten(1) @ images.flatten(1).T + self.g[label]).argmax(1)
+            x1[rows] = images[j[rows]]
+            independent = independent + (mine.square().sum() + len(rows) * self.square[label] - 2 * (mine * self.centre[label]).sum())
+        zero = torch.zeros((), device=x0.device)
+        y = y if self.labels is None else self.labels[j.cpu()]
+        return x1, y, Plan(j, zero, (x1 - x0).square().sum() / independent, zero)
+
+
+def learn_potentials(x, steps=800, batch=512, rank=256, seed=0, device="cpu"):
+    """Potentials g (N,) float32 of the images x (N, ...) such that every image is picked by the same share of white noises.
+
+    Stochastic ascent on the semidual, E min_j (C_j - g_j) + mean_j g_j in the form for g_j - ||x_j||^2 / 2: its gradient is
+    1 - N times the share of noises that pick j (arXiv:2509.25519, Alg. 1). The scores <x0, x_j> of white noise are Gaussian with
+    covariance x x^T, so they are drawn from its leading `rank` directions: 16 times cheaper than from noise at 64x64. The mean of g
+    over the second half of the steps is returned, with the shares of TRIALS N fresh noises, times N (1 is even).
+    """
+    x = centred(torch.as_tensor(np.asarray(x), device=device))
+    draw = torch.Generator(device).manual_seed(seed)
+    torch.manual_seed(seed)  # svd_lowrank has no generator of its own
+    left, scale, _ = torch.svd_lowrank(x, q=min(rank, *x.shape), niter=2)
+    factor, N = left * scale, len(x)  # (N, rank)
+    g, mean, size = torch.zeros(N, device=device), torch.zeros(N, device=device), x.square().sum(1).mean().sqrt() / 4
+
+    def share(g, noises):
+        picked = (torch.randn(noises, factor.shape[1], generator=draw, device=device) @ factor.T + g).argmax(1)
+        return torch.bincount(picked, minlength=N) * (N / noises)
+
+    for step in range(steps):
+        g = g + size * 0.3 * min(1, 20 / (step + 1)) * (1 - share(g, batch))
+        mean = mean + g * (2 * step >= steps) / (steps - (steps + 1) // 2)
+    rounds = math.ceil(TRIALS * N / batch)
+    return mean, sum(share(mean, batch) for _ in range(rounds)) / rounds

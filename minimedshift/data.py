@@ -55,13 +55,13 @@ class Dataset:
         return torch.from_numpy(x1).float()
 
 
-def progress(done, total, start, what):
+def progress(done, total, start, what, unit="images"):
     """One line that rewrites itself on a terminal; in a log file only the last one appears."""
     if not sys.stdout.isatty() and done < total:
         return
     rate = done / max(time.time() - start, 1e-9)
     left = f"{(total - done) / rate:.0f} s left" if done < total else f"{total / rate:.0f} s"
-    print(f"\r{what}: {done}/{total}, {rate:.1f} images/s, {left}   ", end="\n" if done == total else "", flush=True)
+    print(f"\r{what}: {done}/{total}, {rate:.1f} {unit}/s, {left}   ", end="\n" if done == total else "", flush=True)
 
 
 # ---------------------------------------------------------------- the cache

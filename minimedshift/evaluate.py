@@ -28,8 +28,9 @@ def load(array, device):
     return torch.from_numpy(np.array(array, np.float32)).to(device)
 
 
-def main_pair(model, dataset, taus, settings, colour=0.0, device="cpu", heads=128, source=MAIN[0], target=MAIN[1]):
-    """One pair at several tau, beside SDEdit at the same tau and the references. Returns (dict, {tau: (N, C, H, W)})."""
+def main_pair(model, dataset, taus, settings, device="cpu", heads=128, source=MAIN[0], target=MAIN[1]):
+    """One pair at several tau, beside SDEdit at the same tau and the references. Returns (dict, {tau: (N, C, H, W)}). A network that
+    goes from image to image directly has no tau (0 is written) and no SDEdit."""
     s, t = dataset.domains.index(source), dataset.domains.index(target)
     x, images, truth = (load(a[:heads, d], device) for a, d in
                         ((dataset.test.images, s), (dataset.test.images, t), (dataset.test.truth, t)))
@@ -37,14 +38,17 @@ def main_pair(model, dataset, taus, settings, colour=0.0, device="cpu", heads=12
     bounds = references["curve"]["E"], references["second_exposure"]["E"]
     result = dict(source=source, target=target, heads=len(x), **references, medshift={}, sdedit={})
     translations = {}
-    whole = {name: value for name, value in settings.items() if name != "end"}  # SDEdit's noise must be taken off to the last
-    for tau in taus:
+    direct = settings.get("x0") == "image"
+    noising = {name: settings[name] for name in ("guidance", "steps", "solver", "colour")}  # no end: its noise must be taken off to the last
+    draw = torch.Generator(device).manual_seed(0)
+    for tau in [0.0] if direct else taus:
         start = time.time()
-        translations[tau] = in_batches(lambda part: sampler.translate(model, part, s, t, tau, **settings), x)
+        translations[tau] = in_batches(lambda part: sampler.translate(model, part, s, t, tau, **settings, generator=draw), x)
         seconds = time.time() - start
-        again = in_batches(lambda part: sdedit(model, part, t, tau, **whole, colour=colour), x)
         result["medshift"][tau] = dict(metrics.score(translations[tau], truth, images, *bounds), seconds=seconds)
-        result["sdedit"][tau] = metrics.score(again, truth, images, *bounds)
+        if not direct:
+            again = in_batches(lambda part: sdedit(model, part, t, tau, **noising), x)
+            result["sdedit"][tau] = metrics.score(again, truth, images, *bounds)
     return result, translations
 
 
@@ -55,13 +59,18 @@ def all_pairs(model, dataset, tau, settings, device="cpu", heads=32):
     each other than to any other head's; the share is over all targets and pairs of sources.
     """
     rows, into = {}, {target: [] for target in dataset.domains}
-    guidance, rest = settings["guidance"], {k: v for k, v in settings.items() if k != "guidance"}
+    direct, draw = settings.get("x0") == "image", torch.Generator(device).manual_seed(0)
+    leg = {name: settings[name] for name in ("steps", "solver", "end", "colour")} | dict(generator=draw)
     for s, source in enumerate(dataset.domains):
-        z = in_batches(lambda part: sampler.encode(model, part, s, tau, **rest), load(dataset.test.images[:heads, s], device))
+        z = load(dataset.test.images[:heads, s], device)
+        z = z if direct else in_batches(lambda part: sampler.encode(model, part, s, tau, **leg), z)
         for t, target in enumerate(dataset.domains):
             if s == t:
                 continue
-            x = in_batches(lambda part: sampler.decode(model, part, t, tau, guidance, **rest), z)
+            if direct:
+                x = in_batches(lambda part: sampler.translate(model, part, s, t, **settings, generator=draw), z)
+            else:
+                x = in_batches(lambda part: sampler.decode(model, part, t, tau, settings["guidance"], **leg), z)
             into[target].append(x)
             references = reference_scores(dataset, s, t, heads, device)
             curve, second, untouched = (references[name] for name in ("curve", "second_exposure", "untouched"))
@@ -73,17 +82,18 @@ def all_pairs(model, dataset, tau, settings, device="cpu", heads=32):
     return rows, torch.cat(kept).float().mean().item()
 
 
-def report(model, dataset, tau, settings, colour=0.0, device="cpu", taus=TAUS, heads=128, heads_each=32, say=print):
+def report(model, dataset, tau, settings, device="cpu", taus=TAUS, heads=128, heads_each=32, say=print):
     """The numbers of report.json (a dict) and the main pair's translations {tau: (N, C, H, W)} for the figure.
 
-    settings: guidance, steps, solver, end. The mean of the gap closed is over the pairs whose source is not cleaner than a second
+    settings: guidance, steps, solver, end, colour, x0. The mean of the gap closed is over the pairs whose source is not cleaner than a second
     exposure; `noise_right` counts the pairs whose noise is between 1/2 and 2.
     """
     start = time.time()
-    pair, translations = main_pair(model, dataset, sorted(each for each in {*taus, tau} if each < settings["end"]), settings, colour, device, heads)
+    pair, translations = main_pair(model, dataset, sorted(each for each in {*taus, tau} if each < settings["end"]), settings, device, heads)
     percent = lambda share: "none to close" if share is None else f"{share:.0%}"
     for t, row in pair["medshift"].items():
-        say(f"tau {t:<5} structure {row['structure']:.2f} dB (SDEdit {pair['sdedit'][t]['structure']:.2f}, curve "
+        noised = f"SDEdit {pair['sdedit'][t]['structure']:.2f}, " if t in pair["sdedit"] else ""
+        say(f"tau {t:<5} structure {row['structure']:.2f} dB ({noised}curve "
             f"{pair['curve']['structure']:.2f}, second exposure {pair['second_exposure']['structure']:.2f})  "
             f"noise {row['noise']:.2f}  gap closed {percent(row['gap_closed'])}", flush=True)
     pairs, kept = all_pairs(model, dataset, tau, settings, device, heads_each)

@@ -1,16 +1,24 @@
 """The bridge from noise to image, and what the network learns from it.
 
-    xt = (1 - t) x0 + t x1 + sigma sqrt(t (1 - t)) e        x0 noise at t = 0, x1 image at t = 1, e noise too
+    xt = (1 - t) x0 + t x1 + sigma sqrt(t (1 - t)) e        x0 noise at t = 0, x1 image at t = 1, e ~ N(0, I)
     ut = d xt / dt = x1 - x0 + sigma (1 - 2t) / (2 sqrt(t (1 - t))) e          arXiv:2302.00482, eq. 15
 
-The network is asked for ut when shown xt. What it answers is the mean of ut over all lines through xt: the velocity of
-a flow that carries all noise to all images. sigma = 0 is plain flow matching, sigma > 0 a Brownian bridge.
+The network is asked for ut when shown xt. What it answers is the mean of ut over all lines through xt: the velocity v of
+a flow that carries all noise to all images. sigma = 0 is plain flow matching, sigma > 0 a Brownian bridge: with the coupling of
+entropic optimal transport (coupling.py), the Schrodinger bridge.
+
+With sigma > 0 the slope of sqrt(t (1 - t)) is infinite at both ends. Either the loss weighs it down (`weight`), or the network
+learns the two parts of ut apart (--score): the mean d of x1 - x0, and s, which is sigma^2 / 2 times the score grad log p_t,
+
+    s = -sigma E[e | xt] / (2 sqrt(t (1 - t)))       so that       v = d - (1 - 2t) s         arXiv:2307.03672
+
+in which nothing is infinite, and which also gives the drift of a diffusion: v + s forward in time, v - s backward (sampler.py).
 """
 
 import torch
 
 COARSE = 3  # periods per frame
-EDGE = 1e-3  # with sigma > 0 the slope of sqrt(t (1 - t)) is infinite at both ends: t stays this far away
+EDGE = 1e-3  # with sigma > 0, t stays this far away from 0 and 1
 
 
 def draw_noise(shape, generator=None, colour=0.0, device="cpu"):
@@ -22,14 +30,18 @@ def draw_noise(shape, generator=None, colour=0.0, device="cpu"):
     the same t: under white noise all but the finest outlive t = .2, and a translation can no longer change them. What is coarser
     than a COARSE-th of the frame, where the head is and how it is turned, outlives both.
     """
-    e = torch.randn(shape, generator=generator, device=device)
+    return tint(torch.randn(shape, generator=generator, device=device), colour)
+
+
+def tint(x, colour):
+    """The filter of `draw_noise` on x (..., H, W). It is symmetric: <tint(e), x> = <e, tint(x)>."""
     if not colour:
-        return e
-    H, W = shape[-2:]
-    k = torch.hypot(torch.fft.fftfreq(H, 1 / H, device=device)[:, None], torch.fft.fftfreq(W, 1 / W, device=device)[None])
+        return x
+    H, W = x.shape[-2:]
+    k = torch.hypot(torch.fft.fftfreq(H, 1 / H, device=x.device)[:, None], torch.fft.fftfreq(W, 1 / W, device=x.device)[None])
     gain = k.clamp_min(COARSE) ** -colour  # (H, W)
     gain = gain / gain.square().mean().sqrt()
-    return torch.fft.irfft2(torch.fft.rfft2(e) * gain[:, :W // 2 + 1], s=(H, W))
+    return torch.fft.irfft2(torch.fft.rfft2(x) * gain[:, :W // 2 + 1], s=(H, W))
 
 
 def per_image(t, x):
@@ -56,12 +68,26 @@ def bridge(x0, x1, t, sigma=0.0, noise=None):
 
 
 def weight(t, sigma=0.0):
-    """The loss weight of each time: 1, or 4t (1 - t) with sigma > 0, where the variance of ut grows like 1/t at the ends."""
-    return 4 * t * (1 - t) if sigma > 0 else torch.ones_like(t)
+    """The loss weight of each time, over the variance that e gives to ut: 1 / (1 + sigma^2 (1 - 2t)^2 / (4t (1 - t))). 1 where sigma is 0."""
+    t = t.clamp(EDGE, 1 - EDGE)
+    return 1 / (1 + sigma**2 * (1 - 2 * t) ** 2 / (4 * t * (1 - t)))
 
 
 def loss(model, x0, x1, y, t, sigma=0.0, noise=None):
-    """Flow-matching loss of each image, E ||v(xt, t, y) - ut||^2 per pixel (arXiv:2210.02747, eq. 9), weighted. (B,)."""
+    """Flow-matching loss of each image per pixel, E ||v(xt, t, y) - ut||^2 (arXiv:2210.02747, eq. 9), weighted: (B,).
+
+    From a network with a score head, which returns d and s as (B, 2C, H, W), it is ||d - (x1 - x0)||^2 + ||lambda s + e||^2,
+    lambda = 2 sqrt(t (1 - t)) / sigma (arXiv:2307.03672): its targets have the same variance at every t.
+    """
     xt, ut = bridge(x0, x1, t, sigma, noise)
-    vt = model(xt, t, y)
-    return weight(t, sigma) * (vt.float() - ut).square().flatten(1).mean(1)
+    out = model(xt, t, y).float()
+    mean = lambda error: error.square().flatten(1).mean(1)
+    if out.shape[1] == x1.shape[1]:
+        return weight(t, sigma) * mean(out - ut)
+    d, s = out.chunk(2, 1)
+    return mean(d - (x1 - x0)) + mean(per_image(2 * (t * (1 - t)).sqrt() / sigma, s) * s + noise)
+
+
+def direct_label(y_source, y_target, num_domains):
+    """The label of a flow that starts from an image instead of noise (--x0 image): the ordered pair of domains as one number."""
+    return y_source * num_domains + y_target

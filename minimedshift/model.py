@@ -23,6 +23,7 @@ class Shape:
     widths: tuple = (64, 128)  # channels of each level; each level halves the resolution
     blocks: tuple = (2, 3)  # residual blocks of each level, on the way down and again on the way up
     head: int = 32  # channels of an attention head
+    score: float = 0.0  # above 0: a second output s beside the first, of this scale (sigma; see flow.py)
 
 
 def time_features(t, dim=128):
@@ -66,7 +67,10 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """v(xt, t, y) -> vt. xt (B, C, H, W) float, t (B,) in [0, 1], y (B,) int64 in 0..num_domains (the last: no label)."""
+    """v(xt, t, y) -> vt. xt (B, C, H, W) float, t (B,) in [0, 1], y (B,) int64 in 0..num_domains (the last: no label).
+
+    With a score head it returns d and s (flow.py) as (B, 2C, H, W).
+    """
 
     def __init__(self, shape):
         super().__init__()
@@ -86,7 +90,7 @@ class UNet(nn.Module):
                                           nn.Conv2d(width, 4 * widths[i - 1], 1) if i else nn.Identity()]))
         self.attention = Attention(widths[-1], shape.head)
         self.norm = nn.GroupNorm(widths[0] // 16, widths[0])
-        self.out = nn.Conv2d(widths[0], pixels, 3, padding=1)
+        self.out = nn.Conv2d(widths[0], pixels * (2 if shape.score else 1), 3, padding=1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -109,7 +113,11 @@ class UNet(nn.Module):
             for block in blocks:
                 x = block(x, draw)
             x = F.pixel_shuffle(leave(x), 2) if skips else x
-        return F.pixel_shuffle(self.out(F.silu(self.norm(x))), self.shape.stem)
+        x = F.pixel_shuffle(self.out(F.silu(self.norm(x))), self.shape.stem)
+        if self.shape.score:
+            d, s = x.chunk(2, 1)
+            x = torch.cat([d, self.shape.score * s], 1)
+        return x
 
 
 # Side of the training images in pixels, and the network. One evaluation of one image, a multiply-add counted as two:

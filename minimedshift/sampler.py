@@ -7,10 +7,15 @@ In the paper an image is xt at t = 1. Here it may count as xt a little earlier, 
 beyond is a stiff layer in which detail fainter than (1 - end) x0 is blown up into full-sized noise, and the network's errors with it.
 With end < 1 such detail passes as it is; what that is worth is measured in the README.
 
+A diffusion has the same images at every t (`sde`): it forgets on the way what the ODE carries along.
 Solvers are generators that yield every (t, xt), so that any caller can draw the trajectory; the same code runs both ways.
 """
 
+import math
+
 import torch
+
+from .flow import direct_label, draw_noise
 
 
 class Velocity:
@@ -18,20 +23,40 @@ class Velocity:
 
         v = v(x, t, null) + w (v(x, t, y) - v(x, t, null))       classifier-free guidance, arXiv:2207.12598, eq. 6
 
-    y int or (B,) int64; w = 1 is no guidance and costs one evaluation instead of two.
+    y int or (B,) int64; w = 1 is no guidance and costs one evaluation instead of two. colour and generator are for `sde`.
     """
 
-    def __init__(self, model, y, guidance=1.0):
+    def __init__(self, model, y, guidance=1.0, colour=0.0, generator=None):
         self.model, self.y, self.guidance, self.evaluations = model, y, guidance, 0
+        self.colour, self.generator, self.sigma = colour, generator, model.shape.score
 
     def __call__(self, x, t):
-        t = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
+        return self.parts(x, t)[0]
+
+    def parts(self, x, t):
+        """The velocity v and s = width(t)^2 / 2 times the score grad log p_t, like x.
+
+        A score head gives s (flow.py). Without one it follows from v, under independent coupling and sigma = 0 alone: the score is
+        -E[x0 | xt] / (1 - t), and E[x0 | xt] = x - t v (for coloured noise, score and width are those in which it is white).
+        """
+        time = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
         y = torch.as_tensor(self.y, device=x.device).expand(len(x))
-        vt = self.evaluate(x, t, y)
+        out = self.evaluate(x, time, y)
         if self.guidance != 1:
-            null = self.evaluate(x, t, torch.full_like(y, self.model.shape.num_domains))
-            vt = null + self.guidance * (vt - null)
-        return vt
+            null = self.evaluate(x, time, torch.full_like(y, self.model.shape.num_domains))
+            out = null + self.guidance * (out - null)
+        if self.sigma:
+            d, s = out.chunk(2, 1)
+            return d - (1 - 2 * t) * s, s
+        return out, t * out - x
+
+    def width(self, t):
+        """The sigma(t) of the diffusion: the bridge's own with a score head, else sqrt(2 (1 - t)), which vanishes at the image."""
+        return self.sigma or math.sqrt(2 * (1 - t))
+
+    def noise(self, x):
+        """Fresh noise like x (B, C, H, W): white with a score head, else coloured as in training."""
+        return draw_noise(x.shape, self.generator, 0.0 if self.sigma else self.colour, x.device)
 
     def evaluate(self, x, t, y):
         self.evaluations += 1
@@ -63,7 +88,38 @@ def heun(v, x, times):
         yield s, x
 
 
-SOLVERS = {"euler": euler, "heun": heun}
+def sde(v, x, times):
+    """dX = (v + s) dt + sigma dW forward and dX = (v - s) dt + sigma dW backward in time (arXiv:2307.03672), by Euler-Maruyama:
+    with h the signed step, both are  x <- x + h v + |h| s + sigma sqrt|h| e.  v: a Velocity. Yields (t, xt)."""
+    yield times[0], x
+    for t, s in zip(times[:-1], times[1:]):
+        h = abs(s - t)
+        vt, st = v.parts(x, t)
+        x = x + (s - t) * vt + h * st + v.width(t) * math.sqrt(h) * v.noise(x)
+        yield s, x
+
+
+def adaptive(v, x, times, tolerance=1e-3):
+    """Third order, with steps as long as the root mean square of each step's error stays under `tolerance` (Bogacki & Shampine 1989).
+    Of `times` only the first and the last count. Waits for the device at every step. Yields (t, xt)."""
+    t, end, k1 = times[0], times[-1], v(x, times[0])
+    h = (end - t) / 10
+    yield t, x
+    while t != end:
+        h = h if abs(h) < abs(end - t) else end - t
+        k2 = v(x + h / 2 * k1, t + h / 2)
+        k3 = v(x + 3 * h / 4 * k2, t + 3 * h / 4)
+        after = x + h / 9 * (2 * k1 + 3 * k2 + 4 * k3)
+        k4 = v(after, t + h)
+        error = (h * (-5 / 72 * k1 + k2 / 12 + k3 / 9 - k4 / 8)).square().mean().sqrt().item() / tolerance
+        if error <= 1:
+            t, x, k1 = (end if h == end - t else t + h), after, k4
+            yield t, x
+        h *= min(5, max(0.2, 0.9 * max(error, 1e-9) ** (-1 / 3)))
+
+
+SOLVERS = {"euler": euler, "heun": heun, "sde": sde}
+EVALUATIONS = {"euler": 1, "heun": 2, "sde": 1}  # of one step, without guidance
 
 
 def last(trajectory):
@@ -74,19 +130,26 @@ def last(trajectory):
 
 
 @torch.inference_mode()
-def encode(model, x1, y, tau=0.0, steps=5, solver="heun", end=0.97):
-    """From the image x1 (B, C, H, W) at t = end back to z at t = tau under label y: (B, C, H, W). Never guided.
-    Raises ValueError as `grid` does, KeyError for an unknown solver."""
-    return last(SOLVERS[solver](Velocity(model, y), x1, grid(tau, steps, end)))
+def encode(model, x1, y, tau=0.0, steps=5, solver="heun", end=0.97, colour=0.0, generator=None):
+    """From the image x1 (B, C, H, W) at t = end back to z at t = tau under label y: (B, C, H, W). Never guided. colour (as in
+    training) and generator (on x1's device) are for the solver "sde". Raises ValueError as `grid` does, KeyError for an unknown solver."""
+    return last(SOLVERS[solver](Velocity(model, y, 1.0, colour, generator), x1, grid(tau, steps, end)))
 
 
 @torch.inference_mode()
-def decode(model, z, y, tau=0.0, guidance=1.0, steps=5, solver="heun", end=0.97):
+def decode(model, z, y, tau=0.0, guidance=1.0, steps=5, solver="heun", end=0.97, colour=0.0, generator=None):
     """From z (B, C, H, W) at t = tau forward to the image at t = end under label y, guided: (B, C, H, W)."""
-    return last(SOLVERS[solver](Velocity(model, y, guidance), z, grid(tau, steps, end)[::-1]))
+    return last(SOLVERS[solver](Velocity(model, y, guidance, colour, generator), z, grid(tau, steps, end)[::-1]))
 
 
-def translate(model, x1, y_source, y_target, tau=0.4, guidance=1.0, steps=5, solver="heun", end=0.97):
+def translate(model, x1, y_source, y_target, tau=0.4, guidance=1.0, steps=5, solver="heun", end=0.97, colour=0.0, x0="noise", generator=None):
     """Carry images x1 (B, C, H, W) in [-1, 1] from domain y_source to y_target (ints or (B,)). tau near 1 keeps structure,
-    tau near 0 favours realism. `steps` are for each leg. Returns (B, C, H, W), not clipped. Raises what `encode` raises."""
-    return decode(model, encode(model, x1, y_source, tau, steps, solver, end), y_target, tau, guidance, steps, solver, end)
+    tau near 0 favours realism. `steps` are for each leg. Returns (B, C, H, W), not clipped. Raises what `encode` raises.
+
+    A network trained with --x0 image goes from domain to domain directly: one leg, from t = 0 to 1, whatever tau and end.
+    """
+    if x0 == "image":
+        y = direct_label(y_source, y_target, math.isqrt(model.shape.num_domains))
+        return decode(model, x1, y, 0.0, guidance, steps, solver, 1.0, colour, generator)
+    z = encode(model, x1, y_source, tau, steps, solver, end, colour, generator)
+    return decode(model, z, y_target, tau, guidance, steps, solver, end, colour, generator)

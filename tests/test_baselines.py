@@ -94,7 +94,7 @@ class Gaussian(nn.Module):
 
     def __init__(self, mean, std):
         super().__init__()
-        self.shape = SimpleNamespace(num_domains=len(mean))
+        self.shape = SimpleNamespace(num_domains=len(mean), score=0.0)
         self.mean, self.std = torch.tensor(mean + mean[:1]), torch.tensor(std + std[:1])
 
     def forward(self, xt, t, y):

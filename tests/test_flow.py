@@ -60,6 +60,9 @@ def test_loss_of_the_true_velocity_of_a_gaussian_is_its_conditional_variance():
     assert value.item() == pytest.approx(1 + s**2 - slope**2 * total, rel=0.01)
 
 
-def test_weight_tames_the_ends_only_where_there_is_a_bridge():
-    t = torch.tensor([0.0, 0.5, 1.0])
-    assert weight(t).tolist() == [1, 1, 1] and weight(t, 1.0).tolist() == [0, 1, 0]
+@pytest.mark.parametrize("sigma", [0.0, 0.3, 3.0])
+def test_weight_keeps_the_variance_that_the_bridge_adds_to_the_target_below_one(sigma):
+    t = torch.linspace(0, 1, 101)
+    x, e = torch.zeros(101, 1), torch.ones(101, 1)
+    added = weight(t, sigma) * bridge(x, x, t, sigma, e)[1][:, 0] ** 2
+    assert added.max() <= 1 and torch.all(weight(t, 0.0) == 1) and weight(torch.tensor(0.5), sigma) == 1

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minimedshift.sampler import SOLVERS, Velocity, decode, encode, grid, last, translate
+from minimedshift.sampler import SOLVERS, Velocity, adaptive, decode, encode, grid, last, translate
 
 
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
@@ -23,10 +23,10 @@ def test_order_of_convergence_in_both_directions(solver, order, reverse):
 
 
 def test_solvers_yield_the_whole_trajectory():
-    for solver in SOLVERS.values():
+    for solver in (SOLVERS["euler"], SOLVERS["heun"], adaptive):
         steps = list(solver(lambda x, t: torch.ones_like(x), torch.zeros(2), [0.0, 0.25, 1.0]))
-        assert [t for t, _ in steps] == [0.0, 0.25, 1.0]
-        torch.testing.assert_close(torch.stack([x for _, x in steps])[:, 0], torch.tensor([0.0, 0.25, 1.0]))
+        assert steps[0][0] == 0.0 and steps[-1][0] == 1.0
+        assert all(x[0].item() == pytest.approx(t) for t, x in steps)
 
 
 @pytest.mark.parametrize("end", [1.0, 0.97])
@@ -53,7 +53,7 @@ def gaussian(x, t, y):
     return m + (t * s**2 - (1 - t)) / (t**2 * s**2 + (1 - t) ** 2) * (x - t * m)
 
 
-gaussian.shape = SimpleNamespace(num_domains=2)
+gaussian.shape = SimpleNamespace(num_domains=2, score=0.0)
 
 
 @pytest.mark.parametrize("tau, end", [(0.0, 1.0), (0.45, 1.0), (0.8, 1.0), (0.1, 0.97)])

@@ -53,15 +53,16 @@ def test_a_whole_run_leaves_everything_it_promises(tmp_path, cache):
     assert len(report["pairs"]) == 20 and report["simulated"] and report["main_pair"]["heads"] == 3
     assert set(report["main_pair"]["medshift"]) == set(report["main_pair"]["sdedit"])
     rows = (tmp_path / "log.csv").read_text().splitlines()
-    assert rows[0] == "step,loss,lr,seconds" and [int(r.split(",")[0]) for r in rows[1:]] == [1, 2, 3, 4]
+    assert rows[0] == "step,loss,lr,entropy,cost,marginal_error,coupling_seconds,seconds" and [int(r.split(",")[0]) for r in rows[1:]] == [1, 2, 3, 4]
     state = checkpoint.load(tmp_path / "checkpoint.pt")
     assert state["step"] == 4 and state["image"]["size"] == 16 and state["translate"]["steps"] == 1
     assert {"config", "domains", "model", "ema", "optimizer", "machine"} <= state.keys()
 
 
-@pytest.mark.parametrize("coupling", ["independent", "exact"])
+@pytest.mark.parametrize("coupling", ["independent", "exact --ot-batch 7", "sinkhorn --entropy 0.3 --score", "semidiscrete --coupling-labels ignore",
+                                      "exact --x0 image"])
 def test_stop_and_resume_give_the_same_bytes(tmp_path, cache, coupling):
-    flags = ["--steps", "60", "--no-evaluate", "--coupling", coupling, "--sigma", "0.1"]
+    flags = ["--steps", "60", "--no-evaluate", "--coupling", *coupling.split(), "--sigma", "0.1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     first = start(parts, cache, *flags)
     log = parts / "log.csv"
@@ -76,7 +77,7 @@ def test_stop_and_resume_give_the_same_bytes(tmp_path, cache, coupling):
     a, b = (checkpoint.load(folder / "checkpoint.pt") for folder in (whole, parts))
     for key in ("model", "ema", "optimizer", "step"):
         assert same_tensors(a[key], b[key]), key
-    without_time = lambda folder: [row.rsplit(",", 1)[0] for row in (folder / "log.csv").read_text().splitlines()]
+    without_time = lambda folder: [row.rsplit(",", 2)[0] for row in (folder / "log.csv").read_text().splitlines()]
     assert without_time(whole) == without_time(parts)
 
 
@@ -136,7 +137,7 @@ def test_the_report_of_a_perfect_and_of_a_lazy_translator(tmp_path, monkeypatch)
     """A translator that returns the second exposure closes the whole gap; one that does nothing scores as untouched."""
     dataset = data.phantom_set(32, 20, 8, 8, cache=tmp_path, progress=False)
     s, t = (dataset.domains.index(name) for name in evaluate.MAIN)
-    settings = dict(guidance=1.0, steps=1, solver="euler", end=1.0)
+    settings = dict(guidance=1.0, steps=1, solver="euler", end=1.0, colour=0.0, x0="noise")
     monkeypatch.setattr(evaluate, "sdedit", lambda model, x, *a, **k: x)
     monkeypatch.setattr(evaluate.sampler, "translate", lambda *a, **k: torch.from_numpy(dataset.test.second[:, t].astype("float32")))
     perfect, _ = evaluate.main_pair(None, dataset, [0.5], settings, heads=8)

@@ -24,9 +24,9 @@ def save_checkpoint(path, **config):
     torch.manual_seed(0)
     shape = Shape(widths=(32, 32), blocks=(1, 1))
     weights = UNet(shape).state_dict()
-    checkpoint.save(path, dict(config=dict(data=None, train_images=5, valid_heads=1, test_heads=2, seed=0, shift=True, **config), shape=asdict(shape),
+    checkpoint.save(path, dict(config=dict(data=None, train_images=5, valid_heads=1, test_heads=2, seed=0, shift=True, coupling="independent", sigma=0.0, **config), shape=asdict(shape),
                                domains=list(phantom.DOMAINS), step=3, image=dict(size=SIZE, channels=1, range=[-1., 1.]),
-                               translate=dict(tau=.5, guidance=2., steps=2, solver="heun", end=1.0), model=weights, ema=weights))
+                               translate=dict(tau=.5, guidance=2., steps=2, solver="heun", end=1.0, colour=0.0, x0="noise"), model=weights, ema=weights))
     return str(path)
 
 
@@ -216,7 +216,7 @@ def test_the_source_is_inferred_where_the_answer_is_known():
     """Domains of a single image c_y each: the exact velocity is (c_y - x) / (1 - t), and the label is that of the nearest c_y."""
     c = torch.tensor([-.8, -.2, .3, .9])
     model = lambda x, t, y: (c[y].view(-1, 1, 1, 1) - x) / (1 - t).view(-1, 1, 1, 1)
-    model.shape = SimpleNamespace(num_domains=4)
+    model.shape = SimpleNamespace(num_domains=4, score=0.0)
     wanted = torch.tensor([2, 0, 3, 1, 1])
     x1 = c[wanted].view(-1, 1, 1, 1) + .1 * torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(translate.infer_source(model, x1, seed=0), wanted)
@@ -229,7 +229,8 @@ def test_auto_says_what_it_took_and_uses_it(tmp_path, net, monkeypatch, capsys):
     Image.fromarray(picture(20, 20)).save(tmp_path / "a.png")
     assert here(tmp_path / "a.png", tmp_path / "b.png", "--source", "auto", "--target", "real-low", "--checkpoint", net, "--tau", 0.25, "--steps", 7) == 0
     assert "a.png: taken for real-normal" in capsys.readouterr().out
-    assert used == [([3], 2, dict(tau=.25, guidance=2., steps=7, solver="heun", end=1.0))]
+    used[0][2].pop("generator")
+    assert used == [([3], 2, dict(tau=.25, guidance=2., steps=7, solver="heun", end=1.0, colour=0.0, x0="noise"))]
 
 
 def test_evaluations_are_those_the_sampler_makes(net):
@@ -237,9 +238,9 @@ def test_evaluations_are_those_the_sampler_makes(net):
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
     for solver in sampler.SOLVERS:
-        for guidance in (1., 2.):
+        for guidance, x0 in ((1., "noise"), (2., "noise"), (2., "image")):
             calls.clear()
-            how = dict(tau=.4, guidance=guidance, steps=3, solver=solver, end=1.0)
+            how = dict(tau=.4, guidance=guidance, steps=3, solver=solver, end=1.0, colour=0.0, x0=x0)
             sampler.translate(model, torch.zeros(1, 1, 8, 8), 0, 1, **how)
             assert translate.evaluations(how) == len(calls)
 

@@ -1,0 +1,244 @@
+"""What couplings and bridges are worth: the measurements behind the README's tables.
+
+    python -m minimedshift.study moons      eight Gaussians to two moons, in the plane, where the error can be measured
+    python -m minimedshift.study phantom    the head phantom, every coupling and a few sigma at equal steps
+
+Each run leaves OUT/STUDY/RUN.json, and the whole OUT/STUDY/table.md. A run that has its result is not run again: stop and start at will.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import UserError, data, evaluate, flag, parse, run, sampler
+from .checkpoint import load_model
+from .coupling import assign, couple
+from .flow import draw_noise
+from .flow import loss as flow_loss
+
+
+@dataclass(frozen=True)
+class Config:
+    study: str = flag(None, "moons or phantom", "positional")
+    out: str = flag("out/study", "folder of the results", "study")
+    only: str = flag("", "runs to make, separated by semicolons (default: all)", "study")
+    seeds: int = flag(1, "seeds of each run", "study")
+    steps: int = flag(0, "optimizer steps of each run; 0 is 6000 for moons, 600 for phantom", "study")
+    heads: int = flag(64, "validation heads of the phantom's main pair", "study")
+
+
+# ---------------------------------------------------------------- in the plane
+
+def eight_gaussians(n, generator):
+    """n points around eight centres on a circle of radius 5, each with variance .1: (n, 2)."""
+    angle = torch.randint(8, (n,), generator=generator) * (math.pi / 4)
+    return 5 * torch.stack([angle.cos(), angle.sin()], 1) + math.sqrt(.1) * torch.randn(n, 2, generator=generator)
+
+
+def moons(y, generator):
+    """A point on moon y (n,) of two interleaved half circles, with noise of .2, times 3 less 1: (n, 2)."""
+    angle = math.pi * torch.rand(len(y), generator=generator)
+    upper = torch.stack([angle.cos(), angle.sin()], 1)
+    x = torch.where(y[:, None] == 0, upper, torch.tensor([1.0, 0.5]) - upper)
+    return 3 * (x + .2 * torch.randn(len(y), 2, generator=generator)) - 1
+
+
+class Plane(nn.Module):
+    """v(x, t, y) in the plane: a small perceptron of x, t and one-hot y."""
+
+    def __init__(self, labels=2, width=128):
+        super().__init__()
+        self.shape = type("Shape", (), dict(num_domains=labels, score=0.0))
+        sizes = (3 + labels, width, width, width)
+        self.layers = nn.Sequential(*[part for a, b in zip(sizes, sizes[1:]) for part in (nn.Linear(a, b), nn.SiLU())], nn.Linear(width, 2))
+
+    def forward(self, x, t, y):
+        return self.layers(torch.cat([x, t[:, None], nn.functional.one_hot(y, self.shape.num_domains).to(x)], 1))
+
+
+def distance(a, b):
+    """W2^2 between two samples (n, 2) of one size: the mean squared length of the optimal pairing."""
+    cost = torch.cdist(a.double(), b.double()) ** 2
+    return cost[torch.arange(len(a)), assign(cost)].mean().item()
+
+
+MOONS = {"independent": ("independent", True), "label-blind": ("exact", False), "per label": ("exact", True)}
+
+
+def moons_run(name, seed, steps=6000, batch=256, n=4096):
+    """Train on one coupling and generate n points a label: mean W2^2 over the labels, after one Euler step and by the adaptive solver."""
+    coupling, keep = MOONS[name]
+    torch.manual_seed(seed)
+    model, g, start = Plane(), torch.Generator().manual_seed(seed), time.time()
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        y = torch.arange(batch) % 2  # balanced
+        x0, x1, t = eight_gaussians(batch, g), moons(y, g), torch.rand(batch, generator=g)
+        x0 = x0[couple(coupling, x0, x1, y * keep).index]
+        loss = flow_loss(model, x0, x1, y, t).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    result, fresh = dict(name=name, seed=seed, steps=steps, n=n, seconds=time.time() - start), torch.Generator().manual_seed(10**6 + seed)
+    with torch.no_grad():
+        for label in range(2):
+            y, v = torch.full((n,), label), sampler.Velocity(model, label)
+            truth, again, x0 = moons(y, fresh), moons(y, fresh), eight_gaussians(n, fresh)
+            for key, x in (("euler_1", sampler.last(sampler.euler(v, x0, [0.0, 1.0]))), ("adaptive", sampler.last(sampler.adaptive(v, x0, [0.0, 1.0]))),
+                           ("floor", again)):
+                result[key] = result.get(key, 0) + distance(x, truth) / 2
+    return result
+
+
+def moons_table(results):
+    """Markdown: W2^2 of each coupling, mean and standard error over its seeds."""
+    lines = ["| coupling | seeds | 1 Euler step | adaptive solver | two samples of the truth |", "|---|---|---|---|---|"]
+    for name in MOONS:
+        rows = [r for r in results if r["name"] == name]
+        if rows:
+            cell = lambda key: f"{np.mean([r[key] for r in rows]):.3f} ± {np.std([r[key] for r in rows]) / max(1, len(rows) - 1)**.5:.3f}"
+            lines.append(f"| {name} | {len(rows)} | {cell('euler_1')} | {cell('adaptive')} | {cell('floor')} |")
+    return lines
+
+
+# ---------------------------------------------------------------- the head phantom
+
+PHANTOM = {
+    "independent": "",
+    "exact": "--coupling exact",
+    "semidiscrete": "--coupling semidiscrete",
+    "sinkhorn, entropy .1": "--coupling sinkhorn --entropy 0.1",
+    "sinkhorn, entropy .4": "--coupling sinkhorn --entropy 0.4",
+    "independent, sigma .1": "--sigma 0.1",
+    "sinkhorn, sigma .1": "--coupling sinkhorn --sigma 0.1",
+    "sinkhorn, sigma .3": "--coupling sinkhorn --sigma 0.3",
+    "sinkhorn, sigma .3, score": "--coupling sinkhorn --sigma 0.3 --score",
+    "exact, labels ignored": "--coupling exact --coupling-labels ignore",
+    "exact, image to image": "--coupling exact --x0 image",
+}
+
+
+def phantom_run(name, seed, steps, heads, folder):
+    """`train.py` with the flags of PHANTOM[name], then everything measured on validation heads."""
+    flags = [*PHANTOM[name].split(), "--steps", str(steps), "--seed", str(seed), "--no-evaluate", "--out", str(folder)]
+    script = Path(__file__).parents[1] / "train.py"
+    status = subprocess.run([sys.executable, str(script), *flags, *["--resume"] * (folder / "checkpoint.pt").exists()]).returncode
+    if status:
+        raise KeyboardInterrupt if status == 130 else UserError(f"train.py {' '.join(flags)} ended with status {status}")
+    model, state = load_model(folder / "checkpoint.pt")
+    c = state["config"]
+    dataset = data.phantom_set(state["image"]["size"], c["train_images"], c["valid_heads"], c["test_heads"], c["seed"], c["shift"])
+    dataset = replace(dataset, test=dataset.valid)  # nothing here may see a test head
+    how = {key: value for key, value in state["translate"].items() if key != "tau"}
+    rows = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()[1:]]
+    mean = lambda column: float(np.mean([float(row[column]) for row in rows]))
+    result = dict(name=name, seed=seed, steps=steps, flags=" ".join(flags[:-2]), loss=float(np.mean([float(row[1]) for row in rows[-100:]])),
+                  entropy=mean(3), cost=mean(4), coupling_share=mean(6) * len(rows) / float(rows[-1][7]))
+    pair, _ = evaluate.main_pair(model, dataset, (.1, .4), how, heads=heads)
+    result["pair"] = {tau: {key: row[key] for key in ("structure", "noise", "gap_closed")} for tau, row in pair["medshift"].items()}
+    pairs, result["same_head"] = evaluate.all_pairs(model, dataset, .4, how, heads=16)
+    result["mean_gap_closed"] = float(np.mean([row["gap_closed"] for row in pairs.values() if row["gap_closed"] is not None]))
+    result["noise_right"] = sum(.5 <= row["noise"] <= 2 for row in pairs.values())
+    if model.shape.score:
+        pair, _ = evaluate.main_pair(model, dataset, (.1, .4), dict(how, solver="sde", steps=40), heads=heads)
+        result["sde"] = {tau: {key: row[key] for key in ("structure", "noise", "gap_closed")} for tau, row in pair["medshift"].items()}
+    result["evaluations"] = evaluations_needed(model, dataset, how)
+    result["straightness"] = straightness(model, how, dataset)
+    return result
+
+
+@torch.no_grad()
+def evaluations_needed(model, dataset, how, tau=.4, heads=8, share=.05):
+    """The fewest evaluations with which a translation of the main pair is within `share` of its solution with 60 Heun steps a leg: root mean
+    square difference over that between this solution and the source. None if 24 steps a leg do not do."""
+    s, t = (dataset.domains.index(name) for name in evaluate.MAIN)
+    x1 = evaluate.load(dataset.test.images[:heads, s], "cpu")
+    solve = lambda steps: sampler.translate(model, x1, s, t, tau, **{**how, "solver": "heun", "steps": steps})
+    solution = solve(60)
+    rms = lambda x: x.square().mean().sqrt().item()
+    for steps in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24):
+        if rms(solve(steps) - solution) <= share * rms(solution - x1):
+            return steps * 2 * (1 if how["x0"] == "image" else 2)
+    return None
+
+
+@torch.no_grad()
+def straightness(model, how, dataset, count=16, steps=20):
+    """How far paths from noise to generated images of the main target are from straight lines (arXiv:2209.03003, eq. 4, over the squared length
+    of the lines): int E ||(X1 - X0) - v(Xt, t)||^2 dt / E ||X1 - X0||^2. 0 is straight."""
+    if how["x0"] == "image":
+        return None
+    x0 = draw_noise((count, dataset.channels, dataset.size, dataset.size), torch.Generator().manual_seed(0), how["colour"])
+    v = sampler.Velocity(model, dataset.domains.index(evaluate.MAIN[1]))
+    path = [x for _, x in sampler.heun(v, x0, [i / steps * how["end"] for i in range(steps + 1)])]
+    line = (path[-1] - path[0]) / how["end"]
+    bend = sum((line - (b - a) * steps / how["end"]).square().mean().item() for a, b in zip(path, path[1:])) / steps
+    return bend / line.square().mean().item()
+
+
+def phantom_table(results):
+    """Markdown: a row for each kind of run, the mean over its seeds, and their range where there are more than one."""
+    def cell(values, form):
+        values = [v for v in values if v is not None]
+        low, high = (form(f(values)) for f in (min, max)) if values else ("", "")
+        return "" if not values else low if low == high else f"{form(np.mean(values))} ({low} to {high})"
+
+    percent, plain = (lambda v: f"{100 * v:.0f}%"), (lambda v: f"{v:.2f}")
+    lines = ["| run | seeds | plan's entropy | cost | gap closed, tau .1 | tau .4 | noise, tau .4 | all pairs, tau .4 | same head | evaluations | bend |",
+             "|---|---|---|---|---|---|---|---|---|---|---|"]
+    for name in PHANTOM:
+        rows = [r for r in results if r["name"] == name]
+        if rows:
+            at = lambda tau, key: [r["pair"].get(tau, r["pair"].get("0.0", {})).get(key) for r in rows]
+            of = lambda key: [r[key] for r in rows]
+            lines.append(f"| {name} | {len(rows)} | {cell(of('entropy'), plain)} | {cell(of('cost'), lambda v: f'{v:.3f}')} | {cell(at('0.1', 'gap_closed'), percent)} | "
+                         f"{cell(at('0.4', 'gap_closed'), percent)} | {cell(at('0.4', 'noise'), plain)} | {cell(of('mean_gap_closed'), percent)} | "
+                         f"{cell(of('same_head'), lambda v: f'{100 * v:.1f}%')} | {cell(of('evaluations'), lambda v: f'{v:.0f}')} | {cell(of('straightness'), plain)} |")
+    return lines
+
+
+# ---------------------------------------------------------------- the command
+
+STUDIES = {"moons": (MOONS, moons_table, 6000), "phantom": (PHANTOM, phantom_table, 600)}
+
+
+def main(argv=None):
+    c = parse(Config, __doc__, argv)
+    if c.study not in STUDIES:
+        raise UserError(f"name a study: {' or '.join(STUDIES)} (found {c.study})")
+    runs, table, steps = STUDIES[c.study]
+    names = [name.strip() for name in c.only.split(";")] if c.only else list(runs)
+    for name in names:
+        if name not in runs:
+            raise UserError(f"--only {name} is no run of {c.study}: choose from {'; '.join(runs)}")
+    if c.seeds < 1 or c.steps < 0 or c.heads < 1:
+        raise UserError("--seeds and --heads must be at least 1, --steps at least 0")
+    out, steps = Path(c.out) / c.study, c.steps or steps
+    out.mkdir(parents=True, exist_ok=True)
+    for seed in range(c.seeds):
+        for name in names:
+            key = f"{name.replace(' ', '-').replace(',', '').replace('.', '')}-{steps}-{seed}"
+            file, start = out / f"{key}.json", time.time()
+            if file.exists():
+                continue
+            result = moons_run(name, seed, steps) if c.study == "moons" else phantom_run(name, seed, steps, c.heads, out / key)
+            evaluate.write_json(file, dict(result, seconds=time.time() - start))
+            print(f"{name}, seed {seed}: {time.time() - start:.0f} s", flush=True)
+    lines = table([json.loads(file.read_text()) for file in sorted(out.glob(f"*-{steps}-*.json"))])
+    (out / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -42,7 +42,7 @@ class Config:
     shift: bool = flag(True, "simulated domains differ in pose, framing and anatomy, not in physics alone", "data")
     check_data: bool = flag(False, "write a picture and a line per domain, then stop", "data")
     preset: str = flag("auto", "network and training settings", "method", ("auto", "cpu", "gpu"))
-    coupling: str = flag("independent", "which noise goes with which image", "method", COUPLINGS)
+    coupling: str = flag("semidiscrete", "which noise goes with which image", "method", COUPLINGS)
     coupling_labels: str = flag("keep", "make plans inside each label, or ignore labels (for teaching: it breaks conditional models)", "method", ("keep", "ignore"))
     ot_batch: int = flag(0, "training batches that one plan is made over; 0 is 1 for independent, 8 for noise and 40 for images as x0", "method")
     entropy: float = flag(0.0, "normalised entropy of Sinkhorn's plan, which then fixes eps: near 0 exact, near 1 independent; 0: eps = 2 sigma^2", "method")

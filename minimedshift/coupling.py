@@ -214,7 +214,7 @@ class Semidiscrete:
 
     def __init__(self, images, g, device="cpu", labels=None):
         self.labels = labels
-        self.images = [torch.as_tensor(np.array(x, np.float32), device=device) for x in images]
+        self.images = [torch.tensor(np.asarray(x), device=device).float() for x in images]
         self.g = [torch.as_tensor(z, device=device) for z in g]
         self.centre = [x.mean(0) for x in self.images]
         self.square = [x.square().flatten(1).sum(1).mean() for x in self.images]
@@ -235,13 +235,13 @@ class Semidiscrete:
         return x1, y, Plan(j, zero, (x1 - x0).square().sum() / independent, zero)
 
 
-def learn_potentials(x, steps=800, batch=512, rank=256, seed=0, device="cpu"):
+def learn_potentials(x, noises=200, batch=512, rank=256, seed=0, device="cpu"):
     """Potentials g (N,) float32 of the images x (N, ...) such that every image is picked by the same share of white noises.
 
     Stochastic ascent on the semidual, E min_j (C_j - g_j) + mean_j g_j in the form for g_j - ||x_j||^2 / 2: its gradient is
     1 - N times the share of noises that pick j (arXiv:2509.25519, Alg. 1). The scores <x0, x_j> of white noise are Gaussian with
-    covariance x x^T, so they are drawn from its leading `rank` directions: 16 times cheaper than from noise at 64x64. The mean of g
-    over the second half of the steps is returned, with the shares of TRIALS N fresh noises, times N (1 is even).
+    covariance x x^T, so they are drawn from its leading `rank` directions: 16 times cheaper than from noise at 64x64. About `noises`
+    an image are seen, in batches. Returned is the mean of g over the second half, with the shares of TRIALS N fresh noises, times N (1 is even).
     """
     x = centred(torch.as_tensor(np.asarray(x), device=device))
     draw = torch.Generator(device).manual_seed(seed)
@@ -254,6 +254,7 @@ def learn_potentials(x, steps=800, batch=512, rank=256, seed=0, device="cpu"):
         picked = (torch.randn(noises, factor.shape[1], generator=draw, device=device) @ factor.T + g).argmax(1)
         return torch.bincount(picked, minlength=N) * (N / noises)
 
+    steps = max(800, noises * N // batch)
     for step in range(steps):
         g = g + size * 0.3 * min(1, 20 / (step + 1)) * (1 - share(g, batch))
         mean = mean + g * (2 * step >= steps) / (steps - (steps + 1) // 2)

@@ -1,33 +1,61 @@
-"""Couplings against brute force, and the promise that labels, images and noises all survive."""
+"""Couplings against brute force, closed forms and quantiles, and the promise that labels and images survive every one of them."""
 
 from itertools import permutations
 
 import pytest
 import torch
+from gaussians import covariance, gaussian_bridge, power
 
-from minimedshift.coupling import assign, couple, exact
+from minimedshift import coupling
+from minimedshift.coupling import Semidiscrete, assign, couple, exact, find_eps, learn_potentials, sinkhorn, solve
+from minimedshift.flow import bridge, draw_noise, tint
 
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ---------------------------------------------------------------- exact
 
 @pytest.mark.parametrize("n", range(1, 8))
 def test_assign_equals_brute_force(n):
     for seed in range(5):
-        cost = torch.rand(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        best = min(sum(cost[i, p[i]].item() for i in range(n)) for p in permutations(range(n)))
+        cost = torch.rand(n, n, generator=seeded(seed), dtype=torch.float64)
+        table = cost.tolist()
+        best = min(sum(row[j] for row, j in zip(table, p)) for p in permutations(range(n)))
         column = assign(cost)
         assert sorted(column.tolist()) == list(range(n))
-        assert cost[torch.arange(n), column].sum().item() == pytest.approx(best, rel=1e-5)
+        assert cost[torch.arange(n), column].sum().item() == pytest.approx(best, rel=1e-9)
+
+
+@pytest.mark.parametrize("n, d", [(200, 2), (300, 1), (256, 64)])
+def test_assign_is_optimal_by_its_own_certificate(n, d):
+    """No sequence of exchanges lowers the total: the graph of exchange costs has no negative cycle (Bellman-Ford over all rows at once)."""
+    g = seeded()
+    cost = torch.cdist(torch.randn(n, d, generator=g, dtype=torch.float64), torch.randn(n, d, generator=g, dtype=torch.float64)) ** 2
+    column = assign(cost)
+    exchange = cost[:, column] - cost.gather(1, column[:, None])  # row i takes the column of row k
+    distance = torch.zeros(n, dtype=torch.float64)
+    for _ in range(n):
+        distance, before = torch.minimum(distance, (distance[:, None] + exchange).amin(0)), distance
+    assert (before - distance).max() < 1e-9
 
 
 def test_assign_survives_ties_scale_and_hidden_structure():
     assert sorted(assign(torch.ones(6, 6)).tolist()) == list(range(6))
-    hidden = torch.randperm(100, generator=torch.Generator().manual_seed(0))
-    cost = 1e3 + torch.rand(100, 100, generator=torch.Generator().manual_seed(1))
+    twins = torch.rand(5, 5, generator=seeded()).repeat(20, 20)
+    column = assign(twins)
+    assert sorted(column.tolist()) == list(range(100))
+    small = min(sum(twins[i, p[i]].item() for i in range(5)) for p in permutations(range(5)))
+    assert twins[torch.arange(100), column].sum().item() == pytest.approx(20 * small, rel=1e-5)
+    hidden = torch.randperm(100, generator=seeded())
+    cost = 1e3 + torch.rand(100, 100, generator=seeded(1))
     cost[torch.arange(100), hidden] -= 2
     assert torch.equal(assign(cost), hidden)
 
 
 def test_in_one_dimension_the_optimal_plan_is_sorted():
-    g = torch.Generator().manual_seed(0)
+    g = seeded()
     x0, x1 = torch.randn(40, 1, generator=g), torch.randn(40, 1, generator=g)
     assert torch.equal(x0[exact(x0, x1, torch.zeros(40, dtype=torch.long))][x1[:, 0].argsort()], x0.sort(0).values)
 
@@ -37,3 +65,172 @@ def test_assign_refuses_what_is_not_square():
         assign(torch.zeros(2, 3))
 
 
+# ---------------------------------------------------------------- entropic
+
+@pytest.mark.parametrize("d, sigma", [(1, .5), (2, 2.), (8, 1.5)])
+def test_sinkhorn_between_gaussians_is_the_schrodinger_bridge(d, sigma, n=1200):
+    """Cross covariance of the pairs, then mean and covariance of xt: closed forms, which eps = sigma^2 or 4 sigma^2 would miss. The samples
+    have their means and covariances exactly; a covariance of n drawn pairs is uncertain by sqrt(2 / n)."""
+    g, A, B = seeded(), covariance(d, 1), covariance(d, 2)
+    m0, m1 = torch.zeros(d, dtype=torch.float64), torch.ones(d, dtype=torch.float64)
+    white = lambda z: (z - z.mean(0)) @ power(z.T.cov().reshape(d, d), -.5)
+    x0, x1 = (white(torch.randn(n, d, generator=g, dtype=torch.float64)) @ power(S, .5) + m for S, m in ((A, m0), (B, m1)))
+    y, C = torch.zeros(n, dtype=torch.long), gaussian_bridge(A, B, sigma)
+
+    def cross(eps):
+        a = x0[couple("sinkhorn", x0, x1, y, eps, g).index]
+        return (a - a.mean(0)).T @ (x1 - x1.mean(0)) / n, a
+
+    scale = (A.trace() * B.trace()).sqrt()
+    error = lambda found: ((found - C).norm() / scale).item()
+    found, a = cross(2 * sigma**2)
+    assert error(found) < .06
+    assert min(error(cross(eps)[0]) for eps in (sigma**2, 4 * sigma**2)) > error(found)
+    for t in (.2, .5, .9):
+        xt = bridge(a, x1, torch.full((n,), t, dtype=torch.float64), sigma, torch.randn(n, d, generator=g, dtype=torch.float64))[0]
+        S = (1 - t) ** 2 * A + t**2 * B + t * (1 - t) * (C + C.T) + sigma**2 * t * (1 - t) * torch.eye(d, dtype=torch.float64)
+        torch.testing.assert_close(xt.mean(0), (1 - t) * m0 + t * m1, atol=5 * (S.diagonal().max() / n).sqrt().item(), rtol=0)
+        assert (xt.T.cov() - S).norm() < 3 * (2 / n) ** .5 * S.trace()
+
+
+@pytest.mark.parametrize("eps", [2., 20.])
+def test_the_plan_has_its_marginals_and_sinkhorn_says_so(eps):
+    g = seeded()
+    x0, x1, y = torch.randn(90, 20, generator=g), torch.randn(90, 20, generator=g), torch.arange(90) % 3
+    potential, rows = solve(x0, x1, y, eps, iterations=400)
+    logits = torch.cat([potential + block / eps for _, block in rows()]).double()
+    plan = logits.softmax(1) / 90
+    assert ((plan.sum(0) * 90 - 1).abs() < 1e-4).all() and ((plan.sum(1) * 90 - 1).abs() < 1e-6).all()
+    assert plan[y[:, None] != y].sum() == 0
+    assert sinkhorn(x0, x1, y, eps, g, iterations=400)[2] < 1e-4
+    assert sinkhorn(x0, x1, y, .01, g, iterations=2)[2] > .05  # a plan that is not there yet is not called one
+
+
+def test_noises_are_drawn_from_the_plan():
+    """Three noises and images, the plan by plain alternate scaling in float64, and the shares of 4,000 draws: 40 of each of 100 labels
+    that have the same three."""
+    x0, x1, eps = torch.tensor([[0.], [1.], [3.]]), torch.tensor([[.5], [2.], [2.5]]), 2.
+    plan = torch.exp(-(x1 - x0.T).double() ** 2 / eps)
+    for _ in range(500):
+        plan = plan / plan.sum(0)
+        plan = plan / plan.sum(1, keepdim=True)
+    labels, draws, g = 100, 40, seeded()
+    counts, y = torch.zeros(3, 3), torch.arange(labels).repeat_interleave(3)
+    for _ in range(draws):
+        index = sinkhorn(x0.repeat(labels, 1), x1.repeat(labels, 1), y, eps, g)[0]
+        counts.index_put_((torch.arange(3 * labels) % 3, index % 3), torch.ones(3 * labels), accumulate=True)
+    torch.testing.assert_close(counts / (labels * draws), plan.float(), atol=.03, rtol=0)
+
+
+def test_entropy_goes_from_the_assignment_to_independence():
+    g = seeded()
+    x0, x1, y = torch.randn(128, 3, generator=g), torch.randn(128, 3, generator=g), torch.arange(128) % 2
+    low, middle, high = (couple("sinkhorn", x0, x1, y, eps, g) for eps in (1e-3, 1., 1e4))
+    best = couple("exact", x0, x1, y)
+    assert low.entropy < .03 and .2 < middle.entropy < .9 and high.entropy > .999
+    assert low.cost == pytest.approx(best.cost.item(), rel=.02) and best.cost < middle.cost < 1.2 and high.cost == pytest.approx(1, abs=.15)
+    assert couple("independent", x0, x1, y).entropy == 1
+
+
+@pytest.mark.parametrize("entropy", [.1, .5, .9])
+def test_find_eps_meets_the_wanted_entropy(entropy):
+    g = seeded()
+    x0, x1, y = torch.randn(150, 30, generator=g), torch.randn(150, 30, generator=g), torch.arange(150) % 3
+    assert couple("sinkhorn", x0, x1, y, find_eps(x0, x1, y, entropy), g).entropy.item() == pytest.approx(entropy, abs=.01)
+
+
+def test_blocks_give_what_the_whole_matrix_gives(monkeypatch):
+    g = seeded()
+    x0, x1, y = torch.randn(50, 4, generator=g), torch.randn(50, 4, generator=g), torch.arange(50) % 3
+    whole = sinkhorn(x0, x1, y, 1., seeded(7))
+    monkeypatch.setattr(coupling, "DENSE", 20)  # blocks of 8 rows
+    assert [len(block) for _, block in coupling.blocks(x1, x0, y, y)] == [8] * 6 + [2]
+    parts = sinkhorn(x0, x1, y, 1., seeded(7))
+    torch.testing.assert_close(parts[1:], whole[1:], atol=1e-5, rtol=1e-5)
+    assert (parts[0] == whole[0]).float().mean() > .9  # the same draws but for rounding
+
+
+# ---------------------------------------------------------------- semidiscrete
+
+def test_semidiscrete_in_one_dimension_cuts_the_noise_into_quantiles():
+    """N images on a line: the k-th of them gets the noises between the quantiles k/N and (k+1)/N of N(0, 1)."""
+    N, images = 12, torch.randn(12, 1, generator=seeded())
+    g, share = learn_potentials(images)
+    x0 = torch.randn(5000, 1, generator=seeded(1))
+    x1, y, plan = Semidiscrete([images], [g]).pick(x0, torch.zeros(5000, dtype=torch.long))
+    cell = (torch.special.ndtr(x0[:, 0]) * N).long()
+    assert (plan.index == images[:, 0].argsort()[cell]).float().mean() > .95
+    assert torch.equal(x1, images[plan.index]) and plan.entropy == 0
+    assert plan.cost == pytest.approx(((x1 - x0) ** 2).mean().item() / (x0[:, None] - images).square().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("colour", [0., 1.])
+def test_semidiscrete_picks_every_image_about_equally_often(colour):
+    """On real noise of the training's colour, though what learns the potentials sees Gaussian scores alone."""
+    images = .3 * draw_noise((100, 1, 16, 16), seeded(), 1.) * torch.linspace(.5, 1.5, 100).view(-1, 1, 1, 1)
+    x0, y = draw_noise((20000, 1, 16, 16), seeded(1), colour), torch.zeros(20000, dtype=torch.long)
+    spread = lambda g: (torch.bincount(Semidiscrete([images], [g]).pick(x0, y)[2].index, minlength=100) / 200).std().item()
+    learned, share = learn_potentials(tint(images, colour))
+    chance = (1 / 200) ** .5
+    assert spread(learned) < .15 < .5 < spread(-images.square().flatten(1).sum(1) / 2) and spread(learned) > chance / 2
+    assert share.mean() == pytest.approx(1, abs=1e-3) and share.std() < .15 + coupling.TRIALS**-.5
+
+
+# ---------------------------------------------------------------- all of them
+
+@pytest.mark.parametrize("name", coupling.COUPLINGS)
+def test_labels_and_images_are_never_parted(name):
+    """The mean of every image tells its label: so it must with its noise's, whatever is paired."""
+    g = seeded()
+    y = torch.randint(5, (64,), generator=g)
+    x0, x1 = torch.randn(64, 1, 4, 4, generator=g), torch.randn(64, 1, 4, 4, generator=g)
+    x1 = x1 - x1.mean((1, 2, 3), keepdim=True) + y.view(-1, 1, 1, 1)
+    label_of = lambda x: x.mean((1, 2, 3)).round().long()
+    if name == "semidiscrete":
+        groups = [x1[y == label] for label in range(5)]
+        images, labels, plan = Semidiscrete(groups, [torch.zeros(len(z)) for z in groups]).pick(x0, y)
+        assert torch.equal(label_of(images), y) and torch.equal(labels, y)
+        blind = Semidiscrete([x1], [torch.zeros(64)], labels=y)
+        images, labels, plan = blind.pick(x0, y)
+        assert torch.equal(label_of(images), labels)
+        return
+    plan = couple(name, x0, x1, y, eps=1., generator=g)
+    assert torch.equal(y[plan.index], y)  # noise and image come from one label's block
+    if name != "sinkhorn":
+        assert sorted(plan.index.tolist()) == list(range(64))
+    blind = couple(name, x0, x1, 0 * y, eps=1., generator=g)
+    assert name == "independent" or not torch.equal(y[blind.index], y)
+
+
+def test_the_cost_is_that_of_the_pairs_over_that_of_all_pairs_of_a_label():
+    g = seeded()
+    x0, x1, y = torch.randn(30, 6, generator=g), torch.randn(30, 6, generator=g) + 1, torch.randint(3, (30,), generator=g)
+    all_costs = torch.cdist(x1, x0) ** 2
+    same = (y[:, None] == y).float()
+    expected = (all_costs * same).sum(1) / same.sum(1)
+    plan = couple("exact", x0, x1, y)
+    assert plan.cost.item() == pytest.approx((all_costs[torch.arange(30), plan.index].mean() / expected.mean()).item(), rel=1e-4)
+
+
+def test_couple_refuses_what_it_cannot_do():
+    x, y = torch.zeros(2, 1), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match="eps"):
+        couple("sinkhorn", x, x, y)
+    with pytest.raises(ValueError, match="semidiscrete"):
+        couple("semidiscrete", x, x, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_sinkhorn_and_semidiscrete_never_wait_for_the_gpu():
+    g = torch.Generator("cuda").manual_seed(0)
+    x0, x1, y = torch.randn(256, 1, 16, 16, generator=g, device="cuda"), torch.randn(256, 1, 16, 16, generator=g, device="cuda"), torch.arange(256) % 5
+    semidiscrete = Semidiscrete([x1[y == label].cpu() for label in range(5)], [torch.zeros(52 - (label > 0)) for label in range(5)], "cuda")
+    for armed in (False, True):  # once to warm up
+        torch.cuda.set_sync_debug_mode("error" if armed else "default")
+        try:
+            plan = couple("sinkhorn", x0, x1, y, 1., g)
+            picked = semidiscrete.pick(x0, y)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(y[plan.index.cpu()], y) and picked[2].index.is_cuda

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minimedshift.flow import EDGE, bridge, draw_noise, loss, weight
+from minimedshift.flow import EDGE, bridge, draw_noise, loss, tint, weight
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.3, 2.0])
@@ -66,3 +66,33 @@ def test_weight_keeps_the_variance_that_the_bridge_adds_to_the_target_below_one(
     x, e = torch.zeros(101, 1), torch.ones(101, 1)
     added = weight(t, sigma) * bridge(x, x, t, sigma, e)[1][:, 0] ** 2
     assert added.max() <= 1 and torch.all(weight(t, 0.0) == 1) and weight(torch.tensor(0.5), sigma) == 1
+
+
+def gaussian_parts(xt, t, sigma, a=1.0, b=0.5, c=0.3):
+    """d = E[x1 - x0 | xt] and s = sigma^2 / 2 grad log p_t for centred Gaussians of variances a, b and covariance c under the bridge."""
+    S = (1 - t) ** 2 * a + t**2 * b + 2 * t * (1 - t) * c + sigma**2 * t * (1 - t)
+    return (t * b - (1 - t) * a + (1 - 2 * t) * c) / S * xt, -(sigma**2) / 2 / S * xt
+
+
+@pytest.mark.parametrize("t", [0.02, 0.4, 0.97])
+def test_the_two_parts_minimise_their_loss_and_compose_to_the_velocity(t, sigma=0.8, n=200_000):
+    """The exact d and s of a Gaussian bridge: no rescaling of either lowers the loss, and d - (1 - 2t) s is the mean of ut, found by regression."""
+    g = torch.Generator().manual_seed(0)
+    x0 = torch.randn(n, 1, generator=g)
+    x1 = 0.3 * x0 + (0.5 - 0.09) ** 0.5 * torch.randn(n, 1, generator=g)
+    e, times, y = torch.randn(n, 1, generator=g), torch.full((n,), t), torch.zeros(n, dtype=torch.long)
+    model = lambda wd, ws: lambda x, *_: torch.cat([k * part for k, part in zip((wd, ws), gaussian_parts(x, t, sigma))], 1)
+    best = loss(model(1, 1), x0, x1, y, times, sigma, e).mean()
+    for wd, ws in ((0.7, 1), (1.3, 1), (1, 0.3), (1, 1.7)):
+        assert loss(model(wd, ws), x0, x1, y, times, sigma, e).mean() > best
+    xt, ut = bridge(x0, x1, times, sigma, e)
+    d, s = gaussian_parts(xt, t, sigma)
+    slope = (xt * ut).mean() / (xt * xt).mean()
+    assert slope.item() == pytest.approx(((d - (1 - 2 * t) * s) / xt).mean().item(), abs=4 * (ut.var() / xt.var() / n).sqrt().item())
+
+
+def test_tint_is_symmetric_and_is_what_draw_noise_does():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 3, 1, 12, 10, generator=g, dtype=torch.float64)
+    torch.testing.assert_close((tint(a, 1.0) * b).sum(), (a * tint(b, 1.0)).sum())
+    torch.testing.assert_close(draw_noise((2, 1, 8, 8), torch.Generator().manual_seed(3), 1.0), tint(torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(3)), 1.0))

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from gaussians import covariance, gaussian_bridge
 
 from minimedshift.sampler import SOLVERS, Velocity, adaptive, decode, encode, grid, last, translate
 
@@ -98,3 +99,95 @@ def test_only_the_forward_leg_is_guided():
     seen.clear()
     decode(spy, x1, 1, 0.5, guidance=2.0, steps=2)
     assert set(seen) == {1, 2}
+
+
+def test_the_adaptive_solver_is_as_exact_as_asked_and_ends_at_the_end():
+    errors, counts = [], []
+    for tolerance in (1e-3, 1e-6):
+        counts.append(0)
+
+        def v(x, t):
+            counts[-1] += 1
+            return x * math.cos(20 * t)
+
+        for ends in ([0.0, 1.0], [1.0, 0.0]):
+            *_, (t, x) = adaptive(v, torch.ones(3, dtype=torch.float64), ends, tolerance)
+            assert t == ends[1]
+            errors.append(abs(x[0].item() - math.exp((math.sin(20 * ends[1]) - math.sin(20 * ends[0])) / 20)))
+    assert max(errors[:2]) < 0.02 and max(errors[2:]) < 5e-5 and counts[0] < 200 < counts[1] < 2000
+
+
+# ---------------------------------------------------------------- the diffusion
+
+def bridge_parts(A, B, C, sigma):
+    """A network that knows the Gaussian bridge of covariances A, B and Cov(x0, x1) = C: d and s, means 0, x (n, 1, 1, d)."""
+    eye = torch.eye(len(A))
+    S = lambda t: (1 - t) ** 2 * A + t**2 * B + t * (1 - t) * (C + C.T) + sigma**2 * t * (1 - t) * eye
+
+    def model(x, t, y):
+        t = t[0].item()
+        cross = t * B - (1 - t) * A + (1 - t) * C.T - t * C  # Cov(x1 - x0, xt)
+        d = x @ torch.linalg.solve(S(t), cross.T)
+        return torch.cat([d, -(sigma**2) / 2 * x @ torch.linalg.inv(S(t))], 1)
+
+    model.shape = SimpleNamespace(num_domains=1, score=sigma)
+    return model, S
+
+
+@pytest.mark.parametrize("d, sigma", [(1, 0.5), (2, 1.5), (8, 1.0)])
+@pytest.mark.parametrize("backward", [False, True])
+def test_ode_and_sde_keep_the_marginals_of_the_schrodinger_bridge(d, sigma, backward, n=20_000):
+    """From the exact distribution at one end to .5 and to the other end: covariances in closed form. A wrong sign of s does not keep them."""
+    A, B = covariance(d, 1), covariance(d, 2)
+    model, S = bridge_parts(*(z.float() for z in (A, B, gaussian_bridge(A, B, sigma))), sigma)
+    start, end = (1.0, 0.0) if backward else (0.0, 1.0)
+    x = (torch.randn(n, d, generator=torch.Generator().manual_seed(0)) @ torch.linalg.cholesky(S(start)).T).view(n, 1, 1, d)
+    times = [start + (end - start) * i / 100 for i in range(101)]
+
+    def errors(solver, flip=1.0):
+        flipped = lambda *a: torch.cat([p * k for p, k in zip(model(*a).chunk(2, 1), (1, flip))], 1)
+        flipped.shape = model.shape
+        v = Velocity(flipped, 0, generator=torch.Generator().manual_seed(1))
+        if flip < 0:  # the velocity stays right, the diffusion's drift does not
+            v.parts = lambda x, t, right=Velocity(model, 0): (right(x, t), -right.parts(x, t)[1])
+        path = dict((round(t, 6), xt) for t, xt in solver(v, x, times))
+        return [((path[t].flatten(1).T.cov() - S(t)).norm() / S(t).norm()).item() for t in (0.5, end)]
+
+    assert max(errors(SOLVERS["heun"])) < 0.05 and max(errors(SOLVERS["sde"])) < 0.06
+    assert max(errors(SOLVERS["sde"], flip=-1.0)) > 0.2
+
+
+def test_without_a_score_head_the_diffusion_follows_from_the_velocity():
+    """Independent coupling, sigma = 0: backward to tau, where mean and variance are those of the flow, and forward again under another label."""
+    n, tau, end = 20_000, 0.3, 0.97
+    x1 = torch.randn(n, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    S = lambda t, y: math.sqrt(t**2 * SPREADS[y] ** 2 + (1 - t) ** 2)
+    how = dict(steps=200, solver="sde", end=end, generator=torch.Generator().manual_seed(1))
+    z = encode(gaussian, end * MEANS[0] + S(end, 0) * x1, 0, tau, **how)
+    assert z.mean().item() == pytest.approx(tau * MEANS[0], abs=0.03) and z.std().item() == pytest.approx(S(tau, 0), rel=0.03)
+    assert (z * x1).mean().abs() < 0.9 * z.std()  # it has forgotten some of the image, as the ODE does not
+    x = decode(gaussian, tau * MEANS[1] + S(tau, 1) * x1, 1, tau, **how)
+    assert x.mean().item() == pytest.approx(end * MEANS[1], abs=0.05) and x.std().item() == pytest.approx(S(end, 1), rel=0.03)
+
+
+def test_the_noise_of_the_diffusion_has_the_colour_of_the_training():
+    x = torch.zeros(500, 1, 16, 16)
+    power = lambda v: torch.fft.fft2(v.noise(x)).abs().square().mean((0, 1))
+    coloured = power(Velocity(gaussian, 0, colour=1.0, generator=torch.Generator().manual_seed(0)))
+    assert (coloured[0, 3] / coloured[0, 6]).item() == pytest.approx(4, rel=0.15)
+    model, _ = bridge_parts(torch.eye(1), torch.eye(1), torch.zeros(1, 1), 1.0)
+    white = power(Velocity(model, 0, colour=1.0, generator=torch.Generator().manual_seed(0)))
+    assert (white[0, 3] / white[0, 6]).item() == pytest.approx(1, rel=0.15)
+
+
+def test_from_image_to_image_there_is_one_leg_and_a_label_for_every_pair():
+    seen = []
+
+    def spy(x, t, y):
+        seen.append((t[0].item(), y.tolist()))
+        return torch.ones_like(x)
+
+    spy.shape = SimpleNamespace(num_domains=9, score=0.0)
+    x1 = torch.zeros(2, 1, 2, 2)
+    torch.testing.assert_close(translate(spy, x1, torch.tensor([0, 2]), 1, tau=0.7, steps=2, solver="euler", x0="image"), x1 + 1)
+    assert [y for _, y in seen] == [[1, 7], [1, 7]] and seen[0][0] == 0

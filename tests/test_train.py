@@ -107,7 +107,11 @@ def test_check_data_shows_and_stops(tmp_path, cache):
     (["--coupling", "best"], "--coupling"), (["--sigma", "-1"], "--sigma"), (["--tau", "1"], "--tau"), (["--lr", "0"], "--lr"),
     (["--device", "tpu"], "--device"), (["--data", "/no/such/folder"], "/no/such/folder"), (["--resume"], "no checkpoint"),
     (["--seed", "-1"], "--seed"), (["--colour", "9"], "--colour"), (["--end", "1.1"], "--end"),
-    (["--tau", "0.98"], "--tau")])
+    (["--tau", "0.98"], "--tau"), (["--coupling", "sinkhorn"], "--sigma or --entropy"), (["--entropy", "0.1"], "--entropy is for"),
+    (["--coupling", "sinkhorn", "--entropy", "1"], "--entropy"), (["--ot-batch", "4", "--coupling", "independent"], "--ot-batch"), (["--ot-batch", "-1"], "--ot-batch"),
+    (["--coupling-labels", "ignore", "--coupling", "independent"], "--coupling-labels"), (["--score"], "--score needs"), (["--solver", "sde", "--sigma", "0.1"], "--solver sde"),
+    (["--solver", "sde", "--coupling", "exact"], "--solver sde"), (["--x0", "image", "--coupling", "exact", "--solver", "sde"], "--solver sde"),
+    (["--x0", "image", "--coupling", "semidiscrete"], "--x0 image")])
 def test_a_mistake_ends_in_one_sentence_and_status_2(tmp_path, capsys, monkeypatch, flags, says):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
@@ -131,6 +135,49 @@ def test_help_shows_groups_and_defaults():
 def test_the_random_draws_of_a_step_depend_on_seed_and_step_alone():
     draw = lambda seed, step: torch.randn(3, generator=train.randomness(seed, step)).tolist()
     assert draw(0, 5) == draw(0, 5) and len({tuple(draw(s, k)) for s in range(3) for k in range(5)}) == 15
+
+
+def test_steps_drawn_ahead_are_the_same_and_come_before_they_are_asked_for():
+    made = []
+
+    def items():
+        for k in range(5):
+            made.append(k)
+            yield torch.full((2,), k), "more"
+
+    taken = []
+    for k, item in enumerate(train.ahead(items(), torch.device("cpu"))):
+        deadline = time.time() + 10
+        while k < 4 and len(made) < k + 2 and time.time() < deadline:
+            time.sleep(0.001)
+        assert len(made) == min(5, k + 2)  # one ahead, and one only
+        taken.append(item[0][0].item())
+    assert taken == [0, 1, 2, 3, 4]
+
+
+def test_the_log_tells_what_a_coupling_did_and_cost(tmp_path, cache):
+    status, output, errors = finish(start(tmp_path, cache, "--steps", "3", "--coupling", "sinkhorn", "--entropy", "0.5", "--ot-batch", "4", "--no-evaluate"))
+    assert (status, errors) == (0, "") and "entropy 0.5 is eps" in output and "% of the time" in output
+    rows = [dict(zip(train.Log.COLUMNS, map(float, row.split(",")))) for row in (tmp_path / "log.csv").read_text().splitlines()[1:]]
+    assert all(abs(row["entropy"] - 0.5) < 0.02 and 0 < row["cost"] < 1.2 and 0 < row["coupling_seconds"] < row["seconds"] for row in rows)
+
+
+def test_an_image_to_image_network_trains_translates_and_is_scored(tmp_path, cache):
+    status, output, errors = finish(start(tmp_path, cache, "--steps", "3", "--x0", "image", "--coupling", "exact", "--ot-batch", "6"))
+    assert (status, errors) == (0, ""), errors
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["main_pair"]["medshift"]) == ["0.0"] and report["main_pair"]["sdedit"] == {} and len(report["pairs"]) == 20
+    command = [sys.executable, str(ROOT / "translate.py"), "--checkpoint", str(tmp_path / "checkpoint.pt")]
+    assert subprocess.run(command, env=cache, capture_output=True).returncode == 0 and (tmp_path / "translate.png").exists()
+    done = subprocess.run([*command, "--tau", "0.5"], env=cache, capture_output=True, text=True)
+    assert done.returncode == 2 and "--tau has no meaning" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_score_head_is_trained_and_the_diffusion_is_scored(tmp_path, cache):
+    flags = ("--coupling", "sinkhorn", "--sigma", "0.5", "--score", "--solver", "sde", "--ot-batch", "2")
+    status, output, errors = finish(start(tmp_path, cache, "--steps", "3", *flags))
+    assert (status, errors) == (0, ""), errors
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["shape"]["score"] == 0.5
 
 
 def test_the_report_of_a_perfect_and_of_a_lazy_translator(tmp_path, monkeypatch):

@@ -1,0 +1,78 @@
+"""The studies: their points, their measure, their resuming, and the ordering of couplings that the literature reports."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from minimedshift import UserError, study
+
+
+def test_points_lie_where_they_should():
+    g = torch.Generator().manual_seed(0)
+    x0 = study.eight_gaussians(8000, g)
+    assert x0.norm(dim=1).mean().item() == pytest.approx(5, abs=.05) and x0.mean(0).abs().max() < .2
+    y = torch.arange(8000) % 2
+    x1 = (study.moons(y, g) + 1) / 3
+    for label, centre, half in ((0, (0, 0), 1), (1, (1, .5), -1)):
+        at = x1[y == label] - torch.tensor(centre)
+        assert at.norm(dim=1).mean().item() == pytest.approx(1, abs=.05) and (half * at[:, 1]).mean() > .5
+
+
+def test_distance_is_that_of_the_best_pairing():
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    assert study.distance(x, x.flip(0)) == pytest.approx(0, abs=1e-12)
+    assert study.distance(x, x + torch.tensor([.3, .4])) == pytest.approx(.25)
+
+
+def test_a_run_that_has_its_result_is_not_run_again(tmp_path, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(study, "moons_run", lambda name, seed, steps: made.append((name, seed)) or
+                        dict(name=name, seed=seed, euler_1=float(seed), adaptive=1., floor=0.))
+    flags = ["moons", "--out", str(tmp_path), "--steps", "3"]
+    assert study.main([*flags, "--only", "per label; independent"]) == 0
+    assert study.main([*flags, "--seeds", "2"]) == 0
+    assert sorted(made) == sorted((name, seed) for name in study.MOONS for seed in (0, 1))
+    table = (tmp_path / "moons" / "table.md").read_text()
+    assert table in capsys.readouterr().out and "| per label | 2 | 0.500 ± 0.500 |" in table
+
+
+def test_a_phantom_table_has_a_row_a_run_with_the_range_over_its_seeds():
+    row = dict(name="exact", entropy=0., cost=.96, same_head=.99, mean_gap_closed=.3, evaluations=16, straightness=.03)
+    pair = lambda closed: {tau: dict(gap_closed=closed, noise=.7) for tau in ("0.1", "0.4")}
+    lines = study.phantom_table([dict(row, pair=pair(.5)), dict(row, pair=pair(.7), evaluations=None)])
+    assert len(lines) == 3 and "| exact | 2 | 0.00 | 0.960 | 60% (50% to 70%) |" in lines[2] and "| 16 |" in lines[2]
+
+
+@pytest.mark.parametrize("flags, says", [([], "name a study"), (["mars"], "mars"), (["moons", "--only", "x"], "--only x"), (["moons", "--seeds", "0"], "--seeds")])
+def test_a_mistake_is_a_sentence(flags, says):
+    with pytest.raises(UserError, match=says):
+        study.main(flags)
+
+
+def test_a_straight_flow_has_no_bend_and_needs_one_step():
+    """v constant: every solver is exact at once; v turning with t is not straight."""
+    from types import SimpleNamespace
+    dataset = SimpleNamespace(channels=1, size=8, domains=study.evaluate.MAIN, test=SimpleNamespace(images=np.zeros((2, 2, 1, 8, 8), np.float16)))
+    how = dict(guidance=1., steps=5, solver="heun", end=.97, colour=0., x0="noise")
+    straight = lambda x, t, y: torch.ones_like(x) * (1 + y.view(-1, 1, 1, 1))
+    turning = lambda x, t, y: torch.cos(6 * t).view(-1, 1, 1, 1) * torch.ones_like(x) * (1 + y.view(-1, 1, 1, 1))
+    straight.shape = turning.shape = SimpleNamespace(num_domains=2, score=0.)
+    assert study.straightness(straight, how, dataset) == pytest.approx(0, abs=1e-6) and study.straightness(turning, how, dataset) > .5
+    assert study.evaluations_needed(straight, dataset, how) == 4 < study.evaluations_needed(turning, dataset, how)
+
+
+@pytest.mark.slow
+def test_couplings_in_the_plane_are_ordered_as_the_literature_says():
+    """8gaussians to moons (arXiv:2503.10636, figure 2): at one Euler step the coupling per label is far ahead; with the adaptive solver the
+    label-blind one is worse than none. Intervals of two standard errors over three seeds do not touch."""
+    found = {name: [study.moons_run(name, seed, steps=2000) for seed in range(3)] for name in study.MOONS}
+
+    def interval(name, key):
+        values = [r[key] for r in found[name]]
+        return np.mean(values) - 2 * np.std(values, ddof=1) / 3**.5, np.mean(values) + 2 * np.std(values, ddof=1) / 3**.5
+
+    assert interval("per label", "euler_1")[1] < interval("label-blind", "euler_1")[0] < interval("label-blind", "euler_1")[1] < interval("independent", "euler_1")[0]
+    assert interval("per label", "adaptive")[1] < interval("label-blind", "adaptive")[0] > interval("independent", "adaptive")[1]
+    assert all(r["floor"] < .06 for r in found["independent"])

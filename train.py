@@ -120,7 +120,7 @@ def resolve(config):
                         (plain and config.ot_batch > 1, "--ot-batch has no meaning for --coupling independent"),
                         (plain and config.coupling_labels == "ignore", "--coupling-labels ignore has no meaning for --coupling independent"),
                         (config.score and not config.sigma, "--score needs --sigma above 0"),
-                        (config.x0 == "image" and config.coupling == "semidiscrete", "--coupling semidiscrete needs noise: it does not go with --x0 image"),
+                        (config.x0 == "image" and config.coupling == "semidiscrete", "--coupling semidiscrete needs noise: with --x0 image choose another, such as --coupling exact"),
                         (config.solver == "sde" and (config.x0 == "image" or not (config.score or plain and not config.sigma)),
                          "--solver sde needs a score: --score, or --coupling independent with --sigma 0, and --x0 noise")):
         if wrong:
@@ -222,9 +222,9 @@ def main(argv=None):
                 else:
                     plan = couple(config.coupling, x0, x1, y * keep, eps, randomness(config.seed, k - step - 1, device))
                     x0 = x0[plan.index]
-                seconds = watch.stop()
+                seconds = watch.stop(config.ot_batch)
             part = slice(k * config.batch_size, (k + 1) * config.batch_size)
-            yield *(z[part] for z in (x0, x1, y, dropped, t, e)), plan, lambda: seconds() / config.ot_batch
+            yield *(z[part] for z in (x0, x1, y, dropped, t, e)), plan, seconds
 
     keep, eps = int(config.coupling_labels == "keep"), 2 * config.sigma**2
     if config.entropy:
@@ -311,18 +311,18 @@ def learn_potentials(dataset, config, device):
 
 
 class Stopwatch:
-    """Seconds from now to `stop`, which returns a function that tells them: by the host's clock, or by the GPU's."""
+    """Seconds from now to `stop`, over a number of steps: a function that tells them, by the host's clock or by the GPU's."""
 
     def __init__(self, device):
         self.stream = torch.cuda.current_stream() if device.type == "cuda" else None
         self.start = self.stream.record_event(torch.cuda.Event(enable_timing=True)) if self.stream else time.perf_counter()
 
-    def stop(self):
+    def stop(self, steps):
         if not self.stream:
-            seconds = time.perf_counter() - self.start
+            seconds = (time.perf_counter() - self.start) / steps
             return lambda: seconds
         end = self.stream.record_event(torch.cuda.Event(enable_timing=True))
-        return lambda: end.synchronize() or self.start.elapsed_time(end) / 1000
+        return lambda: end.synchronize() or self.start.elapsed_time(end) / 1000 / steps
 
 
 def ahead(items, device):
@@ -386,8 +386,8 @@ class Log:
     def means(self):
         """What the coupling was and cost, for the report: means over the run, and its share of the time of this process's steps."""
         self.flush()
-        mean = lambda name: float(np.mean(self.column(name)))
-        spent = sum(self.column("coupling_seconds")[self.first:]) / self.column("seconds")[-1]
+        mean = lambda name: float(np.mean(self.column(name) or [0.0]))
+        spent = sum(self.column("coupling_seconds")[self.first:]) / self.column("seconds")[-1] if self.rows else 0.0
         return dict(entropy=mean("entropy"), cost=mean("cost"), marginal_error=mean("marginal_error"), share_of_time=spent)
 
     def coupling(self):

@@ -44,7 +44,7 @@ class Config:
     preset: str = flag("auto", "network and training settings", "method", ("auto", "cpu", "gpu"))
     coupling: str = flag("semidiscrete", "which noise goes with which image", "method", COUPLINGS)
     coupling_labels: str = flag("keep", "make plans inside each label, or ignore labels (for teaching: it breaks conditional models)", "method", ("keep", "ignore"))
-    ot_batch: int = flag(0, "training batches that one plan is made over; 0 is 16 for semidiscrete (to save time: a plan of each noise alone), else 8, 40 with --x0 image", "method")
+    ot_batch: int = flag(0, "training batches that one plan is made over; 0: 1 for independent, 16 for semidiscrete, 40 with --x0 image, else 8", "method")
     entropy: float = flag(0.0, "normalised entropy of Sinkhorn's plan, which then fixes eps: near 0 exact, near 1 independent; 0: eps = 2 sigma^2", "method")
     sigma: float = flag(0.0, "width of the bridge between noise and image", "method")
     score: bool = flag(False, "learn the score of the bridge too, for --solver sde (needs --sigma)", "method")

@@ -20,7 +20,8 @@ def parse(config, description, argv=None):
     Every field made by `flag` is one flag. Types follow the default: a bool field is a switch (`--name`, `--no-name`),
     an int is accepted where a float is meant, fields listed first without a default group are optional positionals.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+    module = sys.modules["__main__"].__spec__
+    parser = argparse.ArgumentParser(prog=f"python -m {module.name}" if module else None, description=description, allow_abbrev=False,
                                      formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=110, max_help_position=34))
     parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (see --help)"))
     groups = {}

@@ -8,12 +8,15 @@ a flow that carries all noise to all images. sigma = 0 is plain flow matching, s
 entropic optimal transport (coupling.py), the Schrodinger bridge.
 
 With sigma > 0 the slope of sqrt(t (1 - t)) is infinite at both ends. Either the loss weighs it down (`weight`), or the network
-learns the two parts of ut apart (--score): the mean d of x1 - x0, and s, which is sigma^2 / 2 times the score grad log p_t,
+learns the two parts of ut apart (--score), d = E[x1 - x0 | xt] and n = E[e | xt], whose targets have the same variance at every t:
 
-    s = -sigma E[e | xt] / (2 sqrt(t (1 - t)))       so that       v = d - (1 - 2t) s         arXiv:2307.03672
+    v = d + sigma (1 - 2t) / (2 sqrt(t (1 - t))) n          grad log p_t = -n / (sigma sqrt(t (1 - t)))         arXiv:2307.03672
 
-in which nothing is infinite, and which also gives the drift of a diffusion: v + s forward in time, v - s backward (sampler.py).
+With s = sigma^2 / 2 grad log p_t this is v = d - (1 - 2t) s, and a diffusion of width sigma has the drift v + s forward in time and v - s
+backward (sampler.py).
 """
+
+import math
 
 import torch
 
@@ -76,16 +79,23 @@ def weight(t, sigma=0.0):
 def loss(model, x0, x1, y, t, sigma=0.0, noise=None):
     """Flow-matching loss of each image per pixel, E ||v(xt, t, y) - ut||^2 (arXiv:2210.02747, eq. 9), weighted: (B,).
 
-    From a network with a score head, which returns d and s as (B, 2C, H, W), it is ||d - (x1 - x0)||^2 + ||lambda s + e||^2,
-    lambda = 2 sqrt(t (1 - t)) / sigma (arXiv:2307.03672): its targets have the same variance at every t.
+    From a network with a score head, which returns d and n as (B, 2C, H, W), it is ||d - (x1 - x0)||^2 + ||n - e||^2.
     """
     xt, ut = bridge(x0, x1, t, sigma, noise)
     out = model(xt, t, y).float()
     mean = lambda error: error.square().flatten(1).mean(1)
     if out.shape[1] == x1.shape[1]:
         return weight(t, sigma) * mean(out - ut)
-    d, s = out.chunk(2, 1)
-    return mean(d - (x1 - x0)) + mean(per_image(2 * (t * (1 - t)).sqrt() / sigma, s) * s + noise)
+    d, n = out.chunk(2, 1)
+    return mean(d - (x1 - x0)) + mean(n - noise)
+
+
+def velocity_and_score(out, t, sigma):
+    """The velocity v and s = sigma^2 / 2 grad log p_t from what a network with a score head returns, (B, 2C, H, W), at one time t: each (B, C, H, W)."""
+    d, n = out.chunk(2, 1)
+    t = min(max(t, EDGE), 1 - EDGE)
+    s = -sigma / (2 * math.sqrt(t * (1 - t))) * n
+    return d - (1 - 2 * t) * s, s
 
 
 def direct_label(y_source, y_target, num_domains):

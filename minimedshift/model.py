@@ -23,7 +23,7 @@ class Shape:
     widths: tuple = (64, 128)  # channels of each level; each level halves the resolution
     blocks: tuple = (2, 3)  # residual blocks of each level, on the way down and again on the way up
     head: int = 32  # channels of an attention head
-    score: float = 0.0  # above 0: a second output s beside the first, of this scale (sigma; see flow.py)
+    score: float = 0.0  # above 0: a score head for a bridge of this sigma, a second output beside the first (flow.py)
 
 
 def time_features(t, dim=128):
@@ -69,7 +69,7 @@ class Attention(nn.Module):
 class UNet(nn.Module):
     """v(xt, t, y) -> vt. xt (B, C, H, W) float, t (B,) in [0, 1], y (B,) int64 in 0..num_domains (the last: no label).
 
-    With a score head it returns d and s (flow.py) as (B, 2C, H, W).
+    With a score head it returns d and n (flow.py) as (B, 2C, H, W).
     """
 
     def __init__(self, shape):
@@ -113,11 +113,7 @@ class UNet(nn.Module):
             for block in blocks:
                 x = block(x, draw)
             x = F.pixel_shuffle(leave(x), 2) if skips else x
-        x = F.pixel_shuffle(self.out(F.silu(self.norm(x))), self.shape.stem)
-        if self.shape.score:
-            d, s = x.chunk(2, 1)
-            x = torch.cat([d, self.shape.score * s], 1)
-        return x
+        return F.pixel_shuffle(self.out(F.silu(self.norm(x))), self.shape.stem)
 
 
 # Side of the training images in pixels, and the network. One evaluation of one image, a multiply-add counted as two:

@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from .flow import direct_label, draw_noise
+from .flow import direct_label, draw_noise, velocity_and_score
 
 
 class Velocity:
@@ -45,10 +45,7 @@ class Velocity:
         if self.guidance != 1:
             null = self.evaluate(x, time, torch.full_like(y, self.model.shape.num_domains))
             out = null + self.guidance * (out - null)
-        if self.sigma:
-            d, s = out.chunk(2, 1)
-            return d - (1 - 2 * t) * s, s
-        return out, t * out - x
+        return velocity_and_score(out, t, self.sigma) if self.sigma else (out, t * out - x)
 
     def width(self, t):
         """The sigma(t) of the diffusion: the bridge's own with a score head, else sqrt(2 (1 - t)), which vanishes at the image."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minimedshift.flow import EDGE, bridge, draw_noise, loss, tint, weight
+from minimedshift.flow import EDGE, bridge, draw_noise, loss, tint, velocity_and_score, weight
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.3, 2.0])
@@ -76,19 +76,27 @@ def gaussian_parts(xt, t, sigma, a=1.0, b=0.5, c=0.3):
 
 @pytest.mark.parametrize("t", [0.02, 0.4, 0.97])
 def test_the_two_parts_minimise_their_loss_and_compose_to_the_velocity(t, sigma=0.8, n=200_000):
-    """The exact d and s of a Gaussian bridge: no rescaling of either lowers the loss, and d - (1 - 2t) s is the mean of ut, found by regression."""
+    """The exact d and s of a Gaussian bridge: no rescaling of either lowers the loss, and what they compose to is the mean of ut, found by regression."""
     g = torch.Generator().manual_seed(0)
     x0 = torch.randn(n, 1, generator=g)
     x1 = 0.3 * x0 + (0.5 - 0.09) ** 0.5 * torch.randn(n, 1, generator=g)
     e, times, y = torch.randn(n, 1, generator=g), torch.full((n,), t), torch.zeros(n, dtype=torch.long)
-    model = lambda wd, ws: lambda x, *_: torch.cat([k * part for k, part in zip((wd, ws), gaussian_parts(x, t, sigma))], 1)
+    to_n = -2 * (t * (1 - t)) ** 0.5 / sigma  # n = E[e | xt] of s
+
+    def model(wd, ws):
+        def out(x, *_):
+            d, s = gaussian_parts(x, t, sigma)
+            return torch.cat([wd * d, ws * to_n * s], 1)
+        return out
+
     best = loss(model(1, 1), x0, x1, y, times, sigma, e).mean()
     for wd, ws in ((0.7, 1), (1.3, 1), (1, 0.3), (1, 1.7)):
         assert loss(model(wd, ws), x0, x1, y, times, sigma, e).mean() > best
     xt, ut = bridge(x0, x1, times, sigma, e)
-    d, s = gaussian_parts(xt, t, sigma)
+    v, s = velocity_and_score(model(1, 1)(xt), t, sigma)
+    torch.testing.assert_close(s, gaussian_parts(xt, t, sigma)[1])
     slope = (xt * ut).mean() / (xt * xt).mean()
-    assert slope.item() == pytest.approx(((d - (1 - 2 * t) * s) / xt).mean().item(), abs=4 * (ut.var() / xt.var() / n).sqrt().item())
+    assert slope.item() == pytest.approx((v / xt).mean().item(), abs=4 * (ut.var() / xt.var() / n).sqrt().item())
 
 
 def test_tint_is_symmetric_and_is_what_draw_noise_does():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from gaussians import covariance, gaussian_bridge
 
+from minimedshift.flow import EDGE
 from minimedshift.sampler import SOLVERS, Velocity, adaptive, decode, encode, grid, last, translate
 
 
@@ -120,15 +121,15 @@ def test_the_adaptive_solver_is_as_exact_as_asked_and_ends_at_the_end():
 # ---------------------------------------------------------------- the diffusion
 
 def bridge_parts(A, B, C, sigma):
-    """A network that knows the Gaussian bridge of covariances A, B and Cov(x0, x1) = C: d and s, means 0, x (n, 1, 1, d)."""
+    """A network that knows the Gaussian bridge of covariances A, B and Cov(x0, x1) = C: E[x1 - x0 | xt] and E[e | xt], means 0, x (n, 1, 1, d)."""
     eye = torch.eye(len(A))
     S = lambda t: (1 - t) ** 2 * A + t**2 * B + t * (1 - t) * (C + C.T) + sigma**2 * t * (1 - t) * eye
 
     def model(x, t, y):
-        t = t[0].item()
+        t = min(max(t[0].item(), EDGE), 1 - EDGE)
         cross = t * B - (1 - t) * A + (1 - t) * C.T - t * C  # Cov(x1 - x0, xt)
         d = x @ torch.linalg.solve(S(t), cross.T)
-        return torch.cat([d, -(sigma**2) / 2 * x @ torch.linalg.inv(S(t))], 1)
+        return torch.cat([d, sigma * math.sqrt(t * (1 - t)) * x @ torch.linalg.inv(S(t))], 1)  # Cov(e, xt) = sigma sqrt(t (1 - t))
 
     model.shape = SimpleNamespace(num_domains=1, score=sigma)
     return model, S

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from minimedshift import UserError, flag, parse, pick_device, run
 from minimedshift import checkpoint, data, evaluate, sampler
 from minimedshift import coupling as plans
-from minimedshift.coupling import COUPLINGS, Plan, Semidiscrete, couple
+from minimedshift.coupling import COUPLINGS, Semidiscrete, couple
 from minimedshift.flow import direct_label, draw_noise, tint
 from minimedshift.flow import loss as flow_loss
 from minimedshift.model import PRESETS, UNet

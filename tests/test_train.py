@@ -59,10 +59,10 @@ def test_a_whole_run_leaves_everything_it_promises(tmp_path, cache):
     assert {"config", "domains", "model", "ema", "optimizer", "machine"} <= state.keys()
 
 
-@pytest.mark.parametrize("coupling", ["independent", "exact --ot-batch 7", "sinkhorn --entropy 0.3 --score", "semidiscrete --coupling-labels ignore",
+@pytest.mark.parametrize("coupling", ["exact --ot-batch 7", "sinkhorn --entropy 0.3 --score", "semidiscrete --coupling-labels ignore",
                                       "exact --x0 image"])
 def test_stop_and_resume_give_the_same_bytes(tmp_path, cache, coupling):
-    flags = ["--steps", "60", "--no-evaluate", "--coupling", *coupling.split(), "--sigma", "0.1"]
+    flags = ["--steps", "40", "--no-evaluate", "--coupling", *coupling.split(), "--sigma", "0.1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     first = start(parts, cache, *flags)
     log = parts / "log.csv"
@@ -71,7 +71,7 @@ def test_stop_and_resume_give_the_same_bytes(tmp_path, cache, coupling):
     first.send_signal(signal.SIGINT)
     status, output, errors = finish(first)
     stopped = checkpoint.load(parts / "checkpoint.pt")["step"]
-    assert status == 130 and "--resume" in output and 5 < stopped < 60, (status, output, errors)
+    assert status == 130 and "--resume" in output and 5 < stopped < 40, (status, output, errors)
     assert finish(start(parts, cache, *flags, "--resume"))[0] == 0
     assert finish(start(whole, cache, *flags))[0] == 0
     a, b = (checkpoint.load(folder / "checkpoint.pt") for folder in (whole, parts))

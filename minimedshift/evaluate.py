@@ -38,7 +38,7 @@ def main_pair(model, dataset, taus, settings, device="cpu", heads=128, source=MA
     bounds = references["curve"]["E"], references["second_exposure"]["E"]
     result = dict(source=source, target=target, heads=len(x), **references, medshift={}, sdedit={})
     translations = {}
-    direct = settings.get("x0") == "image"
+    direct = settings["x0"] == "image"
     noising = {name: settings[name] for name in ("guidance", "steps", "solver", "colour")}  # no end: its noise must be taken off to the last
     draw = torch.Generator(device).manual_seed(0)
     for tau in [0.0] if direct else taus:
@@ -59,7 +59,7 @@ def all_pairs(model, dataset, tau, settings, device="cpu", heads=32):
     each other than to any other head's; the share is over all targets and pairs of sources.
     """
     rows, into = {}, {target: [] for target in dataset.domains}
-    direct, draw = settings.get("x0") == "image", torch.Generator(device).manual_seed(0)
+    direct, draw = settings["x0"] == "image", torch.Generator(device).manual_seed(0)
     leg = {name: settings[name] for name in ("steps", "solver", "end", "colour")} | dict(generator=draw)
     for s, source in enumerate(dataset.domains):
         z = load(dataset.test.images[:heads, s], device)

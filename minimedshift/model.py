@@ -117,7 +117,7 @@ class UNet(nn.Module):
 
 
 # Side of the training images in pixels, and the network. One evaluation of one image, a multiply-add counted as two:
-#   cpu  2.65M parameters, 0.54 GFLOPs; the whole of `python train.py`, 16 images a step, peaked at 0.73 GB
+#   cpu  2.65M parameters, 0.54 GFLOPs; the whole of `python train.py`, 16 images a step, peaked at 1.0 GB
 #   gpu  24.09M parameters, 27.11 GFLOPs; memory not measured yet
 PRESETS = {
     "cpu": (64, Shape(stem=4, widths=(96, 128), blocks=(2, 2))),

@@ -7,27 +7,22 @@
 Leaves in out/: checkpoint.pt, log.csv, loss.png, samples.png, translations.png, report.json. Ctrl-C saves and stops.
 """
 
-import hashlib
-import inspect
 import math
-import platform
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from minimedshift import UserError, flag, parse, pick_device, run
 from minimedshift import checkpoint, data, evaluate, sampler
-from minimedshift import coupling as plans
-from minimedshift.coupling import COUPLINGS, Semidiscrete, couple
-from minimedshift.flow import direct_label, draw_noise, tint
+from minimedshift.batches import batches, null_label
+from minimedshift.coupling import COUPLINGS
 from minimedshift.flow import loss as flow_loss
+from minimedshift.log import Log, machine
 from minimedshift.model import PRESETS, UNet
 from minimedshift.optim import Muon, split
 
@@ -87,11 +82,6 @@ def pick_dtype(name, device):
                 F.conv2d(x, w, padding=1)
                 seconds[dtype] = min(seconds.get(dtype, 1e9), time.perf_counter() - start)
     return min(seconds, key=seconds.get)
-
-
-def randomness(seed, step, device="cpu"):
-    """A generator that is a function of (seed, step): nothing to save, and resume is exact."""
-    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
 def resolve(config):
@@ -167,8 +157,7 @@ def main(argv=None):
     dtype = getattr(torch, then["machine"]["dtype"]) if then else pick_dtype(config.dtype, device)
     torch.manual_seed(config.seed)
     domains = len(dataset.domains)
-    null = domains**2 if config.x0 == "image" else domains  # the label of no label; with --x0 image a label is a pair of domains
-    shape = replace(PRESETS[config.preset][1], num_domains=null, channels=dataset.channels, score=config.sigma if config.score else 0.0)
+    shape = replace(PRESETS[config.preset][1], num_domains=null_label(config, domains), channels=dataset.channels, score=config.sigma if config.score else 0.0)
     model = UNet(shape).to(device, memory_format=torch.channels_last)
     network = torch.compile(model) if config.compile else model
     inside, rest = split(model)
@@ -192,58 +181,18 @@ def main(argv=None):
             machine=dict(dtype=str(dtype)[6:], memory_format="channels_last"),
             model=model.state_dict(), ema=ema.mean, optimizer=[optimizer.state_dict() for optimizer in optimizers]))
 
-    # ---- pairs of noise and image, with their labels
-    semidiscrete = Semidiscrete(*learn_potentials(dataset, config, device)) if config.coupling == "semidiscrete" else None
-
-    def draw(step):
-        """What is random in a step, a function of (seed, step): x0, x1, y (on the host), which labels to drop, t, the bridge's noise e."""
-        host, there = randomness(config.seed, step), randomness(config.seed, step, device)
-        y = torch.randint(domains, (config.batch_size,), generator=host)
-        x1 = dataset.batch(y, host).to(device)  # (B, C, H, W)
-        dropped = torch.rand(len(y), generator=host) < config.drop_label
-        t = torch.rand(len(y), generator=there, device=device)  # (B,)
-        x0 = draw_noise(x1.shape, there, config.colour, device)
-        if config.x0 == "image":
-            source = (y + torch.randint(1, domains, y.shape, generator=host)) % domains
-            x0, y = dataset.batch(source, host).to(device), direct_label(source, y, domains)
-        e = torch.randn(x1.shape, generator=there, device=device)
-        return x0, x1, y, dropped, t, e
-
-    def pairs(step):
-        """For this step and all after it: x0, x1, y, dropped, t, e, and the coupling's Plan and seconds. A plan is made over ot_batch steps,
-        and made again on --resume."""
-        for step in range(step, config.steps):
-            k = step % config.ot_batch
-            if k == 0 or step == first:
-                x0, x1, y, dropped, t, e = (torch.cat(parts) for parts in zip(*map(draw, range(step - k, step - k + config.ot_batch))))
-                watch = Stopwatch(device)
-                if semidiscrete:
-                    x1, y, plan = semidiscrete.pick(x0, y)
-                else:
-                    plan = couple(config.coupling, x0, x1, y * keep, eps, randomness(config.seed, k - step - 1, device))
-                    x0 = x0[plan.index]
-                seconds = watch.stop(config.ot_batch)
-            part = slice(k * config.batch_size, (k + 1) * config.batch_size)
-            yield *(z[part] for z in (x0, x1, y, dropped, t, e)), plan, seconds
-
-    keep, eps = int(config.coupling_labels == "keep"), 2 * config.sigma**2
-    if config.entropy:
-        x0, x1, y = (torch.cat(parts) for parts in list(zip(*map(draw, range(config.ot_batch))))[:3])
-        eps = plans.find_eps(x0, x1, y * keep, config.entropy)
-        print(f"sinkhorn: entropy {config.entropy:g} is eps = {eps:.4g}, as of a bridge of sigma {math.sqrt(eps / 2):.3g}", flush=True)
-
     # ---- loop
+    steps = batches(dataset, config, device, first)
     stopping = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stopping.append(True))  # finish the step, save, stop
     log = Log(out, first, config.steps, config.batch_size)
-    steps = pairs(first) if device.type == "cpu" or config.coupling != "exact" else ahead(pairs(first), device)
-    for step, (x0, x1, y, dropped, t, e, plan, seconds) in enumerate(steps, first):
+    for step, (x0, x1, y, t, e, plan, seconds) in enumerate(steps, first):
         lr = config.lr * min((step + 1) / 50, (1 + math.cos(math.pi * step / config.steps)) / 2)  # warm-up, cosine
         for optimizer, share in zip(optimizers, (1, 1 / 20)):
             optimizer.param_groups[0]["lr"] = lr * share
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = flow_loss(network, x0, x1, y.masked_fill(dropped, null).to(device), t, config.sigma, e).mean()
+            loss = flow_loss(network, x0, x1, y, t, config.sigma, e).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -273,143 +222,6 @@ def main(argv=None):
         evaluate.picture(out / "translations.png", dataset, report["main_pair"], columns)
         print(f"{out}/: checkpoint.pt, log.csv, loss.png, samples.png, translations.png, report.json")
     return 0
-
-
-def machine(device):
-    """The name of the processor or GPU, for the report."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        return f"{len(names)} x {names[0]}"
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
-
-
-def learn_potentials(dataset, config, device):
-    """The training images of each label (of all together with --coupling-labels ignore) and their potentials, learned once and kept in the
-    cache; says how evenly images are picked."""
-    groups = dataset.train if config.coupling_labels == "keep" else [np.concatenate(dataset.train)]
-    digest = [hashlib.sha256(np.ascontiguousarray(images)).hexdigest() for images in groups]
-
-    def build(folder):
-        start = time.time()
-        for i, images in enumerate(groups):
-            tinted = tint(torch.from_numpy(np.array(images, np.float32)), config.colour)
-            g, share = plans.learn_potentials(tinted, seed=config.seed, device=device)
-            np.save(folder / f"{i}.npy", torch.stack([g, share]).cpu().numpy())
-            data.progress(i + 1, len(groups), start, "learning potentials, once", "labels")
-
-    content = [inspect.getsource(plans), inspect.getsource(tint), torch.__version__, digest, config.colour, config.seed]
-    folder = data.cached(None, "potentials", content, build)
-    found = [np.load(folder / f"{i}.npy") for i in range(len(groups))]
-    share = np.concatenate([each[1] for each in found])
-    print(f"semidiscrete: of {plans.TRIALS} times each image should be picked, it is picked {plans.TRIALS * share.min():.0f} to {plans.TRIALS * share.max():.0f} "
-          f"times; spread {share.std():.2f} of the mean, {plans.TRIALS**-.5:.2f} of it chance", flush=True)
-    labels = None if config.coupling_labels == "keep" else torch.repeat_interleave(torch.tensor([len(images) for images in dataset.train]))
-    return groups, [each[0] for each in found], device, labels
-
-
-class Stopwatch:
-    """Seconds from now to `stop`, over a number of steps: a function that tells them, by the host's clock or by the GPU's."""
-
-    def __init__(self, device):
-        self.stream = torch.cuda.current_stream() if device.type == "cuda" else None
-        self.start = self.stream.record_event(torch.cuda.Event(enable_timing=True)) if self.stream else time.perf_counter()
-
-    def stop(self, steps):
-        if not self.stream:
-            seconds = (time.perf_counter() - self.start) / steps
-            return lambda: seconds
-        end = self.stream.record_event(torch.cuda.Event(enable_timing=True))
-        return lambda: end.synchronize() or self.start.elapsed_time(end) / 1000 / steps
-
-
-def ahead(items, device):
-    """The same items, each made in a thread (and on a CUDA stream of its own) while the one before is in use."""
-    cuda = device.type == "cuda"
-    stream = torch.cuda.Stream() if cuda else None
-
-    def make():
-        with torch.cuda.stream(stream):
-            item = next(items, None)
-            return item, stream.record_event() if cuda else None
-
-    with ThreadPoolExecutor(1) as thread:
-        waiting = thread.submit(make)
-        while (made := waiting.result())[0] is not None:
-            item, ready = made
-            waiting = thread.submit(make)
-            if cuda:
-                torch.cuda.current_stream().wait_event(ready)
-                for z in item:
-                    if isinstance(z, torch.Tensor) and z.is_cuda:
-                        z.record_stream(torch.cuda.current_stream())
-            yield item
-
-
-class Log:
-    """log.csv, loss.png and the progress line. A loss is read one step late, so that no step waits for it."""
-    COLUMNS = ("step", "loss", "lr", "entropy", "cost", "marginal_error", "coupling_seconds", "seconds")
-
-    def __init__(self, out, first, steps, batch_size):
-        self.out, self.first, self.steps, self.batch_size = out, first, steps, batch_size
-        path = out / "log.csv"
-        lines = path.read_text().splitlines()[1:first + 1] if first and path.exists() else []
-        self.rows = [[float(cell) for cell in line.split(",")] for line in lines]
-        self.file = open(path, "w", buffering=1)
-        self.file.write("\n".join([",".join(self.COLUMNS), *lines, ""]))
-        self.start, self.shown, self.pending = time.time(), 0.0, None
-
-    def __call__(self, step, loss, lr, plan, coupling_seconds):
-        seconds = time.time() - self.start
-        self.flush()
-        self.pending = step, loss, lr, *plan[1:], coupling_seconds, seconds
-        every = 1 if sys.stdout.isatty() else 30
-        if seconds - self.shown > every or step == self.steps:
-            self.flush()
-            self.shown, rate = seconds, (step - self.first) / seconds
-            recent, left = self.column("loss")[-100:], round((self.steps - step) / rate)
-            print(f"step {step}/{self.steps}  loss {sum(recent) / len(recent):.4f}  {rate * self.batch_size:.0f} images/s  "
-                  f"{left // 60}:{left % 60:02d} left  ", end="\r" if sys.stdout.isatty() and step < self.steps else "\n", flush=True)
-
-    def flush(self):
-        if self.pending:
-            step, loss, lr, *plan, coupling_seconds, seconds = self.pending
-            self.rows.append([step, loss.item(), lr, *(z.item() for z in plan), coupling_seconds(), seconds])
-            self.file.write(",".join(f"{cell:.6g}" for cell in self.rows[-1]) + "\n")
-            self.pending = None
-
-    def column(self, name):
-        return [row[self.COLUMNS.index(name)] for row in self.rows]
-
-    def means(self):
-        """What the coupling was and cost, for the report: means over the run, and its share of the time of this process's steps."""
-        self.flush()
-        mean = lambda name: float(np.mean(self.column(name) or [0.0]))
-        spent = sum(self.column("coupling_seconds")[self.first:]) / self.column("seconds")[-1] if self.rows else 0.0
-        return dict(entropy=mean("entropy"), cost=mean("cost"), marginal_error=mean("marginal_error"), share_of_time=spent)
-
-    def coupling(self):
-        m = self.means()
-        return (f"coupling: normalised entropy {m['entropy']:.3f}, transport cost {m['cost']:.3f} of independent, marginal error {m['marginal_error']:.1g}, "
-                f"{m['share_of_time']:.1%} of the time")
-
-    def draw(self):
-        """loss.png: every step's loss and its running mean."""
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-        self.flush()
-        losses = torch.tensor(self.column("loss"))
-        width = min(50, len(losses))
-        figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-        axes.plot(range(1, len(losses) + 1), losses, lw=.5, alpha=.4, label="each step")
-        axes.plot(range(width, len(losses) + 1), losses.unfold(0, width, 1).mean(1), label=f"mean of {width} steps")
-        axes.set(xlabel="step", ylabel=r"loss  $|v - u_t|^2$", yscale="log", title="flow-matching loss")
-        axes.legend()
-        figure.savefig(self.out / "loss.png", dpi=100)
-        plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -60,9 +60,11 @@ class Velocity:
         return self.model(x, t, y).float()
 
 
-def grid(tau, steps, end=1.0, rho=1.5):
-    """steps + 1 times from end down to tau, denser near the image, where the velocity is stiff: t = end - (end - tau) s^rho,
-    s = 0..1. Turn it around for the way up. Raises ValueError unless 0 <= tau < end <= 1 and steps >= 1."""
+def grid(tau, steps, end=1.0, solver="heun"):
+    """steps + 1 times from end down to tau: t = end - (end - tau) s^rho, s = 0..1. Turn it around for the way up. For an ODE they are denser
+    near the image, where the velocity is stiff (rho = 1.5); a diffusion takes its noise off in its last step, which must not be too short (1).
+    Raises ValueError unless 0 <= tau < end <= 1 and steps >= 1."""
+    rho = 1.0 if solver == "sde" else 1.5
     if not 0 <= tau < end <= 1 or steps < 1:
         raise ValueError(f"the grid needs 0 <= tau < end <= 1 and steps >= 1, got tau = {tau}, end = {end} and steps = {steps}")
     return [end - (end - tau) * (i / steps) ** rho for i in range(steps + 1)]
@@ -86,13 +88,14 @@ def heun(v, x, times):
 
 
 def sde(v, x, times):
-    """dX = (v + s) dt + sigma dW forward and dX = (v - s) dt + sigma dW backward in time (arXiv:2307.03672), by Euler-Maruyama:
-    with h the signed step, both are  x <- x + h v + |h| s + sigma sqrt|h| e.  v: a Velocity. Yields (t, xt)."""
+    """dX = (v + s) dt + sigma dW forward and dX = (v - s) dt + sigma dW backward in time (arXiv:2307.03672): with h the step's length,
+    both are  x <- x +- h v + h s + sigma sqrt(h r) e.  r is what a bridge's noise has left of its variance at the step's far end, (1 - t') / (1 - t)
+    forward, t' / t backward: 1 up to order h (Euler-Maruyama), but none in a step that ends in an image. v: a Velocity. Yields (t, xt)."""
     yield times[0], x
     for t, s in zip(times[:-1], times[1:]):
-        h = abs(s - t)
+        h, rest = abs(s - t), (1 - s) / (1 - t) if s > t else s / t
         vt, st = v.parts(x, t)
-        x = x + (s - t) * vt + h * st + v.width(t) * math.sqrt(h) * v.noise(x)
+        x = x + (s - t) * vt + h * st + v.width(t) * math.sqrt(h * rest) * v.noise(x)
         yield s, x
 
 
@@ -130,13 +133,13 @@ def last(trajectory):
 def encode(model, x1, y, tau=0.0, steps=5, solver="heun", end=0.97, colour=0.0, generator=None):
     """From the image x1 (B, C, H, W) at t = end back to z at t = tau under label y: (B, C, H, W). Never guided. colour (as in
     training) and generator (on x1's device) are for the solver "sde". Raises ValueError as `grid` does, KeyError for an unknown solver."""
-    return last(SOLVERS[solver](Velocity(model, y, 1.0, colour, generator), x1, grid(tau, steps, end)))
+    return last(SOLVERS[solver](Velocity(model, y, 1.0, colour, generator), x1, grid(tau, steps, end, solver)))
 
 
 @torch.inference_mode()
 def decode(model, z, y, tau=0.0, guidance=1.0, steps=5, solver="heun", end=0.97, colour=0.0, generator=None):
     """From z (B, C, H, W) at t = tau forward to the image at t = end under label y, guided: (B, C, H, W)."""
-    return last(SOLVERS[solver](Velocity(model, y, guidance, colour, generator), z, grid(tau, steps, end)[::-1]))
+    return last(SOLVERS[solver](Velocity(model, y, guidance, colour, generator), z, grid(tau, steps, end, solver)[::-1]))
 
 
 def translate(model, x1, y_source, y_target, tau=0.4, guidance=1.0, steps=5, solver="heun", end=0.97, colour=0.0, x0="noise", generator=None):

@@ -153,7 +153,7 @@ def phantom_run(name, seed, steps, heads, folder):
     result["mean_gap_closed"] = float(np.mean([row["gap_closed"] for row in pairs.values() if row["gap_closed"] is not None]))
     result["noise_right"] = sum(.5 <= row["noise"] <= 2 for row in pairs.values())
     if model.shape.score:
-        pair, _ = evaluate.main_pair(model, dataset, (.1, .4), dict(how, solver="sde", steps=40, end=1.0), heads=heads)  # at t < 1 a bridge is not yet rid of its noise
+        pair, _ = evaluate.main_pair(model, dataset, (.1, .4), dict(how, solver="sde", steps=20, end=1.0), heads=heads)  # at t < 1 a bridge is not yet rid of its noise
         result["sde"] = {tau: {key: row[key] for key in ("structure", "noise", "gap_closed")} for tau, row in pair["medshift"].items()}
     result["evaluations"] = evaluations_needed(model, dataset, how)
     result["straightness"] = straightness(model, how, dataset)

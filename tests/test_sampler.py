@@ -137,13 +137,13 @@ def bridge_parts(A, B, C, sigma):
 
 @pytest.mark.parametrize("d, sigma", [(1, 0.5), (2, 1.5), (8, 1.0)])
 @pytest.mark.parametrize("backward", [False, True])
-def test_ode_and_sde_keep_the_marginals_of_the_schrodinger_bridge(d, sigma, backward, n=20_000):
+def test_ode_and_sde_keep_the_marginals_of_the_schrodinger_bridge(d, sigma, backward, n=10_000):
     """From the exact distribution at one end to .5 and to the other end: covariances in closed form. A wrong sign of s does not keep them."""
     A, B = covariance(d, 1), covariance(d, 2)
     model, S = bridge_parts(*(z.float() for z in (A, B, gaussian_bridge(A, B, sigma))), sigma)
     start, end = (1.0, 0.0) if backward else (0.0, 1.0)
     x = (torch.randn(n, d, generator=torch.Generator().manual_seed(0)) @ torch.linalg.cholesky(S(start)).T).view(n, 1, 1, d)
-    times = [start + (end - start) * i / 100 for i in range(101)]
+    times = [start + (end - start) * i / 400 for i in range(401)]
 
     def errors(solver, flip=1.0):
         flipped = lambda *a: torch.cat([p * k for p, k in zip(model(*a).chunk(2, 1), (1, flip))], 1)
@@ -156,6 +156,23 @@ def test_ode_and_sde_keep_the_marginals_of_the_schrodinger_bridge(d, sigma, back
 
     assert max(errors(SOLVERS["heun"])) < 0.05 and max(errors(SOLVERS["sde"])) < 0.06
     assert max(errors(SOLVERS["sde"], flip=-1.0)) > 0.2
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_bridge_between_two_known_images_is_exact_with_any_number_of_steps(backward, sigma=0.7):
+    """One x0 and one x1: mean (1 - t) x0 + t x1 and variance sigma^2 t (1 - t) on the way, and no noise left at the end."""
+    x0, x1 = (torch.full((20_000, 1, 1, 1), value) for value in (-2.0, 1.0))
+
+    def model(x, t, y):
+        t = t[0].clamp(EDGE, 1 - EDGE)
+        return torch.cat([x1 - x0, (x - (1 - t) * x0 - t * x1) / (sigma * (t * (1 - t)).sqrt())], 1)
+
+    model.shape = SimpleNamespace(num_domains=1, score=sigma)
+    times = [0.0, 0.2, 0.6, 1.0][::-1 if backward else 1]
+    path = list(SOLVERS["sde"](Velocity(model, 0, generator=torch.Generator().manual_seed(0)), x1 if backward else x0, times))
+    for t, x in path[1:-1]:
+        assert x.mean().item() == pytest.approx(-2 + 3 * t, abs=0.02) and x.var().item() == pytest.approx(sigma**2 * t * (1 - t), rel=0.04)
+    torch.testing.assert_close(path[-1][1], x0 if backward else x1, atol=2e-3, rtol=0)
 
 
 def test_without_a_score_head_the_diffusion_follows_from_the_velocity():

@@ -14,6 +14,7 @@ from PIL import Image
 
 import train
 from minimedshift import UserError, checkpoint, data, evaluate, run
+from minimedshift.log import Log
 
 ROOT = Path(train.__file__).parent
 TINY = ["--size", "16", "--train-images", "20", "--valid-heads", "2", "--test-heads", "3", "--batch-size", "4", "--solver-steps", "1"]
@@ -132,33 +133,10 @@ def test_help_shows_groups_and_defaults():
     assert all(word in text for word in ("data:", "method:", "training:", "translation:", "run:", "(default: 0.02)"))
 
 
-def test_the_random_draws_of_a_step_depend_on_seed_and_step_alone():
-    draw = lambda seed, step: torch.randn(3, generator=train.randomness(seed, step)).tolist()
-    assert draw(0, 5) == draw(0, 5) and len({tuple(draw(s, k)) for s in range(3) for k in range(5)}) == 15
-
-
-def test_steps_drawn_ahead_are_the_same_and_come_before_they_are_asked_for():
-    made = []
-
-    def items():
-        for k in range(5):
-            made.append(k)
-            yield torch.full((2,), k), "more"
-
-    taken = []
-    for k, item in enumerate(train.ahead(items(), torch.device("cpu"))):
-        deadline = time.time() + 10
-        while k < 4 and len(made) < k + 2 and time.time() < deadline:
-            time.sleep(0.001)
-        assert len(made) == min(5, k + 2)  # one ahead, and one only
-        taken.append(item[0][0].item())
-    assert taken == [0, 1, 2, 3, 4]
-
-
 def test_the_log_tells_what_a_coupling_did_and_cost(tmp_path, cache):
     status, output, errors = finish(start(tmp_path, cache, "--steps", "3", "--coupling", "sinkhorn", "--entropy", "0.5", "--ot-batch", "4", "--no-evaluate"))
     assert (status, errors) == (0, "") and "entropy 0.5 is eps" in output and "% of the time" in output
-    rows = [dict(zip(train.Log.COLUMNS, map(float, row.split(",")))) for row in (tmp_path / "log.csv").read_text().splitlines()[1:]]
+    rows = [dict(zip(Log.COLUMNS, map(float, row.split(",")))) for row in (tmp_path / "log.csv").read_text().splitlines()[1:]]
     assert all(abs(row["entropy"] - 0.5) < 0.02 and 0 < row["cost"] < 1.2 and 0 < row["coupling_seconds"] < row["seconds"] for row in rows)
 
 

@@ -1,0 +1,154 @@
+"""What each training step is given: noise, images and labels, paired by the coupling.
+
+All of it is a function of (seed, step): nothing has to be saved, and a resumed run sees what the stopped one would have seen. A plan may
+be made over several steps at once (--ot-batch); it is then made again from the same seeds when a run resumes in its middle.
+"""
+
+import hashlib
+import inspect
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from . import coupling as plans
+from . import data
+from .coupling import Semidiscrete, couple
+from .flow import direct_label, draw_noise, tint
+
+
+class Step(NamedTuple):
+    """One training step's batch, on the device."""
+    x0: torch.Tensor  # (B, C, H, W) noise, or with --x0 image an image of another domain
+    x1: torch.Tensor  # (B, C, H, W) image
+    y: torch.Tensor   # (B,) int64 label; null_label where it is hidden, for guidance
+    t: torch.Tensor   # (B,) in [0, 1)
+    e: torch.Tensor   # (B, C, H, W) the bridge's noise
+    plan: Any         # the coupling's Plan
+    seconds: Any      # a function: what the plan took, for each step it serves
+
+
+def randomness(seed, step, device="cpu"):
+    """A generator that is a function of (seed, step): nothing to save, and resume is exact."""
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)
+
+
+def null_label(config, domains):
+    """The label of no label; with --x0 image a label is an ordered pair of domains (flow.direct_label)."""
+    return domains**2 if config.x0 == "image" else domains
+
+
+def to_device(x, device):
+    """A host tensor on the device, copied while the host goes on."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def draw(dataset, config, step, device):
+    """What is random in a step: x0, x1, y and which labels are hidden (both on the host), t, e. With the semidiscrete coupling the noise will
+    pick its image, and x1 is only the room for it."""
+    host, there = randomness(config.seed, step), randomness(config.seed, step, device)
+    domains = len(dataset.domains)
+    y = torch.randint(domains, (config.batch_size,), generator=host)
+    hidden = torch.rand(len(y), generator=host) < config.drop_label
+    shape = len(y), dataset.channels, dataset.size, dataset.size
+    x1 = torch.empty(shape, device=device) if config.coupling == "semidiscrete" else to_device(dataset.batch(y, host), device)
+    if config.x0 == "image":
+        source = (y + torch.randint(1, domains, y.shape, generator=host)) % domains
+        x0, y = to_device(dataset.batch(source, host), device), direct_label(source, y, domains)
+    else:
+        x0 = draw_noise(shape, there, config.colour, device)
+    t, e = torch.rand(len(y), generator=there, device=device), torch.randn(shape, generator=there, device=device)
+    return x0, x1, y, hidden, t, e
+
+
+def batches(dataset, config, device, first=0):
+    """The Steps `first` to config.steps. On CUDA each is made a step ahead, in a thread and on a stream of its own."""
+    semidiscrete = Semidiscrete(*learn_potentials(dataset, config, device)) if config.coupling == "semidiscrete" else None
+    keep, eps = int(config.coupling_labels == "keep"), 2 * config.sigma**2
+    window = lambda start: [torch.cat(parts) for parts in zip(*(draw(dataset, config, start + k, device) for k in range(config.ot_batch)))]
+    if config.entropy:
+        x0, x1, y = window(0)[:3]
+        eps = plans.find_eps(x0, x1, y * keep, config.entropy)
+        print(f"sinkhorn: entropy {config.entropy:g} is eps = {eps:.4g}, as of a bridge of sigma {math.sqrt(eps / 2):.3g}", flush=True)
+
+    def make():
+        for step in range(first, config.steps):
+            k = step % config.ot_batch
+            if k == 0 or step == first:
+                x0, x1, y, hidden, t, e = window(step - k)
+                watch = Stopwatch(device)
+                if semidiscrete:
+                    x1, y, plan = semidiscrete.pick(x0, y)
+                else:
+                    plan = couple(config.coupling, x0, x1, y * keep, eps, randomness(config.seed, k - step - 1, device))
+                    x0 = x0[plan.index]
+                seconds = watch.stop(config.ot_batch)
+                y = to_device(y, device).masked_fill(to_device(hidden, device), null_label(config, len(dataset.domains)))
+            part = slice(k * config.batch_size, (k + 1) * config.batch_size)
+            yield Step(*(z[part] for z in (x0, x1, y, t, e)), plan, seconds)
+
+    return ahead(make(), device) if device.type == "cuda" else make()
+
+
+def learn_potentials(dataset, config, device):
+    """What `Semidiscrete` needs: the training images of each label (of all together with --coupling-labels ignore) and their potentials,
+    learned once and kept in the cache. Says how evenly images are picked."""
+    groups = dataset.train if config.coupling_labels == "keep" else [np.concatenate(dataset.train)]
+    digest = [hashlib.sha256(np.ascontiguousarray(images)).hexdigest() for images in groups]
+
+    def build(folder):
+        start = time.time()
+        for i, images in enumerate(groups):
+            tinted = tint(torch.from_numpy(np.array(images, np.float32)), config.colour)
+            g, share = plans.learn_potentials(tinted, seed=config.seed, device=device)
+            np.save(folder / f"{i}.npy", torch.stack([g, share]).cpu().numpy())
+            data.progress(i + 1, len(groups), start, "learning potentials, once", "labels")
+
+    content = [inspect.getsource(plans), inspect.getsource(tint), torch.__version__, digest, config.colour, config.seed]
+    folder = data.cached(None, "potentials", content, build)
+    found = [np.load(folder / f"{i}.npy") for i in range(len(groups))]
+    share = np.concatenate([each[1] for each in found])
+    print(f"semidiscrete: of {plans.TRIALS} times each image should be picked, it is picked {plans.TRIALS * share.min():.0f} to {plans.TRIALS * share.max():.0f} "
+          f"times; spread {share.std():.2f} of the mean, {plans.TRIALS**-.5:.2f} of it chance", flush=True)
+    labels = None if config.coupling_labels == "keep" else torch.repeat_interleave(torch.tensor([len(images) for images in dataset.train]))
+    return groups, [each[0] for each in found], device, labels
+
+
+class Stopwatch:
+    """Seconds from now to `stop`, over a number of steps: a function that tells them, by the host's clock or by the GPU's."""
+
+    def __init__(self, device):
+        self.stream = torch.cuda.current_stream() if device.type == "cuda" else None
+        self.start = self.stream.record_event(torch.cuda.Event(enable_timing=True)) if self.stream else time.perf_counter()
+
+    def stop(self, steps):
+        if not self.stream:
+            seconds = (time.perf_counter() - self.start) / steps
+            return lambda: seconds
+        end = self.stream.record_event(torch.cuda.Event(enable_timing=True))
+        return lambda: end.synchronize() or self.start.elapsed_time(end) / 1000 / steps
+
+
+def ahead(items, device):
+    """The same items, each made in a thread (and on a CUDA stream of its own) while the one before is in use."""
+    cuda = device.type == "cuda"
+    stream = torch.cuda.Stream() if cuda else None
+
+    def make():
+        with torch.cuda.stream(stream):
+            item = next(items, None)
+            return item, stream.record_event() if cuda else None
+
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(make)
+        while (made := waiting.result())[0] is not None:
+            item, ready = made
+            waiting = thread.submit(make)
+            if cuda:
+                torch.cuda.current_stream().wait_event(ready)
+                for z in (*item[:5], *item.plan):
+                    z.record_stream(torch.cuda.current_stream())
+            yield item

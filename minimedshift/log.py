@@ -1,0 +1,83 @@
+"""What a training run tells: log.csv, loss.png, a progress line, and the name of the machine."""
+
+import platform
+import sys
+import time
+
+import numpy as np
+import torch
+
+
+def machine(device):
+    """The name of the processor or GPU, for the report."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        return f"{len(names)} x {names[0]}"
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+class Log:
+    """log.csv, loss.png and the progress line. A loss on a GPU is read up to a second late, so that steps do not wait."""
+    COLUMNS = ("step", "loss", "lr", "entropy", "cost", "marginal_error", "coupling_seconds", "seconds")
+
+    def __init__(self, out, first, steps, batch_size):
+        self.out, self.first, self.steps, self.batch_size = out, first, steps, batch_size
+        path = out / "log.csv"
+        lines = path.read_text().splitlines()[1:first + 1] if first and path.exists() else []
+        self.rows = [[float(cell) for cell in line.split(",")] for line in lines]
+        self.file = open(path, "w", buffering=1)
+        self.file.write("\n".join([",".join(self.COLUMNS), *lines, ""]))
+        self.start, self.shown, self.pending = time.time(), 0.0, []
+
+    def __call__(self, step, loss, lr, plan, coupling_seconds):
+        seconds = time.time() - self.start
+        self.pending.append((step, loss, lr, *plan[1:], coupling_seconds, seconds))
+        if not loss.is_cuda or seconds - self.pending[0][-1] > 1:  # reading waits for a GPU: once a second will do
+            self.flush()
+        every = 1 if sys.stdout.isatty() else 30
+        if seconds - self.shown > every or step == self.steps:
+            self.flush()
+            self.shown, rate = seconds, (step - self.first) / seconds
+            recent, left = self.column("loss")[-100:], round((self.steps - step) / rate)
+            print(f"step {step}/{self.steps}  loss {sum(recent) / len(recent):.4f}  {rate * self.batch_size:.0f} images/s  "
+                  f"{left // 60}:{left % 60:02d} left  ", end="\r" if sys.stdout.isatty() and step < self.steps else "\n", flush=True)
+
+    def flush(self):
+        for step, loss, lr, *plan, coupling_seconds, seconds in self.pending:
+            self.rows.append([step, loss.item(), lr, *(z.item() for z in plan), coupling_seconds(), seconds])
+            self.file.write(",".join(f"{cell:.6g}" for cell in self.rows[-1]) + "\n")
+        self.pending = []
+
+    def column(self, name):
+        return [row[self.COLUMNS.index(name)] for row in self.rows]
+
+    def means(self):
+        """What the coupling was and cost, for the report: means over the run, and its share of the time of this process's steps."""
+        self.flush()
+        mean = lambda name: float(np.mean(self.column(name) or [0.0]))
+        spent = sum(self.column("coupling_seconds")[self.first:]) / self.column("seconds")[-1] if self.rows else 0.0
+        return dict(entropy=mean("entropy"), cost=mean("cost"), marginal_error=mean("marginal_error"), share_of_time=spent)
+
+    def coupling(self):
+        m = self.means()
+        return (f"coupling: normalised entropy {m['entropy']:.3f}, transport cost {m['cost']:.3f} of independent, marginal error {m['marginal_error']:.1g}, "
+                f"{m['share_of_time']:.1%} of the time")
+
+    def draw(self):
+        """loss.png: every step's loss and its running mean."""
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+        self.flush()
+        losses = torch.tensor(self.column("loss"))
+        width = min(50, len(losses))
+        figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+        axes.plot(range(1, len(losses) + 1), losses, lw=.5, alpha=.4, label="each step")
+        axes.plot(range(width, len(losses) + 1), losses.unfold(0, width, 1).mean(1), label=f"mean of {width} steps")
+        axes.set(xlabel="step", ylabel=r"loss  $|v - u_t|^2$", yscale="log", title="flow-matching loss")
+        axes.legend()
+        figure.savefig(self.out / "loss.png", dpi=100)
+        plt.close(figure)

@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from minimedshift import UserError, flag, parse, pick_device, run
+from minimedshift import UserError, flag, parse, run
 from minimedshift import checkpoint, data, evaluate, sampler
 from minimedshift.batches import batches, null_label
 from minimedshift.coupling import COUPLINGS
 from minimedshift.flow import loss as flow_loss
-from minimedshift.log import Log, machine
+from minimedshift.log import Log
+from minimedshift.machine import keep_memory, machine, pick_device, pick_formats
 from minimedshift.model import PRESETS, UNet
 from minimedshift.optim import Muon, split
 
@@ -60,28 +60,13 @@ class Config:
     resume: bool = flag(False, "go on from OUT/checkpoint.pt, with the flags of that run", "run")
     device: str = flag("auto", "where to compute", "run", ("auto", "cuda", "mps", "cpu"))
     dtype: str = flag("auto", "number format of the network's arithmetic; auto measures", "run", ("auto", "float32", "bfloat16"))
-    compile: bool = flag(False, "torch.compile the network", "run")
+    compile: str = flag("auto", "torch.compile the network's blocks; auto: on a GPU (on a CPU it takes longer than it saves)", "run", ("auto", "yes", "no"))
     evaluate: bool = flag(True, "score the result on simulated test heads at the end", "run")
 
 
 SCHEDULE = {"cpu": (1400, 16), "gpu": (40000, 64)}  # optimizer steps, images a step
 FREE = {"out", "resume", "device", "dtype", "compile", "evaluate", "check_data"}  # flags that may differ on --resume
 SAVE_EVERY = 250  # steps
-
-
-def pick_dtype(name, device):
-    """The number format of the network's arithmetic: bfloat16 on CUDA; on a CPU what a convolution is faster in, found out."""
-    if name != "auto" or device.type != "cpu":
-        return getattr(torch, name if name != "auto" else "bfloat16" if device.type == "cuda" else "float32")
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, w = (torch.randn(shape).to(dtype, memory_format=torch.channels_last) for shape in ((16, 64, 32, 32), (64, 64, 3, 3)))
-        with torch.no_grad():
-            for _ in range(5):
-                start = time.perf_counter()
-                F.conv2d(x, w, padding=1)
-                seconds[dtype] = min(seconds.get(dtype, 1e9), time.perf_counter() - start)
-    return min(seconds, key=seconds.get)
 
 
 def resolve(config):
@@ -154,14 +139,19 @@ def main(argv=None):
         return 0
 
     # ---- model
-    dtype = getattr(torch, then["machine"]["dtype"]) if then else pick_dtype(config.dtype, device)
+    keep_memory()
+    if then:
+        dtype, memory = (getattr(torch, then["machine"][name]) for name in ("dtype", "memory_format"))
+    else:
+        dtype, memory = pick_formats(config.dtype, device)
     torch.manual_seed(config.seed)
     domains = len(dataset.domains)
     shape = replace(PRESETS[config.preset][1], num_domains=null_label(config, domains), channels=dataset.channels, score=config.sigma if config.score else 0.0)
-    model = UNet(shape).to(device, memory_format=torch.channels_last)
-    network = torch.compile(model) if config.compile else model
+    model = UNet(shape).to(device, memory_format=memory)
+    if config.compile == "yes" or config.compile == "auto" and device.type == "cuda":
+        model.compile_blocks()
     inside, rest = split(model)
-    optimizers = [Muon(inside, config.lr), torch.optim.AdamW(rest, config.lr / 20, betas=(0.9, 0.99), weight_decay=0.01)]
+    optimizers = [Muon(inside, config.lr), torch.optim.AdamW(rest, config.lr / 20, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
     ema = checkpoint.EMA(model, config.ema)
     if then:
         checkpoint.load_weights(model, then["model"], file)
@@ -170,7 +160,7 @@ def main(argv=None):
         ema.load(then["ema"])
     first = then["step"] if then else 0
     settings = dict(guidance=config.guidance, steps=config.solver_steps, solver=config.solver, end=config.end, colour=config.colour, x0=config.x0)
-    print(f"{device.type}, {str(dtype)[6:]}, {config.preset} preset: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
+    print(f"{device.type}, {str(dtype)[6:]}, {str(memory)[6:]}, {config.preset} preset: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
           f"{domains} domains, {sum(map(len, dataset.train))} images of {config.size}x{config.size}, "
           f"steps {first} to {config.steps} of {config.batch_size}", flush=True)
 
@@ -178,7 +168,7 @@ def main(argv=None):
         checkpoint.save(file, dict(
             config=asdict(config), shape=asdict(shape), domains=list(dataset.domains), step=step,
             image=dict(size=config.size, channels=dataset.channels, range=[-1.0, 1.0]), translate=dict(tau=config.tau, **settings),
-            machine=dict(dtype=str(dtype)[6:], memory_format="channels_last"),
+            machine=dict(dtype=str(dtype)[6:], memory_format=str(memory)[6:]),
             model=model.state_dict(), ema=ema.mean, optimizer=[optimizer.state_dict() for optimizer in optimizers]))
 
     # ---- loop
@@ -192,7 +182,7 @@ def main(argv=None):
         for optimizer, share in zip(optimizers, (1, 1 / 20)):
             optimizer.param_groups[0]["lr"] = lr * share
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = flow_loss(network, x0, x1, y, t, config.sigma, e).mean()
+            loss = flow_loss(model, x0, x1, y, t, config.sigma, e).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:

@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from minimedshift import UserError, data, flag, metrics, parse, pick_device, run, sampler
+from minimedshift import UserError, data, flag, metrics, parse, run, sampler
 from minimedshift.checkpoint import load_model
 from minimedshift.flow import draw_noise
+from minimedshift.machine import keep_memory, pick_device
 
 
 @dataclass(frozen=True)
@@ -234,6 +235,7 @@ def main(argv=None):
     c = parse(Config, __doc__, argv)
     check_flags(c)
     device = pick_device(c.device)
+    keep_memory()
     model, state = load_model(c.checkpoint, device)
     for name in ("source", "target"):
         allowed = list(state["domains"]) + ["auto"] * (name == "source" and c.input is not None)

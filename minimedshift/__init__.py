@@ -42,15 +42,6 @@ def parse(config, description, argv=None):
     return config(**vars(parser.parse_args(argv)))
 
 
-def pick_device(name):
-    """The torch.device asked for, or with "auto" the best one here. Raises UserError where it is not there."""
-    import torch
-    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if name != "auto" and name not in here:
-        raise UserError(f"--device {name} is not available on this machine, which has: {', '.join(here)}")
-    return torch.device(here[0] if name == "auto" else name)
-
-
 def run(main):
     """Run a command: 0 done, 2 a user's mistake (one sentence on stderr), 130 interrupted."""
     try:

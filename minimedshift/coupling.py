@@ -16,13 +16,16 @@ N(0, I) (arXiv:2503.10636). For coloured noise (flow.draw_noise) read its own Ga
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from .ops import row_lse, row_lse_dot, scores
+
 COUPLINGS = ("independent", "sinkhorn", "exact", "semidiscrete")
-DENSE = 4096  # up to here a batch's costs are stored, beyond they are computed in blocks of DENSE^2 whenever they are needed
+DENSE = 4096  # up to so many images the costs are stored, beyond they are computed whenever they are needed
 TRIALS = 40  # fresh noises for each image, to see how evenly the images are picked
 ITERATIONS = 100  # of Sinkhorn, the first half of them while eps shrinks
 
@@ -71,41 +74,31 @@ def centred(x):
 
 # ---------------------------------------------------------------- entropic: Sinkhorn
 
-def blocks(a, b, ya, yb):
-    """The matrix 2 <a_i, b_j>, -inf across labels: minus the cost. a, b (n, d), labels ya, yb (n,), in blocks of rows (start, (rows, n))."""
-    rows = max(1, DENSE**2 // len(b))
-    for start in range(0, len(a), rows):
-        part = slice(start, start + rows)
-        yield start, (2 * a[part] @ b.T).masked_fill_(ya[part, None] != yb, -torch.inf)
-
-
-def half_step(matrix, g, eps, count):
+def half_step(lse, g, eps, count):
     """f_i = -log mean_j exp(g_j - C_ij / eps), over the count_i entries of i's label: after it, every row of the plan has its weight
-    (arXiv:1803.00567, eq. 4.43; potentials in units of eps). matrix: blocks of -C. g (n,) -> f (n,)."""
-    total = []
-    for start, block in matrix:
-        z = torch.add(g, block, alpha=1 / eps)
-        total.append(z.diagonal(start) - z.log_softmax(1).diagonal(start))  # logsumexp, at a third of its time on a CPU
-    return count.log() - torch.cat(total)
+    (arXiv:1803.00567, eq. 4.43; potentials in units of eps). lse(g, eps) is log sum_j exp(g_j - C_ij / eps). g (n,) -> f (n,)."""
+    return count.log() - lse(g, eps)
 
 
 def solve(x0, x1, y, eps, iterations=ITERATIONS):
-    """The dual of the entropic plan. y (n,) on the device. Returns g (n,), one potential a noise in units of eps, and the function
-    that gives the blocks of -C.
+    """The dual of the entropic plan. y (n,) on the device. Returns g (n,), one potential a noise in units of eps, and a function that gives
+    -C + constants, the matrix 2 <x1_i, x0_j>, -inf across labels, in blocks of rows.
 
     eps shrinks to its value during the first half of a fixed number of iterations: no iteration waits for the device.
     """
     a, b = centred(x1), centred(x0)
     count = torch.zeros(len(y), device=y.device).index_add_(0, y, torch.ones(len(y), device=y.device))[y]  # of i's label
-    rows, columns = (lambda: blocks(a, b, y, y)), (lambda: blocks(b, a, y, y))
     if len(a) <= DENSE:
-        stored = next(rows())[1]
-        rows, columns = (lambda: [(0, stored)]), (lambda: [(0, stored.T)])
+        matrix = scores(a, b, y, y)
+        rows, columns, blocks = partial(row_lse, matrix), partial(row_lse, matrix.T), lambda: [matrix]
+    else:
+        rows, columns = partial(row_lse_dot, a, b, y, y), partial(row_lse_dot, b, a, y, y)
+        blocks = lambda: (scores(part, b, label, y) for part, label in zip(a.split(DENSE**2 // len(a)), y.split(DENSE**2 // len(a))))
     g, now = torch.zeros(len(b), device=b.device), eps
     for i in range(iterations):
         before, now = now, eps * 1000 ** max(0, 1 - 2 * i / iterations)
-        g = half_step(columns(), half_step(rows(), g * (before / now), now, count), now, count)
-    return g * (now / eps), rows
+        g = half_step(columns, half_step(rows, g * (before / now), now, count), now, count)
+    return g * (now / eps), blocks
 
 
 def sinkhorn(x0, x1, y, eps, generator=None, iterations=ITERATIONS):
@@ -116,9 +109,9 @@ def sinkhorn(x0, x1, y, eps, generator=None, iterations=ITERATIONS):
     if not eps > 0:
         raise ValueError(f"sinkhorn needs eps > 0, got {eps}")
     y = y.to(x1.device, non_blocking=True)
-    g, rows = solve(x0, x1, y, eps, iterations)
+    g, blocks = solve(x0, x1, y, eps, iterations)
     index, entropy, most, columns = [], 0, 0, 0
-    for _, block in rows():
+    for block in blocks():
         logits = torch.add(g, block, alpha=1 / eps)  # (rows, n): log pi(j | i) up to a constant
         p = logits.softmax(1)
         index.append((logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(1))

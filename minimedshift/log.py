@@ -1,22 +1,10 @@
-"""What a training run tells: log.csv, loss.png, a progress line, and the name of the machine."""
+"""What a training run tells: log.csv, loss.png and a progress line."""
 
-import platform
 import sys
 import time
 
 import numpy as np
 import torch
-
-
-def machine(device):
-    """The name of the processor or GPU, for the report."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        return f"{len(names)} x {names[0]}"
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
 
 
 class Log:

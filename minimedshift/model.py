@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .ops import norm_film_silu
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -33,6 +35,11 @@ def time_features(t, dim=128):
     return torch.cat([angle.cos(), angle.sin()], 1)
 
 
+def act(norm, x, scale=None, shift=None):
+    """silu(norm(x) (1 + scale) + shift): x (B, C, H, W) through a GroupNorm, scale and shift (B, C) or left out."""
+    return norm_film_silu(x, norm.weight, norm.bias, norm.num_groups, scale, shift, norm.eps)
+
+
 class Block(nn.Module):
     """x + conv(act(norm(conv(act(modulate(norm(x))))))), the last convolution zero at the start."""
 
@@ -44,9 +51,8 @@ class Block(nn.Module):
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x, emb):  # (B, C, H, W), (B, emb)
-        scale, shift = self.film(emb)[:, :, None, None].chunk(2, 1)
-        h = self.conv1(F.silu(self.norm1(x) * (1 + scale) + shift))
-        return x + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(act(self.norm1, x, *self.film(emb).chunk(2, 1)))
+        return x + self.conv2(act(self.norm2, h))
 
 
 class Attention(nn.Module):
@@ -113,7 +119,14 @@ class UNet(nn.Module):
             for block in blocks:
                 x = block(x, draw)
             x = F.pixel_shuffle(leave(x), 2) if skips else x
-        return F.pixel_shuffle(self.out(F.silu(self.norm(x))), self.shape.stem)
+        return F.pixel_shuffle(self.out(act(self.norm, x)), self.shape.stem)
+
+    def compile_blocks(self):
+        """torch.compile each residual block, in place: blocks of one shape share the code, so that the first step comes soon; names of parameters
+        stay as they are."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.compile()
 
 
 # Side of the training images in pixels, and the network. One evaluation of one image, a multiply-add counted as two:

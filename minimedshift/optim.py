@@ -19,10 +19,10 @@ def orthogonalise(m, rounds=5):
     x = m.mT if m.shape[1] > m.shape[2] else m
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     s = x @ x.mT
-    q = eye = torch.eye(s.shape[1], device=s.device)
+    eye = torch.eye(s.shape[1], device=s.device)
     for i in range(rounds):
         p = 3.4445 * eye - 4.7750 * s + 2.0315 * s @ s
-        q = p @ q
+        q = p @ q if i else p
         s = p @ p @ s if i < rounds - 1 else None
     x = q @ x
     return x.mT if m.shape[1] > m.shape[2] else x

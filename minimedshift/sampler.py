@@ -23,7 +23,7 @@ class Velocity:
 
         v = v(x, t, null) + w (v(x, t, y) - v(x, t, null))       classifier-free guidance, arXiv:2207.12598, eq. 6
 
-    y int or (B,) int64; w = 1 is no guidance and costs one evaluation instead of two. colour and generator are for `sde`.
+    y int or (B,) int64; w = 1 is no guidance and costs one evaluation instead of two, which are made in one call. colour and generator are for `sde`.
     """
 
     def __init__(self, model, y, guidance=1.0, colour=0.0, generator=None):
@@ -42,9 +42,6 @@ class Velocity:
         time = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
         y = torch.as_tensor(self.y, device=x.device).expand(len(x))
         out = self.evaluate(x, time, y)
-        if self.guidance != 1:
-            null = self.evaluate(x, time, torch.full_like(y, self.model.shape.num_domains))
-            out = null + self.guidance * (out - null)
         return velocity_and_score(out, t, self.sigma) if self.sigma else (out, t * out - x)
 
     def width(self, t):
@@ -56,8 +53,14 @@ class Velocity:
         return draw_noise(x.shape, self.generator, 0.0 if self.sigma else self.colour, x.device)
 
     def evaluate(self, x, t, y):
-        self.evaluations += 1
-        return self.model(x, t, y).float()
+        """What the network says of x at t (B,) under y (B,), guided."""
+        if self.guidance == 1:
+            self.evaluations += 1
+            return self.model(x, t, y).float()
+        self.evaluations += 2
+        null = torch.full_like(y, self.model.shape.num_domains)
+        out, null = self.model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).float().chunk(2)
+        return null + self.guidance * (out - null)
 
 
 def grid(tau, steps, end=1.0, solver="heun"):

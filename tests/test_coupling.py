@@ -6,7 +6,7 @@ import pytest
 import torch
 from gaussians import covariance, gaussian_bridge, power
 
-from minimedshift import coupling
+from minimedshift import coupling, ops
 from minimedshift.coupling import Semidiscrete, assign, couple, exact, find_eps, learn_potentials, sinkhorn, solve
 from minimedshift.flow import bridge, draw_noise, tint
 
@@ -97,8 +97,8 @@ def test_sinkhorn_between_gaussians_is_the_schrodinger_bridge(d, sigma, n=1200):
 def test_the_plan_has_its_marginals_and_sinkhorn_says_so(eps):
     g = seeded()
     x0, x1, y = torch.randn(90, 20, generator=g), torch.randn(90, 20, generator=g), torch.arange(90) % 3
-    potential, rows = solve(x0, x1, y, eps, iterations=400)
-    logits = torch.cat([potential + block / eps for _, block in rows()]).double()
+    potential, blocks = solve(x0, x1, y, eps, iterations=400)
+    logits = torch.cat([potential + block / eps for block in blocks()]).double()
     plan = logits.softmax(1) / 90
     assert ((plan.sum(0) * 90 - 1).abs() < 1e-4).all() and ((plan.sum(1) * 90 - 1).abs() < 1e-6).all()
     assert plan[y[:, None] != y].sum() == 0
@@ -144,7 +144,8 @@ def test_blocks_give_what_the_whole_matrix_gives(monkeypatch):
     x0, x1, y = torch.randn(50, 4, generator=g), torch.randn(50, 4, generator=g), torch.arange(50) % 3
     whole = sinkhorn(x0, x1, y, 1., seeded(7))
     monkeypatch.setattr(coupling, "DENSE", 20)  # blocks of 8 rows
-    assert [len(block) for _, block in coupling.blocks(x1, x0, y, y)] == [8] * 6 + [2]
+    monkeypatch.setattr(ops, "BLOCK", 400)
+    assert [len(block) for block in solve(x0, x1, y, 1., 1)[1]()] == [8] * 6 + [2]
     parts = sinkhorn(x0, x1, y, 1., seeded(7))
     torch.testing.assert_close(parts[1:], whole[1:], atol=1e-5, rtol=1e-5)
     assert (parts[0] == whole[0]).float().mean() > .9  # the same draws but for rounding

@@ -1,0 +1,185 @@
+"""Fused ops: their references against loops and definitions, what is called where, and the kernels (kernels.py), interpreted or on a GPU."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import kernels
+import pytest
+import torch
+
+from minimedshift import ops
+
+ROOT = Path(ops.__file__).parents[1]
+needs_triton = pytest.mark.skipif(ops.triton is None and sys.platform != "linux", reason="there is no Triton for this system")
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def python(*command, **more):
+    """Run Python from the repository's root; a failure shows what it printed."""
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, **more))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------- references
+
+def by_definition(x, weight, bias, groups, scale, shift, eps):
+    """Every group's own mean and variance, one after the other."""
+    B, C = x.shape[:2]
+    out = []
+    for b in range(B):
+        for c in range(C):
+            first = c // (C // groups) * (C // groups)
+            group = x[b, first:first + C // groups]
+            u = (x[b, c] - group.mean()) / (group.var(correction=0) + eps).sqrt() * weight[c] + bias[c]
+            u = u if scale is None else u * (1 + scale[b, c]) + shift[b, c]
+            out.append(u / (1 + (-u).exp()))
+    return torch.stack(out).view_as(x)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("film", [True, False])
+def test_the_norm_and_its_gradients_equal_their_definition(groups, film):
+    inputs = [randn(*shape, seed=i).requires_grad_() for i, shape in enumerate(((2, 6, 5, 3), (6,), (6,), (2, 6), (2, 6))[:5 if film else 3])]
+    args = (*inputs[:3], groups, *(inputs[3:] or (None, None)), 1e-3)
+    results = [(y, *torch.autograd.grad(y.square().sum(), inputs)) for y in (ops.norm_film_silu(*args), by_definition(*args))]
+    torch.testing.assert_close(*results)
+
+
+def test_the_norm_computes_in_float32_and_returns_what_it_got():
+    args = [randn(*shape, seed=i).bfloat16() for i, shape in enumerate(((2, 16, 5, 3), (16,), (16,), (2, 16), (2, 16)))]
+    expected = ops.norm_film_silu(*(z.float() for z in args[:3]), 1, *(z.float() for z in args[3:]))
+    for amp in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            assert torch.equal(ops.norm_film_silu(*args[:3], 1, *args[3:]), expected.bfloat16())
+
+
+def test_the_norm_refuses_scale_without_shift():
+    with pytest.raises(ValueError, match="scale and shift"):
+        ops.norm_film_silu(randn(1, 2, 1, 1), randn(2), randn(2), 1, scale=randn(1, 2))
+
+
+def test_row_lse_and_its_gradients_equal_loops(n=5, m=7, d=3, eps=6.0):
+    a, b, g = (randn(*shape, seed=i).requires_grad_() for i, shape in enumerate(((n, d), (m, d), (m,))))
+    ya, yb, inf = torch.tensor([0, 1, 2, 1, 9]), torch.tensor([0, 0, 1, 2, 2, 1, 0]), float("inf")
+    loops = [[sum(x * z for x, z in zip(a[i].tolist(), b[j].tolist())) * 2 if ya[i] == yb[j] else -inf for j in range(m)] for i in range(n)]
+    terms = [[math.exp(g[j].item() + loops[i][j] / eps) for j in range(m)] for i in range(n)]
+    expected = torch.tensor([math.log(sum(row)) if sum(row) else -inf for row in terms]).double()
+    assert expected[4] == -inf
+    found = ops.row_lse_dot(a, b, ya, yb, g, eps)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ops.row_lse(torch.tensor(loops).double(), g, eps), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ops.row_lse(torch.tensor(loops).double().T.contiguous().T, g.float(), eps), expected, rtol=1e-5, atol=1e-5)
+    for matrix in (torch.tensor(loops).double(), torch.tensor(loops).double().T.contiguous().T):  # where no gradient is asked for, another formula
+        torch.testing.assert_close(ops.row_lse(matrix, g.detach(), eps), expected, rtol=1e-6, atol=1e-6)
+    assert torch.autograd.gradcheck(lambda *z: ops.row_lse_dot(z[0], z[1], ya[:4], yb, z[2], eps), (a[:4], b, g))
+
+
+# ---------------------------------------------------------------- what is called where
+
+def labels(a):
+    return torch.arange(len(a), device=a.device) % 2
+
+
+PUBLIC = {
+    "norm_film_silu": (lambda *z: ops.norm_film_silu(*z[:3], 2, *z[3:]), ((2, 4, 3, 3), (4,), (4,), (2, 4), (2, 4))),
+    "row_lse": (lambda matrix, g: ops.row_lse(matrix, g, .5), ((5, 7), (7,))),
+    "row_lse_dot": (lambda a, b, g: ops.row_lse_dot(a, b, labels(a), labels(b), g, .5), ((5, 3), (7, 3), (7,))),
+}
+
+
+def compare_compiled(name, device, backend, tolerance):
+    """The public function is one graph, and compiled gives what it gives plainly, with its gradients. Returns whether the graph calls a fused op."""
+    function, shapes = PUBLIC[name]
+    inputs, called = [randn(*shape, seed=i, dtype=torch.float32).to(device).requires_grad_() for i, shape in enumerate(shapes)], []
+
+    def look(graph, _):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    results = [z(*inputs) for z in (function, *(torch.compile(function, fullgraph=True, backend=b) for b in (look, backend)))]
+    plain, *others = [(y, *torch.autograd.grad(y.square().sum(), inputs)) for y in results]
+    for other in others:
+        torch.testing.assert_close(other, plain, rtol=tolerance, atol=tolerance)
+    assert called
+    return any("minimedshift" in target for target in called)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_cpu_compiles_the_reference_in_one_graph(name, monkeypatch):
+    monkeypatch.setattr(ops, "FUSED", dict.fromkeys(ops.FUSED, True))
+    assert not compare_compiled(name, "cpu", "aot_eager", 1e-6)
+
+
+def test_without_triton_there_are_the_references():
+    python("-c", "import sys; sys.modules['triton'] = None\n"
+                 "import torch; from minimedshift import ops\n"
+                 "assert ops.triton is None and ops.norm_film_silu(torch.randn(1, 4, 2, 2), torch.ones(4), torch.ones(4), 2).shape == (1, 4, 2, 2)\n"
+                 "assert ops.row_lse(torch.zeros(2, 3), torch.zeros(3), 1.).shape == (2,)")
+
+
+# ---------------------------------------------------------------- kernels
+
+@needs_triton
+def test_every_check_passes_in_the_interpreter():
+    python("-W", "ignore", "tests/kernels.py", TRITON_INTERPRET="1")
+
+
+class CompileOnly:
+    """In the place of a kernel: kernel[grid](*args) compiles it for these arguments, for a GPU that need not be here, and runs nothing."""
+    TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", int: "i32", float: "fp32"}
+
+    def __init__(self, kernel, compiled):
+        self.kernel, self.compiled = kernel, compiled
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *args, num_warps=4):
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        signature, constants = {}, {}
+        for i, (parameter, arg) in enumerate(zip(self.kernel.params, args, strict=True)):
+            if parameter.is_constexpr:
+                constants[(i,)] = arg
+            signature[parameter.name] = "constexpr" if parameter.is_constexpr else self.TYPES[arg.dtype if torch.is_tensor(arg) else type(arg)]
+        self.compiled[self.kernel.__name__] = ops.triton.compile(ASTSource(self.kernel, signature, constants), target=GPUTarget("cuda", 90, 32),
+                                                                 options=dict(num_warps=num_warps)).asm["ptx"]
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernels_compile_for_a_gpu(dtype, monkeypatch):
+    """At a network's sizes, on tensors without memory. bfloat16 is multiplied by tensor cores (mma), float32 is not."""
+    compiled, like = {}, dict(device="meta")
+    for name in [name for name in vars(ops) if name.endswith("_kernel")]:
+        monkeypatch.setattr(ops, name, CompileOnly(getattr(ops, name), compiled))
+    x, gain, mean = torch.empty(256, 128, 64, 64, dtype=dtype, **like), torch.empty(256, 128, **like), torch.empty(256, 8, **like)
+    a, y, g = torch.empty(4096, 4096, dtype=dtype, **like), torch.empty(4096, dtype=torch.int64, **like), torch.empty(4096, **like)
+    ops.norm_silu._init_fn(x, gain, gain, 8, 1e-5)
+    ops.norm_silu_backward._init_fn(x, x, gain, gain, mean, mean)
+    ops.fused_row_lse._init_fn(a, g, .5)
+    ops.fused_row_lse_dot._init_fn(a, a, y, y, g, .5)
+    assert len(compiled) == 6 and ("mma" in compiled["row_lse_dot_kernel"]) == (dtype == torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", kernels.CHECKS)
+def test_every_check_passes_on_a_gpu(name):
+    kernels.CHECKS[name]("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_gpu_compiles_what_the_switch_says(name, fused, monkeypatch):
+    monkeypatch.setattr(ops, "FUSED", dict.fromkeys(ops.FUSED, fused))
+    assert compare_compiled(name, "cuda", "inductor", 1e-4) == fused

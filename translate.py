@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from minimedshift import UserError, data, flag, metrics, parse, run, sampler
 from minimedshift.checkpoint import load_model
+from minimedshift.evaluate import in_batches
 from minimedshift.flow import draw_noise
 from minimedshift.machine import keep_memory, pick_device
 
@@ -37,7 +38,7 @@ class Config:
     solver: str = flag(None, "ODE solver, or sde: a diffusion with the same images at every t (default: the checkpoint's)", "how", choices=tuple(sampler.SOLVERS))
     end: float = flag(None, "time at which an image is taken to be, above tau and at most 1 (default: the checkpoint's)", "how", kind=float)
     seed: int = flag(0, "noise of --source auto and of --solver sde; else a translation has no randomness", "how")
-    batch_size: int = flag(16, "images translated at once", "machine")
+    batch_size: int = flag(0, "images translated at once; 0: 16 on a CPU, 256 on a GPU; halved where memory does not do", "machine")
     device: str = flag("auto", "where to compute", "machine", choices=("auto", "cuda", "mps", "cpu"))
     overwrite: bool = flag(False, "replace existing files", "files")
     compare: str = flag(None, "also write this picture: source | translation | difference, of the first 8 images", "files")
@@ -49,7 +50,7 @@ def check_flags(c):
     for name, good, allowed in (("tau", c.tau is None or 0 <= c.tau < 1, "at least 0 and below 1"),
                                 ("guidance", c.guidance is None or abs(c.guidance) < 1000, "a number, 1 for none"),
                                 ("end", c.end is None or 0 < c.end <= 1, "above 0 and at most 1"),
-                                ("steps", c.steps is None or c.steps >= 1, "at least 1"), ("batch_size", c.batch_size >= 1, "at least 1")):
+                                ("steps", c.steps is None or c.steps >= 1, "at least 1"), ("batch_size", c.batch_size >= 0, "at least 0")):
         if not good:
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)} is not allowed: it must be {allowed}")
     if c.input and not (c.output and c.source and c.target):
@@ -155,7 +156,9 @@ def translate_batch(items, model, state, c, how, device):
         y_source = infer_source(model, x1, c.seed, state["config"].get("colour", 0.0))
         for (path, *_), y in zip(items, y_source.tolist()):
             print(f"{path}: taken for {domains[y]}")
-    out = sampler.translate(model, x1, y_source, domains.index(c.target), **how, generator=torch.Generator(device).manual_seed(c.seed))
+    y_target, draw = torch.full_like(y_source, domains.index(c.target)), torch.Generator(device).manual_seed(c.seed)
+    one = lambda i: sampler.translate(model, x1[i], y_source[i], y_target[i], **how, generator=draw)
+    out = in_batches(one, torch.arange(len(x1), device=device), len(x1))
     results = []
     for (_, path, x, info), whole, small, new in zip(items, full, x1, out):
         if whole.shape[-2:] != shape:
@@ -190,7 +193,7 @@ def translate_files(files, model, state, c, how, device):
             continue
         shape = working_shape(*info.size, state["image"]["size"], model.stride)
         waiting.setdefault(shape, []).append((path, output, x, info))
-        if len(waiting[shape]) == c.batch_size:
+        if len(waiting[shape]) == (c.batch_size or (256 if device.type == "cuda" else 16)):
             flush(shape)
     for shape in list(waiting):
         flush(shape)
@@ -248,6 +251,8 @@ def main(argv=None):
     if c.solver == "sde" and not (state["shape"]["score"] or (state["config"]["coupling"] == "independent" and state["config"]["sigma"] == 0)):
         raise UserError(f"--solver sde needs a score, and {c.checkpoint} has none: train with --score, or with --coupling independent and --sigma 0")
     files = plan_files(c) if c.input else []
+    if device.type == "cuda" and len(files) >= 100:  # fewer are done sooner without
+        model.compile_blocks()
 
     how = {key: default if getattr(c, key, None) is None else getattr(c, key) for key, default in state["translate"].items()}
     if not how["tau"] < how["end"] <= 1:

@@ -28,7 +28,7 @@ def parse(config, description, argv=None):
     for f in fields(config):
         m = f.metadata
         kind = m["kind"] or (str if f.default is None else type(f.default))
-        shown = "" if f.default in (None, "") or kind is bool else f" (default: {f.default})"
+        shown = "" if f.default in (None, "") else f" (default: {('no', 'yes')[f.default] if kind is bool else f.default})"
         options = dict(help=m["text"] + shown, default=f.default)
         if m["group"] == "positional":
             parser.add_argument(f.name, nargs="?", metavar=f.name.upper(), **options)

@@ -8,6 +8,9 @@ The references say what is computed. A kernel is one program run many times at o
 drops what lies beyond the edge), computes in registers in float32, stores. What programs need of each other goes through memory, from one kernel
 to the next. A custom_op is opaque to torch.compile: register_fake tells it the shapes, register_autograd the gradient, and nothing can be fused
 into it. Hence only a GPU is given one: elsewhere the reference is called, which torch.compile can see.
+
+Not here: the bridge's sample, guidance and a solver's step are a few passes over tensors the size of the images, nothing beside the hundred layers of a
+network evaluation, and torch.compile fuses such chains by itself; EMA and optimizers go through torch._foreach, a few launches for all tensors.
 """
 
 from functools import cache

@@ -53,13 +53,14 @@ class Velocity:
         return draw_noise(x.shape, self.generator, 0.0 if self.sigma else self.colour, x.device)
 
     def evaluate(self, x, t, y):
-        """What the network says of x at t (B,) under y (B,), guided."""
-        if self.guidance == 1:
-            self.evaluations += 1
-            return self.model(x, t, y).float()
-        self.evaluations += 2
-        null = torch.full_like(y, self.model.shape.num_domains)
-        out, null = self.model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).float().chunk(2)
+        """What the network says of x at t (B,) under y (B,), guided: in bfloat16 on CUDA, as in training; the solver computes in float32."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+            if self.guidance == 1:
+                self.evaluations += 1
+                return self.model(x, t, y).float()
+            self.evaluations += 2
+            null = torch.full_like(y, self.model.shape.num_domains)
+            out, null = self.model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).float().chunk(2)
         return null + self.guidance * (out - null)
 
 

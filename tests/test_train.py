@@ -173,6 +173,39 @@ def test_the_report_of_a_perfect_and_of_a_lazy_translator(tmp_path, monkeypatch)
         assert lazy["medshift"][0.5][key] == lazy["untouched"][key] == lazy["sdedit"][0.5][key]
 
 
+def test_a_batch_that_does_not_fit_is_halved():
+    sizes = []
+
+    def function(x):
+        sizes.append(len(x))
+        if len(x) > 3:
+            raise torch.OutOfMemoryError
+        return 2 * x
+
+    x = torch.arange(10)
+    assert torch.equal(evaluate.in_batches(function, x, 8), 2 * x) and sizes == [8, 4, 2, 2, 2, 2, 2]
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate.in_batches(lambda x: function(torch.cat([x] * 4)), x, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("coupling", ["semidiscrete", "sinkhorn --entropy 0.3 --sigma 0.1"])
+def test_no_training_step_waits_for_the_gpu(tmp_path, monkeypatch, coupling):
+    class Spy(Log):
+        def __call__(self, step, *rest):
+            torch.cuda.set_sync_debug_mode("default")  # the log may wait, once a second
+            super().__call__(step, *rest)
+            torch.cuda.set_sync_debug_mode("error" if 2 <= step < 6 else "default")
+
+    monkeypatch.setattr(train, "Log", Spy)
+    monkeypatch.setenv("MINIMEDSHIFT_CACHE", str(tmp_path / "cache"))
+    try:
+        assert train.main([*TINY, "--out", str(tmp_path), "--steps", "7", "--no-evaluate", "--ot-batch", "2", "--coupling", *coupling.split()]) == 0
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.slow
 def test_the_readme_run_beats_what_it_is_compared_with(tmp_path, cache):
     """`python train.py` with no flag but --out, then `python translate.py` on what it left: the README's first screen."""

@@ -75,12 +75,12 @@ class Job:
     def __init__(self, network, batch, device, plain, compiled=None):
         size, shape = NETWORKS[network][:2]
         self.device, self.plain, self.batch = device, plain, batch
-        torch.manual_seed(0)
         if plain:
             sampler.Velocity = TwoCalls  # each side has a process of its own
         else:
             keep_memory()
         self.dtype, memory = (torch.float32, torch.contiguous_format) if plain else pick_formats("auto", device)
+        torch.manual_seed(0)
         self.model = UNet(shape).to(device, memory_format=memory)
         if not plain and (device.type == "cuda" if compiled is None else compiled):
             self.model.compile_blocks()
@@ -360,7 +360,8 @@ def plot(path, results, title):
         some = sorted({(r["batch"] * r["size"]**2, r["ms"]) for r in some})
         right.loglog(*zip(*some), "o-", label=label) if some else None
     right.set(xlabel="pixels in the batch", ylabel="forward and backward, ms", title="how cost grows")
-    right.legend()
+    if rows:
+        right.legend()
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

@@ -10,26 +10,31 @@ A gradient's few large singular values would drown the many small ones; here eac
 import torch
 
 
-def orthogonalise(m, rounds=5):
-    """About U V^T of each matrix in m (N, R, C): singular values between .7 and 1.2.
+def orthogonalise(matrices, rounds=5):
+    """About U V^T of each matrix (R, C) of a list: singular values between .7 and 1.2.
 
     Newton-Schulz, x <- p(x x^T) x with p(s) = a + b s + c s^2, is done on the small Gram matrix s = x x^T: all factors are polynomials
-    in s and commute, so s <- p^2 s, q <- p q, and only the last product q x is as large as m.
+    in s and commute, so s <- p^2 s, q <- p q, and only the last product q x is as large as x. Gram matrices of one size are worked on together.
     """
-    x = m.mT if m.shape[1] > m.shape[2] else m
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    s = x @ x.mT
-    eye = torch.eye(s.shape[1], device=s.device)
-    for i in range(rounds):
-        p = 3.4445 * eye - 4.7750 * s + 2.0315 * s @ s
-        q = p @ q if i else p
-        s = p @ p @ s if i < rounds - 1 else None
-    x = q @ x
-    return x.mT if m.shape[1] > m.shape[2] else x
+    turned = [m.mT if m.shape[0] > m.shape[1] else m for m in matrices]
+    done, same = list(turned), {}
+    for i, x in enumerate(turned):
+        same.setdefault(len(x), []).append(i)
+    for side, which in same.items():
+        s = torch.stack([turned[i] @ turned[i].mT for i in which])  # (N, R, R)
+        square = s.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] + 1e-14  # of the norm of x, by which it is divided
+        s, eye = s / square, 3.4445 * torch.eye(side, device=s.device)
+        for i in range(rounds):
+            p = torch.baddbmm(torch.add(eye, s, alpha=-4.7750), s, s, alpha=2.0315)
+            q = p @ q if i else p
+            s = p @ p @ s if i < rounds - 1 else None
+        for one, i in zip(q * square.rsqrt(), which):
+            done[i] = one @ turned[i]
+    return [u.mT if m.shape[0] > m.shape[1] else u for u, m in zip(done, matrices)]
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum and decoupled weight decay. Every parameter is seen as a matrix (first axis, the rest)."""
+    """Muon with Nesterov momentum and decoupled weight decay, for weights of convolutions (out, in, h, w), each seen as a matrix (out, h w in)."""
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.01):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -37,17 +42,14 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            same = {}  # parameters of one shape are worked on together
-            for p in group["params"]:
-                same.setdefault(p.shape, []).append(p)
-            for some in same.values():
-                means = [self.state[p].setdefault("mean", torch.zeros_like(p)) for p in some]
-                grads = [p.grad for p in some]
-                torch._foreach_lerp_(means, grads, 1 - group["momentum"])
-                m = torch.stack(torch._foreach_lerp(grads, means, group["momentum"])).flatten(2)  # (N, R, C)
-                scale = max(1, m.shape[1] / m.shape[2]) ** 0.5
-                torch._foreach_mul_(some, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(some, [u.view(p.shape) for u, p in zip(orthogonalise(m), some)], alpha=-group["lr"] * scale)
+            some = [p for p in group["params"] if p.grad is not None]
+            means, grads = [self.state[p].setdefault("mean", torch.zeros_like(p)) for p in some], [p.grad for p in some]
+            torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+            m = [z.permute(0, 2, 3, 1).flatten(1) for z in torch._foreach_lerp(grads, means, group["momentum"])]  # no copy of channels-last memory
+            torch._foreach_mul_(some, 1 - group["lr"] * group["weight_decay"])
+            for p, u in zip(some, orthogonalise(m)):
+                u = u.unflatten(1, (*p.shape[2:], p.shape[1])).permute(0, 3, 1, 2)  # (out, in, h, w) again
+                p.add_(u, alpha=-group["lr"] * max(1, p.shape[0] / p[0].numel()) ** 0.5)
 
 
 def split(model):

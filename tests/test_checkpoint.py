@@ -69,7 +69,7 @@ def test_ema_leaves_buffers_and_the_live_network_alone():
 def test_muon_makes_singular_values_alike(shape):
     u, s, vt = torch.linalg.svd(torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)), full_matrices=False)
     m = u * torch.logspace(0, -1.5, s.shape[1]) @ vt  # singular values from 1 to .03
-    o = orthogonalise(m)
+    o = torch.stack(orthogonalise([*m, torch.randn(16, 16)])[:3])  # others of the same or another side change nothing
     assert 0.6 < torch.linalg.svdvals(o).min() and torch.linalg.svdvals(o).max() < 1.25
     assert ((o * (u @ vt)).sum((1, 2)) / o.norm(dim=(1, 2)) / (u @ vt).norm(dim=(1, 2)) > 0.95).all()
 
@@ -81,19 +81,30 @@ def test_newton_schulz_on_the_gram_matrix_is_newton_schulz():
     for _ in range(5):
         s = x @ x.mT
         x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
-    torch.testing.assert_close(orthogonalise(m), x.float(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.stack(orthogonalise(list(m))), x.float(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_a_step_of_muon_is_the_textbook_step_in_either_memory_format(memory):
+    """From zero momentum the update is U V^T of the gradient as (out, in h w), times sqrt(out / in h w) where that is above 1."""
+    for shape in ((4, 3, 3, 3), (24, 2, 3, 3)):
+        w = torch.nn.Parameter(torch.randn(shape).to(memory_format=memory))
+        before, w.grad = w.detach().clone(), torch.randn(shape).to(memory_format=memory)
+        Muon([w], lr=0.1, weight_decay=0.5).step()
+        u = torch.stack(orthogonalise([w.grad.flatten(1)]))[0].view(shape)
+        torch.testing.assert_close(w.detach(), 0.95 * before - 0.1 * max(1, shape[0] / (9 * shape[1])) ** 0.5 * u, atol=1e-5, rtol=1e-5)
 
 
 def test_muon_solves_a_badly_scaled_least_squares():
     torch.manual_seed(0)
     x = torch.randn(256, 8) * torch.logspace(0, -2, 8)
     target = torch.randn(4, 8)
-    w = torch.nn.Parameter(torch.zeros(4, 8))
+    w = torch.nn.Parameter(torch.zeros(4, 8, 1, 1))
     optimizer = Muon([w], weight_decay=0.0)
     for step in range(400):
-        loss = (x @ (w - target).T).square().mean()
+        loss = (x @ (w[..., 0, 0] - target).T).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 400)
         optimizer.step()
-    assert (w - target).abs().max() < 0.1
+    assert (w[..., 0, 0] - target).abs().max() < 0.1

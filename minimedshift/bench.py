@@ -32,13 +32,16 @@ class Config:
     only: str = flag("", "one part: steps, ops, couplings, data, growth or sizes (default: all)", "bench")
     quick: bool = flag(False, "smaller shapes: under a minute on two cores", "bench")
     out: str = flag("out", "folder of bench.json and bench.png", "bench")
-    repeats: int = flag(7, "repeats of each measurement, whose median counts", "bench")
+    repeats: int = flag(0, "repeats of each measurement, whose median counts; 0 is 7, or 5 with --quick", "bench")
     device: str = flag("auto", "where to compute", "bench", ("auto", "cuda", "mps", "cpu"))
 
 
 # The networks measured: pixels a side, shape, images a step on a CPU and on a GPU. The third is the size of network that public flow-matching code
 # trains on small images: 64 channels, mult (1, 2, 2), 2 blocks, at full resolution.
 NETWORKS = {"cpu": (*PRESETS["cpu"], 16, 256), "gpu": (*PRESETS["gpu"], 2, 64), "64 channels": (64, Shape(stem=1, widths=(64, 128, 128), blocks=(2, 2, 2)), 16, 64)}
+
+
+WHAT = dict(gradients="forward and backward", step="training step", translation="translation", short_translation="translation, 2 steps a leg")
 
 
 def clock(function, repeats, device):
@@ -102,9 +105,12 @@ class Job:
             optimizer.step()
             optimizer.zero_grad()
 
-    def translation(self):
-        """5 Heun steps a leg, the forward leg guided: 30 evaluations an image."""
-        sampler.translate(self.model, self.x1, 0, 1, guidance=1.5)
+    def translation(self, steps=5):
+        """Heun's steps on each leg, the forward leg guided: 6 evaluations an image for each."""
+        sampler.translate(self.model, self.x1, 0, 1, guidance=1.5, steps=steps)
+
+    def short_translation(self):
+        self.translation(2)
 
     def profile(self):
         """The share of a training step's time in convolutions and matrix products, and the most costly kernels, by the profiler."""
@@ -163,12 +169,12 @@ def steps(repeats, device, quick):
             continue
         batch, main = batches[gpu], name == ("gpu" if gpu else "cpu")
         sides = [(name, batch, device, False), (name, batch, device, True)] + [(name, batch, device, False, False)] * gpu
-        found, profile = side_by_side(["gradients"] if name == "64 channels" else ["step", "translation"], repeats, *sides)
+        found, profile = side_by_side(["gradients"] if name == "64 channels" else ["step", "short_translation" if quick or not (main or gpu) else "translation"], repeats, *sides)
         for what, (ours, reference, *eager) in found.items():
             ratios = np.divide(reference, ours)
             more = dict(images_per_second=batch / np.median(ours), reference_ms=1e3 * float(np.median(reference)), ratio=float(np.median(ratios)),
                         ratio_low=float(ratios.min()), ratio_high=float(ratios.max()), batch=batch, size=size)
-            result[f"{name}: {dict(gradients='forward and backward', step='training step').get(what, what)}"] = entry(
+            result[f"{name}: {WHAT[what]}"] = entry(
                 ours, **more, **({"eager_ratio": float(np.median(np.divide(eager[0], ours)))} if eager else {}))
         if main:
             result[f"{name}: profile"] = profile
@@ -280,7 +286,7 @@ def growth(repeats, device, quick):
         job = Job(name, 1, device, plain=False, compiled=False)
         job.x0, job.x1 = torch.randn(2, batch, 1, size, size, device=device)
         job.y, job.t = torch.arange(batch, device=device) % 5, torch.rand(batch, device=device)
-        return entry(clock(job.gradients, 3 if quick else repeats, device), batch=batch, size=size)
+        return entry(clock(job.gradients, repeats, device), batch=batch, size=size)
 
     for size in sides:
         result[f"{size} pixels, one image"] = measure(size, 1)
@@ -349,12 +355,13 @@ def plot(path, results, title):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.9), layout="constrained")
     rows = {name: r for name, r in results.get("steps", {}).items() if "ratio" in r}
     left.barh(list(rows), [r["ratio"] for r in rows.values()], xerr=[[r["ratio"] - r["ratio_low"] for r in rows.values()], [r["ratio_high"] - r["ratio"] for r in rows.values()]], capsize=3)
     left.axvline(1, color="black", lw=.8)
-    left.set(xlabel="speed over the reference's", title=title)
+    left.set(xlabel="speed over the reference's", title="beside the reference")
     left.invert_yaxis()
+    figure.suptitle(title)
     rows = [r for r in results.get("growth", {}).values() if "ms" in r]
     for label, some in (("one image, 64 to 512 pixels", [r for r in rows if r["batch"] == 1]), ("64 pixels, 1 to 256 images", [r for r in rows if r["size"] == 64])):
         some = sorted({(r["batch"] * r["size"]**2, r["ms"]) for r in some})
@@ -370,8 +377,9 @@ def main(argv=None):
     c = parse(Config, __doc__, argv)
     if c.only not in ("", *PARTS):
         raise UserError(f"--only {c.only} is no part: choose from {', '.join(PARTS)}")
-    if c.repeats < 1:
-        raise UserError("--repeats must be at least 1")
+    if c.repeats < 0:
+        raise UserError("--repeats must be at least 0")
+    c = replace(c, repeats=c.repeats or (5 if c.quick else 7))
     keep_memory()
     device, results = pick_device(c.device), {}
     out, title = Path(c.out), f"{machine(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads"

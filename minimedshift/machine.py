@@ -3,6 +3,7 @@
 import ctypes
 import platform
 import time
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ def pick_device(name):
     return torch.device(here[0] if name == "auto" else name)
 
 
+@cache
 def pick_formats(dtype, device):
     """The number format of the network's arithmetic and the memory format of its weights, with which a convolution and its gradients are fastest.
 

@@ -13,7 +13,7 @@ from minimedshift import bench, run
 ROOT = Path(bench.__file__).parents[1]
 
 
-@pytest.mark.parametrize("flags, says", [(["--only", "poetry"], "--only poetry"), (["--repeats", "0"], "--repeats")])
+@pytest.mark.parametrize("flags, says", [(["--only", "poetry"], "--only poetry"), (["--repeats", "-1"], "--repeats")])
 def test_a_mistake_ends_in_one_sentence(capsys, flags, says):
     with pytest.raises(SystemExit) as end:
         run(lambda: bench.main(flags))

@@ -112,7 +112,7 @@ def test_colours_become_their_luminance_for_a_grey_network(tmp_path, net):
 
 @pytest.mark.parametrize("change, word", [
     (dict(source="real"), "synthetic-low, synthetic-high"), (dict(target="auto"), "choose from"), (dict(source=None), "--source"),
-    (dict(tau="1"), "below 1"), (dict(tau="nan"), "--tau"), (dict(tau="x"), "--tau"), (dict(end=".4"), "below end"), (dict(end="2"), "--end"), (dict(steps="0"), "--steps"), (dict(batch_size="0"), "--batch-size"),
+    (dict(tau="1"), "below 1"), (dict(tau="nan"), "--tau"), (dict(tau="x"), "--tau"), (dict(end=".4"), "below end"), (dict(end="2"), "--end"), (dict(steps="0"), "--steps"), (dict(batch_size="-1"), "--batch-size"),
     (dict(guidance="inf"), "--guidance"), (dict(solver="rk9"), "--solver"), (dict(device="tpu"), "--device"), (dict(checkpoint="none.pt"), "none.pt"),
     (dict(checkpoint="a.png"), "a.png"), (dict(input="none.png"), "no such file"), (dict(output="there.png"), "--overwrite"), (dict(output="b.xyz"), "ends in"),
     (dict(output="folder"), "name the file"), (dict(input="folder"), "is a file"), (dict(input="folder", output="folder/sub"), "inside"),

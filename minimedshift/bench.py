@@ -280,7 +280,7 @@ def growth(repeats, device, quick):
     """Forward and backward of the preset's network from 64 to 512 pixels, and over batches from 1 to 256 at 64 pixels, with the exponents fitted to
     the logarithms: time ~ pixels^a, time ~ batch^b. 1 is proportional."""
     name, result = ("gpu" if device.type == "cuda" else "cpu"), {}
-    sides, batches = (64, 128, 256) if quick else (64, 128, 256, 512), (1, 4, 16, 64) if quick else (1, 4, 16, 64, 256)
+    sides, batches = (64, 128, 256) if quick else (64, 128, 256, 512), (1, 4, 16) if quick else (1, 4, 16, 64, 256)
 
     def measure(size, batch):
         job = Job(name, 1, device, plain=False, compiled=False)

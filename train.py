@@ -58,6 +58,7 @@ class Config:
     solver: str = flag("heun", "ODE solver, or sde: a diffusion with the same images at every t", "translation", tuple(sampler.SOLVERS))
     out: str = flag("out", "folder for everything the run leaves", "run")
     resume: bool = flag(False, "go on from OUT/checkpoint.pt, with the flags of that run", "run")
+    overwrite: bool = flag(False, "start anew where OUT has a checkpoint", "run")
     device: str = flag("auto", "where to compute", "run", ("auto", "cuda", "mps", "cpu"))
     dtype: str = flag("auto", "number format of the network's arithmetic; auto measures", "run", ("auto", "float32", "bfloat16"))
     compile: str = flag("auto", "torch.compile the network's blocks; auto: on a GPU (on a CPU it takes longer than it saves)", "run", ("auto", "yes", "no"))
@@ -65,7 +66,7 @@ class Config:
 
 
 SCHEDULE = {"cpu": (1400, 16), "gpu": (40000, 64)}  # optimizer steps, images a step
-FREE = {"out", "resume", "device", "dtype", "compile", "evaluate", "check_data"}  # flags that may differ on --resume
+FREE = {"out", "resume", "overwrite", "device", "dtype", "compile", "evaluate", "check_data"}  # flags that may differ on --resume
 SAVE_EVERY = 250  # steps
 
 
@@ -121,6 +122,8 @@ def main(argv=None):
     out = Path(config.out)
     file = out / "checkpoint.pt"
     then = checkpoint.load(file, device) if config.resume else None
+    if file.exists() and not (then or config.overwrite or config.check_data):
+        raise UserError(f"{file} would be replaced: --resume goes on from it, --overwrite starts anew, --out names another folder")
     for name, value in asdict(config).items() if then else ():
         if name not in FREE and then["config"].get(name) != value:
             raise UserError(f"--resume needs the flags of the stopped run: --{name.replace('_', '-')} was {then['config'].get(name)}, is {value}")
@@ -162,7 +165,7 @@ def main(argv=None):
     settings = dict(guidance=config.guidance, steps=config.solver_steps, solver=config.solver, end=config.end, colour=config.colour, x0=config.x0)
     print(f"{device.type}, {str(dtype)[6:]}, {str(memory)[6:]}, {config.preset} preset: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
           f"{domains} domains, {sum(map(len, dataset.train))} images of {config.size}x{config.size}, "
-          f"steps {first} to {config.steps} of {config.batch_size}", flush=True)
+          f"steps {first} to {config.steps}, {config.batch_size} images each", flush=True)
 
     def save(step):
         checkpoint.save(file, dict(
@@ -207,7 +210,7 @@ def main(argv=None):
         seconds = time.time() - log.start
         report, columns = evaluate.report(model, dataset, config.tau, settings, device)
         evaluate.write_json(out / "report.json", dict(
-            command=" ".join(["python", *sys.argv]), seed=config.seed, machine=machine(device), torch=torch.__version__, dtype=str(dtype)[6:],
+            command=" ".join(["python", *sys.argv]), seed=config.seed, machine=machine(device), torch=torch.__version__, dtype=str(dtype)[6:], memory_format=str(memory)[6:],
             weights="EMA", steps=config.steps, training_seconds=seconds, coupling=log.means(), **report))
         evaluate.picture(out / "translations.png", dataset, report["main_pair"], columns)
         print(f"{out}/: checkpoint.pt, log.csv, loss.png, samples.png, translations.png, report.json")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from minimedshift import UserError, data, flag, metrics, parse, run, sampler
 from minimedshift.checkpoint import load_model
-from minimedshift.evaluate import in_batches
+from minimedshift.evaluate import TAUS, in_batches
 from minimedshift.flow import draw_noise
 from minimedshift.machine import keep_memory, pick_device
 
@@ -219,7 +219,7 @@ def translate_heads(model, state, c, how, device, heads=8):
     x1, truth = load(test.images, source), load(test.truth, target)
     score = lambda x: f"{metrics.structure(x, truth).mean():.1f} dB"
     pictures, captions = [x1], [f"source, {score(x1)}\n{domains[source]}"]
-    taus = [how["tau"]] if c.tau is not None or how["x0"] == "image" else sorted((tau for tau in {.6, .45, .3, how["tau"]} if tau < how["end"]), reverse=True)
+    taus = [how["tau"]] if c.tau is not None or how["x0"] == "image" else sorted(tau for tau in {*TAUS, how["tau"]} if tau < how["end"])
     for tau in taus:
         out = sampler.translate(model, x1, source, target, **{**how, "tau": tau}, generator=torch.Generator(device).manual_seed(c.seed))
         pictures.append(out)
@@ -241,6 +241,8 @@ def main(argv=None):
     keep_memory()
     model, state = load_model(c.checkpoint, device)
     for name in ("source", "target"):
+        if name == "source" and c.source == "auto" and not c.input:
+            raise UserError("--source auto needs INPUT: held-out heads are translated from a domain that is known")
         allowed = list(state["domains"]) + ["auto"] * (name == "source" and c.input is not None)
         if getattr(c, name) not in allowed + [None]:
             raise UserError(f"--{name} {getattr(c, name)} is not a domain of {c.checkpoint}: choose from {', '.join(allowed)}")

@@ -49,7 +49,7 @@ def to_device(x, device):
 def draw(dataset, config, step, device):
     """What is random in a step: x0, x1, y and which labels are hidden (both on the host), t, e. With the semidiscrete coupling the noise will
     pick its image, and x1 is only the room for it."""
-    host, there = randomness(config.seed, step), randomness(config.seed, step, device)
+    host, there = randomness(config.seed, step), randomness(~config.seed, step, device)  # two streams, on a CPU too
     domains = len(dataset.domains)
     y = torch.randint(domains, (config.batch_size,), generator=host)
     hidden = torch.rand(len(y), generator=host) < config.drop_label
@@ -111,8 +111,8 @@ def learn_potentials(dataset, config, device):
     folder = data.cached(None, "potentials", content, build)
     found = [np.load(folder / f"{i}.npy") for i in range(len(groups))]
     share = np.concatenate([each[1] for each in found])
-    print(f"semidiscrete: of {plans.TRIALS} times each image should be picked, it is picked {plans.TRIALS * share.min():.0f} to {plans.TRIALS * share.max():.0f} "
-          f"times; spread {share.std():.2f} of the mean, {plans.TRIALS**-.5:.2f} of it chance", flush=True)
+    print(f"semidiscrete: each image should be picked {plans.TRIALS} times in a test, and is {plans.TRIALS * share.min():.0f} to {plans.TRIALS * share.max():.0f} "
+          f"times; standard deviation {share.std():.2f} of the mean, where chance alone makes {plans.TRIALS**-.5:.2f}", flush=True)
     labels = None if config.coupling_labels == "keep" else torch.repeat_interleave(torch.tensor([len(images) for images in dataset.train]))
     return groups, [each[0] for each in found], device, labels
 

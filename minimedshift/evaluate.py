@@ -95,7 +95,9 @@ def report(model, dataset, tau, settings, device="cpu", taus=TAUS, heads=128, he
     exposure; `noise_right` counts the pairs whose noise is between 1/2 and 2.
     """
     start = time.time()
+    say("scoring translations of test heads", flush=True)
     pair, translations = main_pair(model, dataset, sorted(each for each in {*taus, tau} if each < settings["end"]), settings, device, heads)
+    say(f"{pair['source']} -> {pair['target']}, {pair['heads']} simulated test heads, EMA weights:", flush=True)
     percent = lambda share: "none to close" if share is None else f"{share:.0%}"
     for t, row in pair["medshift"].items():
         noised = f"SDEdit {pair['sdedit'][t]['structure']:.2f}, " if t in pair["sdedit"] else ""
@@ -105,7 +107,7 @@ def report(model, dataset, tau, settings, device="cpu", taus=TAUS, heads=128, he
     pairs, kept = all_pairs(model, dataset, tau, settings, device, heads_each)
     closed = [row["gap_closed"] for row in pairs.values() if row["gap_closed"] is not None]
     mean, right = float(np.mean(closed)) if closed else None, sum(0.5 <= row["noise"] <= 2 for row in pairs.values())
-    say(f"all {len(pairs)} ordered pairs at tau {tau}: mean gap closed {percent(mean)} over the {len(closed)} that have one; noise right in {right}; "
+    say(f"all {len(pairs)} ordered pairs at tau {tau}: mean gap closed {percent(mean)} over the {len(closed)} that have one; noise within 1/2 to 2 in {right} of {len(pairs)}; "
         f"same head {kept:.1%}", flush=True)
     return dict(simulated=True, translation=dict(tau=tau, **settings), main_pair=pair, pairs=pairs, mean_gap_closed=mean, pairs_with_gap=len(closed),
                 noise_right=right, same_head=kept, evaluation_seconds=time.time() - start), translations

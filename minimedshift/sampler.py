@@ -1,7 +1,7 @@
 """The ODE dx/dt = v(x, t, y), solved in both directions; translation is one leg back and one leg forward.
 
-    encode     dx = -v(x, t, y_source) dt     from the image down to z at t = tau
-    decode     dx =  v(x, t, y_target) dt     from z up to the translated image        arXiv:2508.21435, eq. 4-5
+    encode     dx = v(x, t, y_source) dt     t from the image down to z at tau: dt < 0
+    decode     dx = v(x, t, y_target) dt     t from z up to the translated image        arXiv:2508.21435, eq. 4-5
 
 In the paper an image is xt at t = 1. Here it may count as xt a little earlier, at t = end: both legs lie in [tau, end]. What happens
 beyond is a stiff layer in which detail fainter than (1 - end) x0 is blown up into full-sized noise, and the network's errors with it.
@@ -96,11 +96,11 @@ def sde(v, x, times):
     both are  x <- x +- h v + h s + sigma sqrt(h r) e.  r is what a bridge's noise has left of its variance at the step's far end, (1 - t') / (1 - t)
     forward, t' / t backward: 1 up to order h (Euler-Maruyama), but none in a step that ends in an image. v: a Velocity. Yields (t, xt)."""
     yield times[0], x
-    for t, s in zip(times[:-1], times[1:]):
-        h, rest = abs(s - t), (1 - s) / (1 - t) if s > t else s / t
+    for t, after in zip(times[:-1], times[1:]):
+        h, r = abs(after - t), (1 - after) / (1 - t) if after > t else after / t
         vt, st = v.parts(x, t)
-        x = x + (s - t) * vt + h * st + v.width(t) * math.sqrt(h * rest) * v.noise(x)
-        yield s, x
+        x = x + (after - t) * vt + h * st + v.width(t) * math.sqrt(h * r) * v.noise(x)
+        yield after, x
 
 
 def adaptive(v, x, times, tolerance=1e-3):

@@ -218,7 +218,7 @@ STUDIES = {"moons": (MOONS, moons_table, 2000), "phantom": (PHANTOM, phantom_tab
 def main(argv=None):
     c = parse(Config, __doc__, argv)
     if c.study not in STUDIES:
-        raise UserError(f"name a study: {' or '.join(STUDIES)} (found {c.study})")
+        raise UserError(f"name a study: {' or '.join(STUDIES)} (found {c.study or 'none'})")
     runs, table, steps = STUDIES[c.study]
     names = [name.strip() for name in c.only.split(";")] if c.only else list(runs)
     for name in names:

@@ -1,10 +1,22 @@
 """What a step is given: a function of seed and step, whatever the plan's window, and made ahead without a change."""
 
 import time
+from types import SimpleNamespace
 
 import torch
 
-from minimedshift.batches import ahead, randomness
+from minimedshift.batches import ahead, draw, randomness
+
+
+def test_labels_hidden_and_noise_come_from_two_streams():
+    """On a CPU both generators are of one kind: seeded alike, the noise would tell which labels are hidden."""
+    dataset = SimpleNamespace(domains=range(5), channels=1, size=16)
+    config = SimpleNamespace(seed=0, batch_size=8, drop_label=.5, coupling="semidiscrete", x0="noise", colour=0.)
+    drawn = [draw(dataset, config, step, torch.device("cpu")) for step in range(300)]
+    hidden = torch.stack([each[3] for each in drawn]).double()  # (300, 8)
+    noise = torch.stack([each[0][0].flatten() for each in drawn]).double()  # (300, 256)
+    table = torch.corrcoef(torch.cat([hidden, noise.abs(), noise], 1).T)[:8, 8:]
+    assert table.abs().max() < .32  # 4096 coefficients of chance, each with a standard deviation of .058
 
 
 def test_the_random_draws_of_a_step_depend_on_seed_and_step_alone():

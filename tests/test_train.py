@@ -126,6 +126,9 @@ def test_resume_with_another_flag_is_refused_and_loses_nothing(tmp_path, cache):
     before = (tmp_path / "checkpoint.pt").read_bytes()
     status, _, errors = finish(start(tmp_path, cache, "--steps", "2", "--no-evaluate", "--resume", "--lr", "0.5"))
     assert status == 2 and "--lr was 0.02, is 0.5" in errors and (tmp_path / "checkpoint.pt").read_bytes() == before
+    with pytest.raises(UserError, match="--overwrite starts anew"):
+        train.main([*TINY, "--steps", "2", "--out", str(tmp_path)])
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
 def test_help_shows_groups_and_defaults():

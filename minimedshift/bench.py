@@ -85,7 +85,7 @@ class Job:
         self.dtype, memory = (torch.float32, torch.contiguous_format) if plain else pick_formats("auto", device)
         torch.manual_seed(0)
         self.model = UNet(shape).to(device, memory_format=memory)
-        if not plain and (device.type == "cuda" if compiled is None else compiled):
+        if (device.type == "cuda" and not plain) if compiled is None else compiled:
             self.model.compile_blocks()
         inside, rest = split(self.model)
         self.optimizers = [Muon(inside, .02), torch.optim.AdamW(rest, .001, fused=not plain)]
@@ -168,14 +168,15 @@ def steps(repeats, device, quick):
         if quick and name != "cpu":
             continue
         batch, main = batches[gpu], name == ("gpu" if gpu else "cpu")
-        sides = [(name, batch, device, False), (name, batch, device, True)] + [(name, batch, device, False, False)] * gpu
+        sides = [(name, batch, device, False), (name, batch, device, True)]
+        sides += [(name, batch, device, False, False), (name, batch, device, True, True)] * gpu  # ours eager, the reference compiled
         found, profile = side_by_side(["gradients"] if name == "64 channels" else ["step", "short_translation" if quick or not (main or gpu) else "translation"], repeats, *sides)
-        for what, (ours, reference, *eager) in found.items():
+        for what, (ours, reference, *others) in found.items():
             ratios = np.divide(reference, ours)
             more = dict(images_per_second=batch / np.median(ours), reference_ms=1e3 * float(np.median(reference)), ratio=float(np.median(ratios)),
                         ratio_low=float(ratios.min()), ratio_high=float(ratios.max()), batch=batch, size=size)
             result[f"{name}: {WHAT[what]}"] = entry(
-                ours, **more, **({"eager_ratio": float(np.median(np.divide(eager[0], ours)))} if eager else {}))
+                ours, **more, **{key: float(np.median(np.divide(other, ours))) for key, other in zip(("eager_ratio", "compiled_ratio"), others)})
         if main:
             result[f"{name}: profile"] = profile
     return result
@@ -335,7 +336,7 @@ def sizes(repeats, device, quick):
 # ---------------------------------------------------------------- the command
 
 PARTS = {"steps": steps, "ops": fused, "couplings": couplings, "data": sources, "growth": growth, "sizes": sizes}
-SHOWN = dict(images_per_second="{:.4g} images/s", ratio="{:.2f} of the reference's speed", eager_ratio="{:.2f} of eager", GBps="{:.3g} GB/s", GFLOPs="{:.4g} GFLOPs",
+SHOWN = dict(images_per_second="{:.4g} images/s", ratio="{:.2f} of the reference's speed", eager_ratio="{:.2f} of eager", compiled_ratio="{:.2f} of the compiled reference", GBps="{:.3g} GB/s", GFLOPs="{:.4g} GFLOPs",
              of_limit="{:.0%} of this machine's", of_a_step="{:.2%} of a step", parameters_M="{:.2f}M parameters", kept_MB="{:.1f} MB kept for the backward pass",
              copy_GBps="copy {:.3g} GB/s", matmul_GFLOPs="matrix product {:.4g} GFLOP/s", pixels="time ~ pixels^{:.2f}", share="{:.0%} in convolutions and matrix products")
 

@@ -60,8 +60,7 @@ def test_a_whole_run_leaves_everything_it_promises(tmp_path, cache):
     assert {"config", "domains", "model", "ema", "optimizer", "machine"} <= state.keys()
 
 
-@pytest.mark.parametrize("coupling", ["exact --ot-batch 7", "sinkhorn --entropy 0.3 --score", "semidiscrete --coupling-labels ignore",
-                                      "exact --x0 image"])
+@pytest.mark.parametrize("coupling", ["exact --x0 image --ot-batch 7", "sinkhorn --entropy 0.3 --score", "semidiscrete --coupling-labels ignore"])
 def test_stop_and_resume_give_the_same_bytes(tmp_path, cache, coupling):
     flags = ["--steps", "40", "--no-evaluate", "--coupling", *coupling.split(), "--sigma", "0.1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -221,7 +220,7 @@ def test_the_readme_run_beats_what_it_is_compared_with(tmp_path, cache):
         assert row["structure"] > max(scores["structure"] for scores in (pair["histogram"], pair["curve"], pair["sdedit"][tau]))
     default = pair["medshift"][str(report["translation"]["tau"])]
     assert default["gap_closed"] > 0.5 and 0.5 < default["noise"] < 2
-    assert report["mean_gap_closed"] > 0.3 and report["same_head"] > 0.95  # the aim, .99, is not reached: README
+    assert report["mean_gap_closed"] > 0.3 and report["same_head"] > 0.99
     done = subprocess.run([sys.executable, str(ROOT / "translate.py"), "--checkpoint", str(tmp_path / "checkpoint.pt")], env=cache,
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and (tmp_path / "translate.png").exists(), done.stderr

@@ -19,7 +19,8 @@ TAUS = (0.1, 0.3, 0.45, 0.6)  # the paper reports the last three
 
 
 def in_batches(function, x, batch=64):
-    """function applied to slices of x (N, ...), joined again: the memory of one batch. A batch that a GPU has no memory for is halved."""
+    """function applied to slices of x (N, ...), joined again: the memory of one batch. A batch that a GPU has no memory for is halved.
+    Raises torch.OutOfMemoryError where a single image does not fit."""
     while True:
         try:
             return torch.cat([function(part) for part in x.split(batch)])

@@ -44,7 +44,8 @@ def wide(x):
 # ---------------------------------------------------------------- GroupNorm, modulation, SiLU
 
 def norm_film_silu(x, weight, bias, groups, scale=None, shift=None, eps=1e-5):
-    """silu(GroupNorm(x; weight, bias) (1 + scale) + shift). x (B, C, H, W), weight, bias (C,), scale, shift (B, C) or both None. Returns y like x."""
+    """silu(GroupNorm(x; weight, bias) (1 + scale) + shift). x (B, C, H, W), weight, bias (C,), scale, shift (B, C) or both None. Returns y like x.
+    Raises ValueError for one of scale and shift without the other."""
     if (scale is None) != (shift is None):
         raise ValueError("norm_film_silu needs scale and shift, or neither")
     fused = x.is_cuda and triton is not None and FUSED["norm_film_silu"]

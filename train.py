@@ -62,12 +62,13 @@ class Config:
     device: str = flag("auto", "where to compute", "run", ("auto", "cuda", "mps", "cpu"))
     dtype: str = flag("auto", "number format of the network's arithmetic; auto measures", "run", ("auto", "float32", "bfloat16"))
     compile: str = flag("auto", "torch.compile the network's blocks; auto: on a GPU (on a CPU it takes longer than it saves)", "run", ("auto", "yes", "no"))
+    cuda_graph: bool = flag(False, "replay the network's part of a step from a CUDA graph; off, as it has not been timed on a GPU yet", "run")
     evaluate: bool = flag(True, "score the result on simulated test heads at the end", "run")
 
 
 SCHEDULE = {"cpu": (1400, 16), "gpu": (40000, 64)}  # optimizer steps, images a step
-FREE = {"out", "resume", "overwrite", "device", "dtype", "compile", "evaluate", "check_data"}  # flags that may differ on --resume
-SAVE_EVERY = 250  # steps
+FREE = {"out", "resume", "overwrite", "device", "dtype", "compile", "cuda_graph", "evaluate", "check_data"}  # flags that may differ on --resume
+SAVE_EVERY = 120  # seconds
 
 
 def resolve(config):
@@ -91,7 +92,8 @@ def resolve(config):
         if not good:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is not allowed: it must be {allowed}")
     plain = config.coupling == "independent"
-    for wrong, says in ((config.coupling == "sinkhorn" and not config.sigma and not config.entropy, "--coupling sinkhorn needs --sigma or --entropy above 0"),
+    for wrong, says in ((config.cuda_graph and device.type != "cuda", f"--cuda-graph needs a CUDA device, this is {device.type}"),
+                        (config.coupling == "sinkhorn" and not config.sigma and not config.entropy, "--coupling sinkhorn needs --sigma or --entropy above 0"),
                         (config.entropy and config.coupling != "sinkhorn", "--entropy is for --coupling sinkhorn"),
                         (plain and config.ot_batch > 1, "--ot-batch has no meaning for --coupling independent"),
                         (plain and config.coupling_labels == "ignore", "--coupling-labels ignore has no meaning for --coupling independent"),
@@ -109,9 +111,11 @@ def draw_samples(path, model, ema, dataset, tau, settings, device, count=4):
     """samples.png: held-out images of the first domain and their translations to every other one, by the EMA weights."""
     live = {name: p.clone() for name, p in model.named_parameters()}
     model.load_state_dict(ema.mean)
+    model.eval()
     x1 = evaluate.load(dataset.held_out[0][:count] if len(dataset.held_out[0]) else dataset.train[0][:count], device)
     columns = [x1] + [sampler.translate(model, x1, 0, y, tau, **settings) for y in range(1, len(dataset.domains))]
     model.load_state_dict(live)
+    model.train()
     data.figure(path, [list(row) for row in zip(*(x.cpu() for x in columns))], [f"source\n{dataset.domains[0]}", *[f"\n{d}" for d in dataset.domains[1:]]],
                 [""] * len(x1))
 
@@ -152,7 +156,7 @@ def main(argv=None):
     shape = replace(PRESETS[config.preset][1], num_domains=null_label(config, domains), channels=dataset.channels, score=config.sigma if config.score else 0.0)
     model = UNet(shape).to(device, memory_format=memory)
     if config.compile == "yes" or config.compile == "auto" and device.type == "cuda":
-        model.compile_blocks()
+        model.compile_blocks(dynamic=False)  # for training batches: pictures and scores come in other shapes, and run uncompiled
     inside, rest = split(model)
     optimizers = [Muon(inside, config.lr), torch.optim.AdamW(rest, config.lr / 20, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
     ema = checkpoint.EMA(model, config.ema)
@@ -161,6 +165,8 @@ def main(argv=None):
         for optimizer, state in zip(optimizers, then["optimizer"]):
             optimizer.load_state_dict(state)
         ema.load(then["ema"])
+    if config.cuda_graph:
+        model.capture(config.batch_size, config.size, dtype)
     first = then["step"] if then else 0
     settings = dict(guidance=config.guidance, steps=config.solver_steps, solver=config.solver, end=config.end, colour=config.colour, x0=config.x0)
     print(f"{device.type}, {str(dtype)[6:]}, {str(memory)[6:]}, {config.preset} preset: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
@@ -179,7 +185,7 @@ def main(argv=None):
     stopping = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stopping.append(True))  # finish the step, save, stop
-    log = Log(out, first, config.steps, config.batch_size)
+    log, saved = Log(out, first, config.steps, config.batch_size), time.time()
     for step, (x0, x1, y, t, e, plan, seconds) in enumerate(steps, first):
         lr = config.lr * min((step + 1) / 50, (1 + math.cos(math.pi * step / config.steps)) / 2)  # warm-up, cosine
         for optimizer, share in zip(optimizers, (1, 1 / 20)):
@@ -193,10 +199,12 @@ def main(argv=None):
             optimizer.zero_grad()
         ema.update(step + 1)
         log(step + 1, loss.detach(), lr, plan, seconds)
-        if stopping or (step + 1) % SAVE_EVERY == 0 or step + 1 == config.steps:
+        if stopping or time.time() > saved + SAVE_EVERY or step + 1 == config.steps:
             save(step + 1)
+            saved = time.time()
             log.draw()
-            draw_samples(out / "samples.png", model, ema, dataset, config.tau, settings, device)
+            with torch.compiler.set_stance("force_eager"):
+                draw_samples(out / "samples.png", model, ema, dataset, config.tau, settings, device)
         if stopping:
             print(f"\nstopped and saved after step {step + 1}: the same command with --resume goes on", flush=True)
             return 130
@@ -208,7 +216,8 @@ def main(argv=None):
     model.eval()
     if config.evaluate and dataset.test is not None:
         seconds = time.time() - log.start
-        report, columns = evaluate.report(model, dataset, config.tau, settings, device)
+        with torch.compiler.set_stance("force_eager"):
+            report, columns = evaluate.report(model, dataset, config.tau, settings, device)
         evaluate.write_json(out / "report.json", dict(
             command=" ".join(["python", *sys.argv]), seed=config.seed, machine=machine(device), torch=torch.__version__, dtype=str(dtype)[6:], memory_format=str(memory)[6:],
             weights="EMA", steps=config.steps, training_seconds=seconds, coupling=log.means(), **report))

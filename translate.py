@@ -254,7 +254,7 @@ def main(argv=None):
         raise UserError(f"--solver sde needs a score, and {c.checkpoint} has none: train with --score, or with --coupling independent and --sigma 0")
     files = plan_files(c) if c.input else []
     if device.type == "cuda" and len(files) >= 100:  # fewer are done sooner without
-        model.compile_blocks()
+        model.compile_blocks(dynamic=True)
 
     how = {key: default if getattr(c, key, None) is None else getattr(c, key) for key, default in state["translate"].items()}
     if not how["tau"] < how["end"] <= 1:

@@ -41,7 +41,7 @@ class Config:
 NETWORKS = {"cpu": (*PRESETS["cpu"], 16, 256), "gpu": (*PRESETS["gpu"], 2, 64), "64 channels": (64, Shape(stem=1, widths=(64, 128, 128), blocks=(2, 2, 2)), 16, 64)}
 
 
-WHAT = dict(gradients="forward and backward", step="training step", translation="translation", short_translation="translation, 2 steps a leg")
+WHAT = dict(gradients="forward and backward", step="training step", translation="translation", short_translation="translation, 1 step a leg")
 
 
 def clock(function, repeats, device):
@@ -75,7 +75,7 @@ class TwoCalls(sampler.Velocity):
 class Job:
     """One side of a comparison: a network, and what is done with it. plain: the reference."""
 
-    def __init__(self, network, batch, device, plain, compiled=None):
+    def __init__(self, network, batch, device, plain, compiled=None, graph=False):
         size, shape = NETWORKS[network][:2]
         self.device, self.plain, self.batch = device, plain, batch
         if plain:
@@ -86,12 +86,14 @@ class Job:
         torch.manual_seed(0)
         self.model = UNet(shape).to(device, memory_format=memory)
         if (device.type == "cuda" and not plain) if compiled is None else compiled:
-            self.model.compile_blocks()
+            self.model.compile_blocks(dynamic=False)
         inside, rest = split(self.model)
         self.optimizers = [Muon(inside, .02), torch.optim.AdamW(rest, .001, fused=not plain)]
         g = torch.Generator(device).manual_seed(0)
         self.x0, self.x1 = (draw_noise((batch, 1, size, size), g, 1.0, device) for _ in range(2))
         self.y, self.t = torch.arange(batch, device=device) % 5, torch.rand(batch, generator=g, device=device)
+        if graph:
+            self.model.capture(batch, size, self.dtype)
 
     def gradients(self):
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -107,10 +109,12 @@ class Job:
 
     def translation(self, steps=5):
         """Heun's steps on each leg, the forward leg guided: 6 evaluations an image for each."""
+        self.model.eval()
         sampler.translate(self.model, self.x1, 0, 1, guidance=1.5, steps=steps)
+        self.model.train()
 
     def short_translation(self):
-        self.translation(2)
+        self.translation(1)
 
     def profile(self):
         """The share of a training step's time in convolutions and matrix products, and the most costly kernels, by the profiler."""
@@ -169,14 +173,14 @@ def steps(repeats, device, quick):
             continue
         batch, main = batches[gpu], name == ("gpu" if gpu else "cpu")
         sides = [(name, batch, device, False), (name, batch, device, True)]
-        sides += [(name, batch, device, False, False), (name, batch, device, True, True)] * gpu  # ours eager, the reference compiled
+        sides += [(name, batch, device, False, False), (name, batch, device, True, True), (name, batch, device, False, None, True)] * gpu  # ours eager, the reference compiled, ours replayed
         found, profile = side_by_side(["gradients"] if name == "64 channels" else ["step", "short_translation" if quick or not (main or gpu) else "translation"], repeats, *sides)
         for what, (ours, reference, *others) in found.items():
             ratios = np.divide(reference, ours)
             more = dict(images_per_second=batch / np.median(ours), reference_ms=1e3 * float(np.median(reference)), ratio=float(np.median(ratios)),
                         ratio_low=float(ratios.min()), ratio_high=float(ratios.max()), batch=batch, size=size)
             result[f"{name}: {WHAT[what]}"] = entry(
-                ours, **more, **{key: float(np.median(np.divide(other, ours))) for key, other in zip(("eager_ratio", "compiled_ratio"), others)})
+                ours, **more, **{key: float(np.median(np.divide(other, ours))) for key, other in zip(("eager_ratio", "compiled_ratio", "graph_ratio"), others)})
         if main:
             result[f"{name}: profile"] = profile
     return result
@@ -336,7 +340,7 @@ def sizes(repeats, device, quick):
 # ---------------------------------------------------------------- the command
 
 PARTS = {"steps": steps, "ops": fused, "couplings": couplings, "data": sources, "growth": growth, "sizes": sizes}
-SHOWN = dict(images_per_second="{:.4g} images/s", ratio="{:.2f} of the reference's speed", eager_ratio="{:.2f} of eager", compiled_ratio="{:.2f} of the compiled reference", GBps="{:.3g} GB/s", GFLOPs="{:.4g} GFLOPs",
+SHOWN = dict(images_per_second="{:.4g} images/s", ratio="{:.2f} of the reference's speed", eager_ratio="{:.2f} of eager", compiled_ratio="{:.2f} of the compiled reference", graph_ratio="{:.2f} of ours from a CUDA graph", GBps="{:.3g} GB/s", GFLOPs="{:.4g} GFLOPs",
              of_limit="{:.0%} of this machine's", of_a_step="{:.2%} of a step", parameters_M="{:.2f}M parameters", kept_MB="{:.1f} MB kept for the backward pass",
              copy_GBps="copy {:.3g} GB/s", matmul_GFLOPs="matrix product {:.4g} GFLOP/s", pixels="time ~ pixels^{:.2f}", share="{:.0%} in convolutions and matrix products")
 

@@ -121,12 +121,21 @@ class UNet(nn.Module):
             x = F.pixel_shuffle(leave(x), 2) if skips else x
         return F.pixel_shuffle(self.out(act(self.norm, x)), self.shape.stem)
 
-    def compile_blocks(self):
-        """torch.compile each residual block, in place: blocks of one shape share the code, so that the first step comes soon; names of parameters
-        stay as they are."""
+    def compile_blocks(self, **options):
+        """torch.compile each residual block, in place: blocks of one width share the code, so that the first step comes soon; names of parameters
+        stay as they are. With dynamic=False there is code for each shape met, the fastest; with dynamic=True for all at once."""
+        torch._dynamo.config.recompile_limit = 64  # shapes; beyond, a block would run uncompiled
         for module in self.modules():
             if isinstance(module, Block):
-                module.compile()
+                module.compile(**options)
+
+    def capture(self, batch, size, dtype):
+        """Record the forward and the backward pass of `batch` images of size x size in number format dtype as a CUDA graph, in place: in train mode
+        the network then takes that batch alone, and a step is one launch instead of some thousand. In eval mode it stays as it is."""
+        device = self.out.weight.device
+        inputs = torch.zeros(batch, self.shape.channels, size, size, device=device), torch.zeros(batch, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
+            torch.cuda.make_graphed_callables(self, inputs)
 
 
 # Side of the training images in pixels, and the network. One evaluation of one image, a multiply-add counted as two:

@@ -8,13 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import train
-from minimedshift import UserError, checkpoint, data, evaluate, run
+from minimedshift import UserError, checkpoint, data, evaluate, phantom, run
 from minimedshift.log import Log
+from minimedshift.model import Shape, UNet
 
 ROOT = Path(train.__file__).parent
 TINY = ["--size", "16", "--train-images", "20", "--valid-heads", "2", "--test-heads", "3", "--batch-size", "4", "--solver-steps", "1"]
@@ -111,7 +113,7 @@ def test_check_data_shows_and_stops(tmp_path, cache):
     (["--coupling", "sinkhorn", "--entropy", "1"], "--entropy"), (["--ot-batch", "4", "--coupling", "independent"], "--ot-batch"), (["--ot-batch", "-1"], "--ot-batch"),
     (["--coupling-labels", "ignore", "--coupling", "independent"], "--coupling-labels"), (["--score"], "--score needs"), (["--solver", "sde", "--sigma", "0.1"], "--solver sde"),
     (["--solver", "sde", "--coupling", "exact"], "--solver sde"), (["--x0", "image", "--coupling", "exact", "--solver", "sde"], "--solver sde"),
-    (["--x0", "image", "--coupling", "semidiscrete"], "--x0 image")])
+    (["--x0", "image", "--coupling", "semidiscrete"], "--x0 image"), (["--cuda-graph", "--device", "cpu"], "needs a CUDA device")])
 def test_a_mistake_ends_in_one_sentence_and_status_2(tmp_path, capsys, monkeypatch, flags, says):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
@@ -206,6 +208,30 @@ def test_no_training_step_waits_for_the_gpu(tmp_path, monkeypatch, coupling):
         assert train.main([*TINY, "--out", str(tmp_path), "--steps", "7", "--no-evaluate", "--ot-batch", "2", "--coupling", *coupling.split()]) == 0
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_samples_are_drawn_by_the_ema_weights_in_eval_mode(tmp_path):
+    """In train mode a network on a CUDA graph takes a training batch and no other."""
+    net = UNet(Shape(stem=2, widths=(16,), blocks=(1,), head=16))
+    forward, modes = net.forward, []
+    net.forward = lambda *inputs: modes.append((net.training, net.stem.bias[0].item())) or forward(*inputs)
+    images = [np.zeros((2, 1, 16, 16), np.float16)] * 5
+    before, ema = net.stem.bias[0].item(), checkpoint.EMA(net, 0.)
+    ema.mean["stem.bias"] += 1
+    settings = dict(guidance=1.5, steps=1, solver="euler", end=.97, colour=1., x0="noise")
+    train.draw_samples(tmp_path / "samples.png", net, ema, data.Dataset(phantom.DOMAINS, 16, 1, images, images), .4, settings, torch.device("cpu"))
+    assert set(modes) == {(False, ema.mean["stem.bias"][0].item())} and net.training and net.stem.bias[0].item() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", ["no", "yes"])
+def test_a_cuda_graph_trains_alike(tmp_path, cache, compiled):
+    for name, flag in (("plain", "--no-cuda-graph"), ("graph", "--cuda-graph")):
+        status, _, errors = finish(start(tmp_path / name, cache, "--steps", "12", "--no-evaluate", "--dtype", "float32", "--compile", compiled, flag))
+        assert status == 0, errors
+    losses = [np.loadtxt(tmp_path / name / "log.csv", delimiter=",", skiprows=1)[:, 1] for name in ("plain", "graph")]
+    np.testing.assert_allclose(*losses, rtol=.02)
 
 
 @pytest.mark.slow

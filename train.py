@@ -22,7 +22,7 @@ from minimedshift.batches import batches, null_label
 from minimedshift.coupling import COUPLINGS
 from minimedshift.flow import loss as flow_loss
 from minimedshift.log import Log
-from minimedshift.machine import keep_memory, machine, pick_device, pick_formats
+from minimedshift.machine import can_compile, keep_memory, machine, pick_device, pick_formats
 from minimedshift.model import PRESETS, UNet
 from minimedshift.optim import Muon, split
 
@@ -116,7 +116,8 @@ def draw_samples(path, model, ema, dataset, tau, settings, device, count=4):
     columns = [x1] + [sampler.translate(model, x1, 0, y, tau, **settings) for y in range(1, len(dataset.domains))]
     model.load_state_dict(live)
     model.train()
-    data.figure(path, [list(row) for row in zip(*(x.cpu() for x in columns))], [f"source\n{dataset.domains[0]}", *[f"\n{d}" for d in dataset.domains[1:]]],
+    way = f"tau {tau:g}" if settings["x0"] == "noise" else "directly"
+    data.figure(path, [list(row) for row in zip(*(x.cpu() for x in columns))], [f"source\n{dataset.domains[0]}", *[f"{way}\n{d}" for d in dataset.domains[1:]]],
                 [""] * len(x1))
 
 
@@ -155,7 +156,7 @@ def main(argv=None):
     domains = len(dataset.domains)
     shape = replace(PRESETS[config.preset][1], num_domains=null_label(config, domains), channels=dataset.channels, score=config.sigma if config.score else 0.0)
     model = UNet(shape).to(device, memory_format=memory)
-    if config.compile == "yes" or config.compile == "auto" and device.type == "cuda":
+    if config.compile == "yes" or config.compile == "auto" and can_compile(device):
         model.compile_blocks(dynamic=False)  # for training batches: pictures and scores come in other shapes, and run uncompiled
     inside, rest = split(model)
     optimizers = [Muon(inside, config.lr), torch.optim.AdamW(rest, config.lr / 20, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]

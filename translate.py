@@ -22,7 +22,7 @@ from minimedshift import UserError, data, flag, metrics, parse, run, sampler
 from minimedshift.checkpoint import load_model
 from minimedshift.evaluate import TAUS, in_batches
 from minimedshift.flow import draw_noise
-from minimedshift.machine import keep_memory, pick_device
+from minimedshift.machine import can_compile, keep_memory, pick_device
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def infer_source(model, x1, seed, colour=0.0, draws=8):
 # ---------------------------------------------------------------- files in, files out
 
 def translate_batch(items, model, state, c, how, device):
-    """Translate [(input, output, x, info)] of one working shape and write them; returns [(source, translation)] for --compare."""
+    """Translate [(input, output, x, info)] of one working shape and write them; returns [(name, source, translation)] for --compare."""
     channels, domains = state["image"]["channels"], state["domains"]
     full = [data.channels_to(x, channels)[None].to(device) for _, _, x, _ in items]
     shape = working_shape(*full[0].shape[-2:], state["image"]["size"], model.stride)
@@ -153,18 +153,18 @@ def translate_batch(items, model, state, c, how, device):
     if c.source != "auto":
         y_source = torch.full((len(x1),), domains.index(c.source), device=device)
     else:
-        y_source = infer_source(model, x1, c.seed, state["config"].get("colour", 0.0))
+        y_source = in_batches(lambda part: infer_source(model, part, c.seed, state["config"].get("colour", 0.0)), x1, len(x1))
         for (path, *_), y in zip(items, y_source.tolist()):
             print(f"{path}: taken for {domains[y]}")
     y_target, draw = torch.full_like(y_source, domains.index(c.target)), torch.Generator(device).manual_seed(c.seed)
     one = lambda i: sampler.translate(model, x1[i], y_source[i], y_target[i], **how, generator=draw)
     out = in_batches(one, torch.arange(len(x1), device=device), len(x1))
     results = []
-    for (_, path, x, info), whole, small, new in zip(items, full, x1, out):
-        if whole.shape[-2:] != shape:
-            new = carry(whole, small[None], new[None])[0]
+    for (source, path, x, info), large, small, new in zip(items, full, x1, out):
+        if large.shape[-2:] != shape:
+            new = carry(large, small[None], new[None])[0]
         data.write_image(path, new, info)
-        results.append((whole[0].cpu(), new.clamp(-1, 1).cpu()))
+        results.append((source.name, large[0].cpu(), new.clamp(-1, 1).cpu()))
     return results
 
 
@@ -198,8 +198,7 @@ def translate_files(files, model, state, c, how, device):
     for shape in list(waiting):
         flush(shape)
     if shown:
-        rows = [(x, out, (out - x) / 2) for x, out in shown]
-        data.figure(c.compare, rows, ["source", "translation", "difference / 2\n(grey: none)"], [""] * len(rows))
+        data.figure(c.compare, [(x, out, (out - x) / 2) for _, x, out in shown], ["source", "translation", "difference / 2\n(grey: none)"], [name[:24] for name, *_ in shown])
     if bad:
         print(f"{bad} of {len(files)} images could not be read; the others are done", file=sys.stderr)
     return 2 if bad else 0
@@ -253,7 +252,7 @@ def main(argv=None):
     if c.solver == "sde" and not (state["shape"]["score"] or (state["config"]["coupling"] == "independent" and state["config"]["sigma"] == 0)):
         raise UserError(f"--solver sde needs a score, and {c.checkpoint} has none: train with --score, or with --coupling independent and --sigma 0")
     files = plan_files(c) if c.input else []
-    if device.type == "cuda" and len(files) >= 100:  # fewer are done sooner without
+    if can_compile(device) and len(files) >= 100:  # fewer are done sooner without
         model.compile_blocks(dynamic=True)
 
     how = {key: default if getattr(c, key, None) is None else getattr(c, key) for key, default in state["translate"].items()}

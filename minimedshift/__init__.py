@@ -1,8 +1,11 @@
-"""What every command shares: its flags, and how it ends when a user made a mistake."""
+"""What every command shares: its flags, how its files are written, and how it ends when a user made a mistake."""
 
 import argparse
+import os
 import sys
+from contextlib import contextmanager
 from dataclasses import field, fields
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -40,6 +43,18 @@ def parse(config, description, argv=None):
         else:
             group.add_argument(name, type=kind, choices=m["choices"], metavar=f.name.upper().split("_")[-1] if not m["choices"] else None, **options)
     return config(**vars(parser.parse_args(argv)))
+
+
+@contextmanager
+def whole(path):
+    """A name beside `path` to write to; once the block is done the file takes its place, so that `path` is written whole or not at all."""
+    path = Path(path)
+    work = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    try:
+        yield work
+        os.replace(work, path)
+    finally:
+        work.unlink(missing_ok=True)
 
 
 def run(main):

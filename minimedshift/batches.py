@@ -103,7 +103,7 @@ def learn_potentials(dataset, config, device):
         start = time.time()
         for i, images in enumerate(groups):
             tinted = tint(torch.from_numpy(np.array(images, np.float32)), config.colour)
-            g, share = plans.learn_potentials(tinted, seed=config.seed, device=device)
+            g, share = plans.learn_potentials(tinted, seed=config.seed, device="cpu" if device.type == "mps" else device)  # mps lacks its algebra
             np.save(folder / f"{i}.npy", torch.stack([g, share]).cpu().numpy())
             data.progress(i + 1, len(groups), start, "learning potentials, once", "labels")
 

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import UserError, data, evaluate, flag, ops, parse, phantom, run, sampler
+from . import UserError, data, evaluate, flag, ops, parse, phantom, run, sampler, whole
 from .coupling import Semidiscrete, couple, exact
 from .flow import draw_noise
 from .flow import loss as flow_loss
-from .machine import keep_memory, machine, pick_device, pick_formats
+from .machine import can_compile, keep_memory, machine, pick_device, pick_formats
 from .model import PRESETS, Shape, UNet
 from .optim import Muon, split
 
@@ -85,7 +85,7 @@ class Job:
         self.dtype, memory = (torch.float32, torch.contiguous_format) if plain else pick_formats("auto", device)
         torch.manual_seed(0)
         self.model = UNet(shape).to(device, memory_format=memory)
-        if (device.type == "cuda" and not plain) if compiled is None else compiled:
+        if (can_compile(device) and not plain) if compiled is None else compiled:
             self.model.compile_blocks(dynamic=False)
         inside, rest = split(self.model)
         self.optimizers = [Muon(inside, .02), torch.optim.AdamW(rest, .001, fused=not plain)]
@@ -374,7 +374,8 @@ def plot(path, results, title):
     right.set(xlabel="pixels in the batch", ylabel="forward and backward, ms", title="how cost grows")
     if rows:
         right.legend()
-    figure.savefig(path, dpi=100)
+    with whole(path) as work:
+        figure.savefig(work, dpi=100)
     plt.close(figure)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import UserError
+from . import UserError, whole
 from .model import Shape, UNet
 
 FORMAT = 3  # 1 had no `end` among the settings of a translation, 2 no `colour` and `x0`
@@ -45,15 +45,10 @@ def save(path, state):
     """Write `state` (plain types and tensors) whole or not at all: to a temporary name, flushed, then renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as work, open(work, "wb") as file:
+        torch.save({"format": FORMAT, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load(path, device="cpu"):

@@ -153,7 +153,7 @@ def assign(cost):
     """
     if cost.ndim != 2 or cost.shape[0] != cost.shape[1]:
         raise ValueError(f"assign needs a square cost matrix, got {tuple(cost.shape)}")
-    cost, n = cost.detach().double().cpu().numpy(), len(cost)
+    cost, n = cost.detach().cpu().double().numpy(), len(cost)
     spread = cost.std() if n else 0
     if n < 2 or spread == 0:  # nothing to choose
         return torch.arange(n)

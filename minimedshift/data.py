@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from . import UserError, phantom
+from . import UserError, phantom, whole
 
 
 # ---------------------------------------------------------------- what a data set is
@@ -265,14 +265,11 @@ def write_image(path, x, info):
     else:
         image = Image.fromarray(v[..., 0] if v.shape[-1] == 1 else v)
         image = image.convert("1") if info.mode == "1" else image
-    work = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
     try:
-        image.save(work, format=name, **options, **info.extra)
-        os.replace(work, path)
+        with whole(path) as work:
+            image.save(work, format=name, **options, **info.extra)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        work.unlink(missing_ok=True)
 
 
 def to_palette(v):
@@ -404,7 +401,8 @@ def figure(path, rows, columns, labels, cell=160):
     for c, text in enumerate(columns):
         draw.multiline_text((left + c * (cell + 4), 2), text, fill="black", font=font)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with whole(path) as work:
+        sheet.save(work)
 
 
 def check(dataset, path, each=6):

@@ -4,14 +4,13 @@ What the numbers mean is in metrics.py, what MedShift is compared with in baseli
 """
 
 import json
-import os
 import time
 from itertools import combinations
 
 import numpy as np
 import torch
 
-from . import data, metrics, sampler
+from . import data, metrics, sampler, whole
 from .baselines import reference_scores, sdedit
 
 MAIN = ("synthetic-high", "real-normal")
@@ -35,13 +34,18 @@ def load(array, device):
     return torch.from_numpy(np.array(array, np.float32)).to(device)
 
 
+def scorer(device):
+    """Where scores are computed: they take float64, which mps lacks."""
+    return "cpu" if torch.device(device).type == "mps" else device
+
+
 def main_pair(model, dataset, taus, settings, device="cpu", heads=128, source=MAIN[0], target=MAIN[1]):
     """One pair at several tau, beside SDEdit at the same tau and the references. Returns (dict, {tau: (N, C, H, W)}). A network that
     goes from image to image directly has no tau (0 is written) and no SDEdit."""
     s, t = dataset.domains.index(source), dataset.domains.index(target)
-    x, images, truth = (load(a[:heads, d], device) for a, d in
-                        ((dataset.test.images, s), (dataset.test.images, t), (dataset.test.truth, t)))
-    references = reference_scores(dataset, s, t, heads, device)
+    x, images, truth = (load(a[:heads, d], on) for a, d, on in
+                        ((dataset.test.images, s, device), (dataset.test.images, t, scorer(device)), (dataset.test.truth, t, scorer(device))))
+    references = reference_scores(dataset, s, t, heads, scorer(device))
     bounds = references["curve"]["E"], references["second_exposure"]["E"]
     result = dict(source=source, target=target, heads=len(x), **references, medshift={}, sdedit={})
     translations = {}
@@ -79,9 +83,9 @@ def all_pairs(model, dataset, tau, settings, device="cpu", heads=32):
             else:
                 x = in_batches(lambda part: sampler.decode(model, part, t, tau, settings["guidance"], **leg), z)
             into[target].append(x)
-            references = reference_scores(dataset, s, t, heads, device)
+            references = reference_scores(dataset, s, t, heads, scorer(device))
             curve, second, untouched = (references[name] for name in ("curve", "second_exposure", "untouched"))
-            row = metrics.score(x, load(dataset.test.truth[:heads, t], device), load(dataset.test.images[:heads, t], device), curve["E"], second["E"])
+            row = metrics.score(x, load(dataset.test.truth[:heads, t], scorer(device)), load(dataset.test.images[:heads, t], scorer(device)), curve["E"], second["E"])
             if untouched["E"] <= second["E"]:  # a cleaner source: nothing to close, judged by its noise alone
                 row["gap_closed"] = None
             rows[f"{source} -> {target}"] = dict(row, **{name: references[name]["structure"] for name in references})
@@ -116,9 +120,8 @@ def report(model, dataset, tau, settings, device="cpu", taus=TAUS, heads=128, he
 
 def write_json(path, values):
     """Write a dict as JSON, whole or not at all."""
-    work = path.with_name(f".{path.name}.tmp")
-    work.write_text(json.dumps(values, indent=1))
-    os.replace(work, path)
+    with whole(path) as work:
+        work.write_text(json.dumps(values, indent=1))
 
 
 def picture(path, dataset, pair, translations, count=6):

@@ -6,6 +6,8 @@ import time
 import numpy as np
 import torch
 
+from . import whole
+
 
 class Log:
     """log.csv, loss.png and the progress line. A loss on a GPU is read up to a second late, so that steps do not wait."""
@@ -67,5 +69,6 @@ class Log:
         axes.plot(range(width, len(losses) + 1), losses.unfold(0, width, 1).mean(1), label=f"mean of {width} steps")
         axes.set(xlabel="step", ylabel=r"loss  $|v - u_t|^2$", yscale="log", title="flow-matching loss")
         axes.legend()
-        figure.savefig(self.out / "loss.png", dpi=100)
+        with whole(self.out / "loss.png") as work:
+            figure.savefig(work, dpi=100)
         plt.close(figure)

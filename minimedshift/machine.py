@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from . import UserError
+from .ops import triton
 
 
 def pick_device(name):
@@ -24,11 +25,14 @@ def pick_device(name):
 def pick_formats(dtype, device):
     """The number format of the network's arithmetic and the memory format of its weights, with which a convolution and its gradients are fastest.
 
-    On a GPU bfloat16 (float32 on mps) and channels-last; on a CPU found out, in under two seconds. dtype: "auto", or the name of the one to use.
+    On CUDA bfloat16, where the GPU has a unit for it, and channels-last; on mps plain; on a CPU found out, in under two seconds. dtype: "auto", or
+    the name of the one to use.
     """
     wanted = [torch.float32, torch.bfloat16] if dtype == "auto" else [getattr(torch, dtype)]
-    if device.type != "cpu":
-        return (torch.bfloat16 if device.type == "cuda" else torch.float32) if dtype == "auto" else wanted[0], torch.channels_last
+    if device.type == "cuda":
+        return wanted[-1] if dtype != "auto" or has_bfloat16() else torch.float32, torch.channels_last
+    if device.type == "mps":
+        return wanted[0], torch.contiguous_format
     seconds, end = {}, time.perf_counter() + 1.2
     tensors = {(dtype, memory): [torch.randn(shape).to(dtype, memory_format=memory).requires_grad_() for shape in ((4, 64, 32, 32), (64, 64, 3, 3))]
                for dtype in wanted for memory in (torch.contiguous_format, torch.channels_last)}
@@ -41,6 +45,16 @@ def pick_formats(dtype, device):
                 spent = (time.perf_counter() - start) / (.7 if formats[0] == torch.bfloat16 else 1)  # less exact: it must be clearly faster
                 seconds[formats] = min(seconds.get(formats, math.inf), spent)
     return min(seconds, key=seconds.get)
+
+
+def has_bfloat16():
+    """Whether this CUDA GPU computes in bfloat16 (compute capability 8.0 and newer); an older one would emulate it, slowly."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def can_compile(device):
+    """Whether torch.compile can make kernels for this device, and soon: on CUDA, with Triton and compute capability 7.0 or newer."""
+    return device.type == "cuda" and triton is not None and torch.cuda.get_device_capability() >= (7, 0)
 
 
 def keep_memory():

@@ -16,6 +16,7 @@ import math
 import torch
 
 from .flow import direct_label, draw_noise, velocity_and_score
+from .machine import has_bfloat16
 
 
 class Velocity:
@@ -54,7 +55,7 @@ class Velocity:
 
     def evaluate(self, x, t, y):
         """What the network says of x at t (B,) under y (B,), guided: in bfloat16 on CUDA, as in training; the solver computes in float32."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda and has_bfloat16()):
             if self.guidance == 1:
                 self.evaluations += 1
                 return self.model(x, t, y).float()

@@ -1,0 +1,47 @@
+"""What a machine is given: formats by measurement on a CPU, by what the hardware can do on a GPU."""
+
+import time
+
+import pytest
+import torch
+
+from minimedshift import evaluate, machine
+
+pick = machine.pick_formats.__wrapped__  # without the memory of an earlier answer
+CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))
+
+
+@pytest.mark.parametrize("bfloat16, last, best", [
+    (1.2, .9, (torch.float32, torch.channels_last)), (.8, 1.1, (torch.float32, torch.contiguous_format)), (.4, .9, (torch.bfloat16, torch.channels_last))])
+def test_a_cpu_takes_what_is_fastest_and_bfloat16_only_by_a_clear_margin(monkeypatch, bfloat16, last, best):
+    """A convolution whose time is known: `bfloat16` and `last` are factors to the time of contiguous float32."""
+    def convolution(x, w, padding):
+        time.sleep(.02 * (bfloat16 if x.dtype == torch.bfloat16 else 1) * (last if x.is_contiguous(memory_format=torch.channels_last) else 1))
+        return x * 1
+
+    monkeypatch.setattr(machine.F, "conv2d", convolution)
+    start = time.perf_counter()
+    assert pick("auto", CPU) == best and time.perf_counter() - start < 2
+    assert pick("bfloat16", CPU)[0] == torch.bfloat16
+
+
+def test_a_gpu_takes_what_it_has_a_unit_for(monkeypatch):
+    for has, auto in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(machine, "has_bfloat16", lambda: has)
+        assert pick("auto", CUDA) == (auto, torch.channels_last) and pick("bfloat16", CUDA)[0] == torch.bfloat16
+        assert pick("float32", CUDA) == (torch.float32, torch.channels_last)
+    assert pick("auto", MPS) == (torch.float32, torch.contiguous_format)
+
+
+def test_blocks_are_compiled_where_that_is_possible(monkeypatch):
+    assert not machine.can_compile(CPU) and not machine.can_compile(MPS)
+    monkeypatch.setattr(machine, "triton", object())
+    for capability, can in (((6, 1), False), ((7, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        assert machine.can_compile(CUDA) == can
+    monkeypatch.setattr(machine, "triton", None)
+    assert not machine.can_compile(CUDA)
+
+
+def test_scores_are_computed_where_there_is_float64():
+    assert evaluate.scorer(MPS) == "cpu" and evaluate.scorer(CUDA) == CUDA and evaluate.scorer("cpu") == "cpu"

@@ -165,13 +165,18 @@ def side_by_side(names, repeats, *sides):
     return found, profile
 
 
+def images_a_step(device, cpu, gpu):
+    """So many on a CPU and on a GPU; on a GPU of less than 60 GB, which could not hold all sides of a comparison at once, an eighth."""
+    return cpu if device.type != "cuda" else gpu if torch.cuda.get_device_properties(device).total_memory > 60e9 else gpu // 8
+
+
 def steps(repeats, device, quick):
     """Training step and translation of every network against the reference; the profile of the CPU preset's or GPU preset's step."""
     result, gpu = {}, device.type == "cuda"
     for name, (size, shape, *batches) in NETWORKS.items():
         if quick and name != "cpu":
             continue
-        batch, main = batches[gpu], name == ("gpu" if gpu else "cpu")
+        batch, main = images_a_step(device, *batches), name == ("gpu" if gpu else "cpu")
         sides = [(name, batch, device, False), (name, batch, device, True)]
         sides += [(name, batch, device, False, False), (name, batch, device, True, True), (name, batch, device, False, None, True)] * gpu  # ours eager, the reference compiled, ours replayed
         found, profile = side_by_side(["gradients"] if name == "64 channels" else ["step", "short_translation" if quick or not (main or gpu) else "translation"], repeats, *sides)
@@ -241,9 +246,8 @@ def fused(repeats, device, quick):
 def couplings(repeats, device, quick):
     """What a coupling costs beside the training step it serves: the preset's network on random images, batches of 16 on a CPU and 256 on
     a GPU. A plan is made over 8 batches (semidiscrete 16), as by default, and its time divided by as many. Semidiscrete knows 2,000 images a label."""
-    name, gpu = ("gpu", "cpu")[device.type != "cuda"], device.type == "cuda"
-    batch, images_each, job = (256, 16)[not gpu], 200 if quick else 2000, None
-    size = NETWORKS[name][0]
+    name = "gpu" if device.type == "cuda" else "cpu"
+    batch, images_each, size = images_a_step(device, 16, 256), 200 if quick else 2000, NETWORKS[name][0]
     job, g = Job(name, batch, device, plain=False), torch.Generator(device).manual_seed(0)
     x0, x1 = (draw_noise((16 * batch, 1, size, size), g, 1.0, device) for _ in range(2))
     y, part = torch.arange(16 * batch) % 5, slice(8 * batch)

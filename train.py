@@ -22,7 +22,7 @@ from minimedshift.batches import batches, null_label
 from minimedshift.coupling import COUPLINGS
 from minimedshift.flow import loss as flow_loss
 from minimedshift.log import Log
-from minimedshift.machine import can_compile, keep_memory, machine, pick_device, pick_formats
+from minimedshift.machine import can_compile, has_bfloat16, keep_memory, machine, pick_device, pick_formats
 from minimedshift.model import PRESETS, UNet
 from minimedshift.optim import Muon, split
 
@@ -60,7 +60,7 @@ class Config:
     resume: bool = flag(False, "go on from OUT/checkpoint.pt, with the flags of that run", "run")
     overwrite: bool = flag(False, "start anew where OUT has a checkpoint", "run")
     device: str = flag("auto", "where to compute", "run", ("auto", "cuda", "mps", "cpu"))
-    dtype: str = flag("auto", "number format of the network's arithmetic; auto measures", "run", ("auto", "float32", "bfloat16"))
+    dtype: str = flag("auto", "number format of the network's arithmetic in training; auto measures", "run", ("auto", "float32", "bfloat16"))
     compile: str = flag("auto", "torch.compile the network's blocks; auto: on a GPU (on a CPU it takes longer than it saves)", "run", ("auto", "yes", "no"))
     cuda_graph: bool = flag(False, "replay the network's part of a step from a CUDA graph; off, as it has not been timed on a GPU yet", "run")
     evaluate: bool = flag(True, "score the result on simulated test heads at the end", "run")
@@ -69,56 +69,6 @@ class Config:
 SCHEDULE = {"cpu": (1400, 16), "gpu": (40000, 64)}  # optimizer steps, images a step
 FREE = {"out", "resume", "overwrite", "device", "dtype", "compile", "cuda_graph", "evaluate", "check_data"}  # flags that may differ on --resume
 SAVE_EVERY = 120  # seconds
-
-
-def resolve(config):
-    """The config with everything automatic filled in, and the device. Raises UserError for the first flag that makes no sense."""
-    device = pick_device(config.device)
-    preset = config.preset if config.preset != "auto" else "gpu" if device.type == "cuda" else "cpu"
-    size, shape = PRESETS[preset]
-    steps, batch = SCHEDULE[preset]
-    config = replace(config, preset=preset, size=config.size or size, steps=config.steps or steps, batch_size=config.batch_size or batch)
-    config = replace(config, ot_batch=config.ot_batch or {"independent": 1, "semidiscrete": 16}.get(config.coupling, 40 if config.x0 == "image" else 8))
-    stride = shape.stem * 2 ** (len(shape.widths) - 1)
-    for name, good, allowed in (("size", config.size >= 16 and config.size % stride == 0, f"at least 16 and divisible by {stride}"),
-                                ("train_images", config.train_images >= 5, "at least 5"), ("valid_heads", config.valid_heads >= 1, "at least 1"),
-                                ("test_heads", config.test_heads >= 1, "at least 1"), ("sigma", config.sigma >= 0, "at least 0"),
-                                ("entropy", 0 <= config.entropy < 1, "in [0, 1)"), ("ot_batch", config.ot_batch >= 1, "at least 0"),
-                                ("colour", 0 <= config.colour <= 2, "in [0, 2]"), ("drop_label", 0 <= config.drop_label < 1, "in [0, 1)"),
-                                ("steps", config.steps >= 1, "at least 1"), ("batch_size", config.batch_size >= 1, "at least 1"),
-                                ("lr", config.lr > 0, "above 0"), ("ema", config.ema >= 0, "at least 0"), ("seed", config.seed >= 0, "at least 0"),
-                                ("tau", 0 <= config.tau < config.end, f"at least 0 and below --end, {config.end}"),
-                                ("end", config.end <= 1, "at most 1"), ("solver_steps", config.solver_steps >= 1, "at least 1")):
-        if not good:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is not allowed: it must be {allowed}")
-    plain = config.coupling == "independent"
-    for wrong, says in ((config.cuda_graph and device.type != "cuda", f"--cuda-graph needs a CUDA device, this is {device.type}"),
-                        (config.coupling == "sinkhorn" and not config.sigma and not config.entropy, "--coupling sinkhorn needs --sigma or --entropy above 0"),
-                        (config.entropy and config.coupling != "sinkhorn", "--entropy is for --coupling sinkhorn"),
-                        (plain and config.ot_batch > 1, "--ot-batch has no meaning for --coupling independent"),
-                        (plain and config.coupling_labels == "ignore", "--coupling-labels ignore has no meaning for --coupling independent"),
-                        (config.score and not config.sigma, "--score needs --sigma above 0"),
-                        (config.x0 == "image" and config.coupling == "semidiscrete", "--coupling semidiscrete needs noise: with --x0 image choose another, such as --coupling exact"),
-                        (config.solver == "sde" and (config.x0 == "image" or not (config.score or plain and not config.sigma)),
-                         "--solver sde needs a score: --score, or --coupling independent with --sigma 0, and --x0 noise")):
-        if wrong:
-            raise UserError(says)
-    return config, device
-
-
-@torch.no_grad()
-def draw_samples(path, model, ema, dataset, tau, settings, device, count=4):
-    """samples.png: held-out images of the first domain and their translations to every other one, by the EMA weights."""
-    live = {name: p.clone() for name, p in model.named_parameters()}
-    model.load_state_dict(ema.mean)
-    model.eval()
-    x1 = evaluate.load(dataset.held_out[0][:count] if len(dataset.held_out[0]) else dataset.train[0][:count], device)
-    columns = [x1] + [sampler.translate(model, x1, 0, y, tau, **settings) for y in range(1, len(dataset.domains))]
-    model.load_state_dict(live)
-    model.train()
-    way = f"tau {tau:g}" if settings["x0"] == "noise" else "directly"
-    data.figure(path, [list(row) for row in zip(*(x.cpu() for x in columns))], [f"source\n{dataset.domains[0]}", *[f"{way}\n{d}" for d in dataset.domains[1:]]],
-                [""] * len(x1))
 
 
 def main(argv=None):
@@ -150,6 +100,7 @@ def main(argv=None):
     keep_memory()
     if then:
         dtype, memory = (getattr(torch, then["machine"][name]) for name in ("dtype", "memory_format"))
+        dtype = dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     else:
         dtype, memory = pick_formats(config.dtype, device)
     torch.manual_seed(config.seed)
@@ -210,13 +161,14 @@ def main(argv=None):
             print(f"\nstopped and saved after step {step + 1}: the same command with --resume goes on", flush=True)
             return 130
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     print(log.coupling(), flush=True)
 
     # ---- report and pictures, from the EMA weights
     model.load_state_dict(ema.mean)
     model.eval()
     if config.evaluate and dataset.test is not None:
-        seconds = time.time() - log.start
+        seconds = (log.column("seconds") or [0.0])[-1]
         with torch.compiler.set_stance("force_eager"):
             report, columns = evaluate.report(model, dataset, config.tau, settings, device)
         evaluate.write_json(out / "report.json", dict(
@@ -225,6 +177,56 @@ def main(argv=None):
         evaluate.picture(out / "translations.png", dataset, report["main_pair"], columns)
         print(f"{out}/: checkpoint.pt, log.csv, loss.png, samples.png, translations.png, report.json")
     return 0
+
+
+@torch.no_grad()
+def draw_samples(path, model, ema, dataset, tau, settings, device, count=4):
+    """samples.png: held-out images of the first domain and their translations to every other one, by the EMA weights."""
+    live = {name: p.clone() for name, p in model.named_parameters()}
+    model.load_state_dict(ema.mean)
+    model.eval()
+    x1 = evaluate.load(dataset.held_out[0][:count] if len(dataset.held_out[0]) else dataset.train[0][:count], device)
+    columns = [x1] + [sampler.translate(model, x1, 0, y, tau, **settings) for y in range(1, len(dataset.domains))]
+    model.load_state_dict(live)
+    model.train()
+    way = f"tau {tau:g}" if settings["x0"] == "noise" else "directly"
+    data.figure(path, [list(row) for row in zip(*(x.cpu() for x in columns))], [f"source\n{dataset.domains[0]}", *[f"{way}\n{d}" for d in dataset.domains[1:]]],
+                [""] * len(x1))
+
+
+def resolve(config):
+    """The config with everything automatic filled in, and the device. Raises UserError for the first flag that makes no sense."""
+    device = pick_device(config.device)
+    preset = config.preset if config.preset != "auto" else "gpu" if device.type == "cuda" and has_bfloat16() else "cpu"  # in float32 it takes many hours
+    size, shape = PRESETS[preset]
+    steps, batch = SCHEDULE[preset]
+    config = replace(config, preset=preset, size=config.size or size, steps=config.steps or steps, batch_size=config.batch_size or batch)
+    config = replace(config, ot_batch=config.ot_batch or {"independent": 1, "semidiscrete": 16}.get(config.coupling, 40 if config.x0 == "image" else 8))
+    stride = shape.stem * 2 ** (len(shape.widths) - 1)
+    for name, good, allowed in (("size", config.size >= 16 and config.size % stride == 0, f"at least 16 and divisible by {stride}"),
+                                ("train_images", config.train_images >= 5, "at least 5"), ("valid_heads", config.valid_heads >= 1, "at least 1"),
+                                ("test_heads", config.test_heads >= 1, "at least 1"), ("sigma", config.sigma >= 0, "at least 0"),
+                                ("entropy", 0 <= config.entropy < 1, "in [0, 1)"), ("ot_batch", config.ot_batch >= 1, "at least 0"),
+                                ("colour", 0 <= config.colour <= 2, "in [0, 2]"), ("drop_label", 0 <= config.drop_label < 1, "in [0, 1)"),
+                                ("steps", config.steps >= 1, "at least 1"), ("batch_size", config.batch_size >= 1, "at least 1"),
+                                ("lr", config.lr > 0, "above 0"), ("ema", config.ema >= 0, "at least 0"), ("seed", config.seed >= 0, "at least 0"),
+                                ("tau", 0 <= config.tau < config.end, f"at least 0 and below --end, {config.end}"),
+                                ("end", config.end <= 1, "at most 1"), ("solver_steps", config.solver_steps >= 1, "at least 1")):
+        if not good:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is not allowed: it must be {allowed}")
+    plain = config.coupling == "independent"
+    for wrong, says in ((config.cuda_graph and device.type != "cuda", f"--cuda-graph needs a CUDA device, this is {device.type}"),
+                        (config.coupling == "sinkhorn" and not config.sigma and not config.entropy, "--coupling sinkhorn needs --sigma or --entropy above 0"),
+                        (config.entropy and config.coupling != "sinkhorn", "--entropy is for --coupling sinkhorn"),
+                        (plain and config.ot_batch > 1, "--ot-batch has no meaning for --coupling independent"),
+                        (plain and config.coupling_labels == "ignore", "--coupling-labels ignore has no meaning for --coupling independent"),
+                        (config.score and not config.sigma, "--score needs --sigma above 0"),
+                        (config.x0 == "image" and config.coupling == "semidiscrete", "--coupling semidiscrete needs noise: with --x0 image choose another, such as --coupling exact"),
+                        (config.solver == "sde" and (config.x0 == "image" or not (config.score or plain and not config.sigma)),
+                         "--solver sde needs a score: --score, or --coupling independent with --sigma 0, and --x0 noise")):
+        if wrong:
+            raise UserError(says)
+    return config, device
 
 
 if __name__ == "__main__":

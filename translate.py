@@ -1,6 +1,7 @@
 """Translate X-ray images from one domain to another: `python translate.py INPUT OUTPUT --source DOMAIN --target DOMAIN`.
 
-INPUT is an image or a folder of them (sub-folders are kept); OUTPUT gets the same names, sizes, modes and bit depths.
+INPUT is an image or a folder of them (sub-folders are kept); OUTPUT gets the same names, sizes, modes and bit depths. Colour comes back grey
+from a network trained on grey images.
 --source auto infers the domain of each image. Without arguments, held-out simulated heads are translated into a figure beside the checkpoint.
 
 An image is translated at the working size: its shorter side is brought to the size the network was trained at, so
@@ -147,24 +148,24 @@ def infer_source(model, x1, seed, colour=0.0, draws=8):
 def translate_batch(items, model, state, c, how, device):
     """Translate [(input, output, x, info)] of one working shape and write them; returns [(name, source, translation)] for --compare."""
     channels, domains = state["image"]["channels"], state["domains"]
-    full = [data.channels_to(x, channels)[None].to(device) for _, _, x, _ in items]
+    full = [data.channels_to(x, channels)[None] for _, _, x, _ in items]  # on the host: together they may be large
     shape = working_shape(*full[0].shape[-2:], state["image"]["size"], model.stride)
-    x1 = torch.cat([resize(x, shape) for x in full])
+    x1 = torch.cat([resize(x.to(device), shape) for x in full])
     if c.source != "auto":
         y_source = torch.full((len(x1),), domains.index(c.source), device=device)
     else:
         y_source = in_batches(lambda part: infer_source(model, part, c.seed, state["config"].get("colour", 0.0)), x1, len(x1))
         for (path, *_), y in zip(items, y_source.tolist()):
-            print(f"{path}: taken for {domains[y]}")
+            print(f"{path}: taken for {domains[y]}" + (", which is the target too" if domains[y] == c.target else ""))
     y_target, draw = torch.full_like(y_source, domains.index(c.target)), torch.Generator(device).manual_seed(c.seed)
     one = lambda i: sampler.translate(model, x1[i], y_source[i], y_target[i], **how, generator=draw)
     out = in_batches(one, torch.arange(len(x1), device=device), len(x1))
     results = []
     for (source, path, x, info), large, small, new in zip(items, full, x1, out):
         if large.shape[-2:] != shape:
-            new = carry(large, small[None], new[None])[0]
+            new = carry(large.to(device), small[None], new[None])[0]
         data.write_image(path, new, info)
-        results.append((source.name, large[0].cpu(), new.clamp(-1, 1).cpu()))
+        results.append((source.name, large[0], new.clamp(-1, 1).cpu()))
     return results
 
 
@@ -180,6 +181,8 @@ def translate_files(files, model, state, c, how, device):
         done += len(batch)
         if len(files) > 1:
             data.progress(done, len(files) - bad, start, "translating")
+        else:
+            print(batch[0][1])
 
     for path, output in files:
         try:
@@ -209,8 +212,6 @@ def translate_files(files, model, state, c, how, device):
 def translate_heads(model, state, c, how, device, heads=8):
     """Write translate.png beside the checkpoint: source | translations at several tau | truth, of test heads."""
     config, domains = state["config"], list(state["domains"])
-    if config.get("data"):
-        raise UserError("this network was trained on your own images: give INPUT, OUTPUT, --source and --target")
     keys = ("train_images", "valid_heads", "test_heads", "seed", "shift")
     test = data.phantom_set(state["image"]["size"], **{key: config[key] for key in keys}).test
     source, target = domains.index(c.source or "synthetic-high"), domains.index(c.target or "real-normal")
@@ -251,6 +252,8 @@ def main(argv=None):
                 raise UserError(f"{name} has no meaning for {c.checkpoint}, which goes from image to image directly (--x0 image)")
     if c.solver == "sde" and not (state["shape"]["score"] or (state["config"]["coupling"] == "independent" and state["config"]["sigma"] == 0)):
         raise UserError(f"--solver sde needs a score, and {c.checkpoint} has none: train with --score, or with --coupling independent and --sigma 0")
+    if not c.input and state["config"].get("data"):
+        raise UserError("this network was trained on your own images: give INPUT, OUTPUT, --source and --target")
     files = plan_files(c) if c.input else []
     if can_compile(device) and len(files) >= 100:  # fewer are done sooner without
         model.compile_blocks(dynamic=True)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import field, fields
 from pathlib import Path
 
+import torch
+
 
 class UserError(ValueError):
     """A user's mistake, told in one sentence that names the file or flag and what to do about it."""
@@ -58,11 +60,14 @@ def whole(path):
 
 
 def run(main):
-    """Run a command: 0 done, 2 a user's mistake (one sentence on stderr), 130 interrupted."""
+    """Run a command: 0 done, 2 a user's mistake or a GPU too small (one sentence on stderr), 130 interrupted."""
     try:
         sys.exit(main())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: the GPU has too little memory for this; fewer images at once (--batch-size) or the small network (--preset cpu) may fit", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -48,13 +48,13 @@ def to_device(x, device):
 
 def draw(dataset, config, step, device):
     """What is random in a step: x0, x1, y and which labels are hidden (both on the host), t, e. With the semidiscrete coupling the noise will
-    pick its image, and x1 is only the room for it."""
+    pick its image, and x1 is empty."""
     host, there = randomness(config.seed, step), randomness(~config.seed, step, device)  # two streams, on a CPU too
     domains = len(dataset.domains)
     y = torch.randint(domains, (config.batch_size,), generator=host)
     hidden = torch.rand(len(y), generator=host) < config.drop_label
     shape = len(y), dataset.channels, dataset.size, dataset.size
-    x1 = torch.empty(shape, device=device) if config.coupling == "semidiscrete" else to_device(dataset.batch(y, host), device)
+    x1 = torch.empty(len(y), 0, device=device) if config.coupling == "semidiscrete" else to_device(dataset.batch(y, host), device)
     if config.x0 == "image":
         source = (y + torch.randint(1, domains, y.shape, generator=host)) % domains
         x0, y = to_device(dataset.batch(source, host), device), direct_label(source, y, domains)
@@ -136,6 +136,8 @@ def ahead(items, device):
     """The same items, each made in a thread (and on a CUDA stream of its own) while the one before is in use."""
     cuda = device.type == "cuda"
     stream = torch.cuda.Stream() if cuda else None
+    if cuda:
+        stream.wait_stream(torch.cuda.current_stream())  # for what the items are made of
 
     def make():
         with torch.cuda.stream(stream):

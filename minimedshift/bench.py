@@ -9,6 +9,7 @@ sides run in processes of their own, one call of each in turn, so that a noisy m
 """
 
 import multiprocessing
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,6 +97,7 @@ class Job:
             self.model.capture(batch, size, self.dtype)
 
     def gradients(self):
+        self.model.zero_grad()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss = flow_loss(self.model, self.x0, self.x1, self.y, self.t).mean()
         loss.backward()
@@ -124,7 +126,7 @@ class Job:
             for _ in range(3):
                 self.step()
         spent = {e.key: e.self_device_time_total if self.device.type == "cuda" else e.self_cpu_time_total for e in found.key_averages()}
-        total, words = sum(spent.values()), ("conv", "gemm", "addmm", "::mm", "bmm", "attention", "matmul", "cutlass", "xmma")
+        total, words = sum(spent.values()) or 1, ("conv", "gemm", "addmm", "::mm", "bmm", "attention", "matmul", "cutlass", "xmma", "nvjet", "flash", "fmha", "winograd", "cudnn")
         top = sorted(spent, key=spent.get, reverse=True)[:12]
         return dict(share=sum(v for k, v in spent.items() if any(word in k.lower() for word in words)) / total, top={k: spent[k] / total for k in top})
 
@@ -151,6 +153,7 @@ def side_by_side(names, repeats, *sides):
         mine, its = context.Pipe()
         processes.append(context.Process(target=work, args=(its, torch.get_num_threads(), *arguments), daemon=True))
         processes[-1].start()
+        its.close()  # its copy here would keep a dead process's pipe open
         pipes.append(mine)
 
     def call(pipe, name):
@@ -178,14 +181,15 @@ def steps(repeats, device, quick):
             continue
         batch, main = images_a_step(device, *batches), name == ("gpu" if gpu else "cpu")
         sides = [(name, batch, device, False), (name, batch, device, True)]
-        sides += [(name, batch, device, False, False), (name, batch, device, True, True), (name, batch, device, False, None, True)] * gpu  # ours eager, the reference compiled, ours replayed
+        more_sides = {"eager_ratio": (False, False), "graph_ratio": (False, None, True), **({"compiled_ratio": (True, True)} if can_compile(device) else {})} if gpu else {}
+        sides += [(name, batch, device, *kind) for kind in more_sides.values()]
         found, profile = side_by_side(["gradients"] if name == "64 channels" else ["step", "short_translation" if quick or not (main or gpu) else "translation"], repeats, *sides)
         for what, (ours, reference, *others) in found.items():
             ratios = np.divide(reference, ours)
             more = dict(images_per_second=batch / np.median(ours), reference_ms=1e3 * float(np.median(reference)), ratio=float(np.median(ratios)),
                         ratio_low=float(ratios.min()), ratio_high=float(ratios.max()), batch=batch, size=size)
             result[f"{name}: {WHAT[what]}"] = entry(
-                ours, **more, **{key: float(np.median(np.divide(other, ours))) for key, other in zip(("eager_ratio", "compiled_ratio", "graph_ratio"), others)})
+                ours, **more, **{key: float(np.median(np.divide(other, ours))) for key, other in zip(more_sides, others)})
         if main:
             result[f"{name}: profile"] = profile
     return result
@@ -237,7 +241,7 @@ def fused(repeats, device, quick):
                 result[f"{name}, {side_name}"] = entry(seconds, GBps=4e-9 * n * n / np.median(seconds), of_limit=4e-9 * n * n / np.median(seconds) / limit["copy_GBps"])
             else:
                 seconds = clock(lambda: function(a, b, y, y, v, 2.0), repeats, device)
-                result[f"{name}, {side_name}"] = entry(seconds, GFLOPs=2e-9 * n * n * d / np.median(seconds), of_limit=2e-9 * n * n * d / np.median(seconds) / limit["matmul_GFLOPs"])
+                result[f"{name}, {side_name}"] = entry(seconds, rate_GFLOPs=2e-9 * n * n * d / np.median(seconds), of_limit=2e-9 * n * n * d / np.median(seconds) / limit["matmul_GFLOPs"])
     return result
 
 
@@ -260,7 +264,8 @@ def couplings(repeats, device, quick):
     result = {"training step": dict(trained, batch=batch)}
     for name, (window, plan) in plans.items():
         seconds = [s / window for s in clock(plan, repeats, device)]
-        result[name] = entry(seconds, of_a_step=np.median(seconds) / (np.median(seconds) + trained["ms"] / 1e3))
+        known = dict(images_a_label=images_each) if name == "semidiscrete" else {}
+        result[name] = entry(seconds, of_a_step=np.median(seconds) / (np.median(seconds) + trained["ms"] / 1e3), **known)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     noises, images, one = torch.randn(512, 4096), torch.randn(512, 4096), torch.zeros(512, dtype=torch.long)
@@ -300,7 +305,7 @@ def growth(repeats, device, quick):
     for size in sides:
         result[f"{size} pixels, one image"] = measure(size, 1)
     for batch in batches:
-        result[f"64 pixels, {batch} images"] = measure(64, batch)
+        result[f"64 pixels, {batch} image{'s' * (batch > 1)}"] = measure(64, batch)
     slope = lambda rows, of: float(np.polyfit(np.log([of(r) for r in rows]), np.log([r["ms"] for r in rows]), 1)[0])
     rows = list(result.values())
     result["exponents"] = dict(pixels=slope(rows[:len(sides)], lambda r: r["size"]**2), batch=slope(rows[len(sides):], lambda r: r["batch"]))
@@ -344,7 +349,7 @@ def sizes(repeats, device, quick):
 # ---------------------------------------------------------------- the command
 
 PARTS = {"steps": steps, "ops": fused, "couplings": couplings, "data": sources, "growth": growth, "sizes": sizes}
-SHOWN = dict(images_per_second="{:.4g} images/s", ratio="{:.2f} of the reference's speed", eager_ratio="{:.2f} of eager", compiled_ratio="{:.2f} of the compiled reference", graph_ratio="{:.2f} of ours from a CUDA graph", GBps="{:.3g} GB/s", GFLOPs="{:.4g} GFLOPs",
+SHOWN = dict(images_per_second="{:,.1f} images/s", ratio="{:.2f} of the reference's speed", eager_ratio="{:.2f} of eager", compiled_ratio="{:.2f} of the compiled reference", graph_ratio="{:.2f} of ours from a CUDA graph", GBps="{:.3g} GB/s", rate_GFLOPs="{:.4g} GFLOP/s", GFLOPs="{:.4g} GFLOPs", images_a_label="{} images a label",
              of_limit="{:.0%} of this machine's", of_a_step="{:.2%} of a step", parameters_M="{:.2f}M parameters", kept_MB="{:.1f} MB kept for the backward pass",
              copy_GBps="copy {:.3g} GB/s", matmul_GFLOPs="matrix product {:.4g} GFLOP/s", pixels="time ~ pixels^{:.2f}", share="{:.0%} in convolutions and matrix products")
 
@@ -372,12 +377,14 @@ def plot(path, results, title):
     left.invert_yaxis()
     figure.suptitle(title)
     rows = [r for r in results.get("growth", {}).values() if "ms" in r]
-    for label, some in (("one image, 64 to 512 pixels", [r for r in rows if r["batch"] == 1]), ("64 pixels, 1 to 256 images", [r for r in rows if r["size"] == 64])):
-        some = sorted({(r["batch"] * r["size"]**2, r["ms"]) for r in some})
-        right.loglog(*zip(*some), "o-", label=label) if some else None
+    for of, unit, label in (("size", "pixels", "one image"), ("batch", "images", "64 pixels")):
+        some = [r for r in rows if r["size" if of == "batch" else "batch"] == (64 if of == "batch" else 1)]
+        if some:
+            ends = [pick(r[of] for r in some) for pick in (min, max)]
+            right.loglog(*zip(*sorted({r["batch"] * r["size"]**2: r["ms"] for r in some}.items())), "o-", label=f"{label}, {ends[0]} to {ends[1]} {unit}")
+            right.legend()
     right.set(xlabel="pixels in the batch", ylabel="forward and backward, ms", title="how cost grows")
-    if rows:
-        right.legend()
+    right.xaxis.set_minor_formatter("")
     with whole(path) as work:
         figure.savefig(work, dpi=100)
     plt.close(figure)
@@ -391,6 +398,7 @@ def main(argv=None):
         raise UserError("--repeats must be at least 0")
     c = replace(c, repeats=c.repeats or (5 if c.quick else 7))
     keep_memory()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's own messages, in processes started from here
     device, results = pick_device(c.device), {}
     out, title = Path(c.out), f"{machine(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads"
     out.mkdir(parents=True, exist_ok=True)

@@ -54,7 +54,7 @@ def save(path, state):
 def load(path, device="cpu"):
     """Read a checkpoint: a dict (see `save` in train.py). Raises UserError, in one sentence, if it is none of ours."""
     if not Path(path).is_file():
-        raise UserError(f"no checkpoint at {path}: train one with `python train.py`, or name one with --checkpoint")
+        raise UserError(f"no checkpoint at {path}: train one with `python train.py`, or say where another is")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
@@ -81,4 +81,4 @@ def load_model(path, device="cpu", ema=True):
     state = load(path, device)
     model = UNet(Shape(**state["shape"])).to(device)
     load_weights(model, state["ema" if ema else "model"], path)
-    return model.eval().to(memory_format=torch.channels_last), state
+    return model.eval().to(memory_format=torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last), state

@@ -229,12 +229,13 @@ class Semidiscrete:
 
 
 def learn_potentials(x, noises=200, batch=512, rank=256, seed=0, device="cpu"):
-    """Potentials g (N,) float32 of the images x (N, ...) such that every image is picked by the same share of white noises.
+    """Potentials g (N,) float32 of the images x (N, ...) such that every image is picked by the same share of white noises. For coloured noise
+    x are the tinted images: <tint(e), x> = <e, tint(x)> (flow.py).
 
     Stochastic ascent on the semidual, mean_j g_j - E max_j (<x0, x_j> + g_j), whose gradient in g_j is 1 / N less the share of noises
     that pick j (arXiv:2509.25519, Alg. 1). The scores <x0, x_j> of white noise are Gaussian with
     covariance x x^T, so they are drawn from its leading `rank` directions: 16 times cheaper than from noise at 64x64. About `noises`
-    an image are seen, in batches. Returned is the mean of g over the second half, with the shares of TRIALS N fresh noises, times N (1 is even).
+    an image are seen, in at least 800 batches. Returned is the mean of g over the second half, with the shares of TRIALS N fresh noises, times N (1 is even).
     """
     x = centred(torch.as_tensor(np.asarray(x), device=device))
     draw = torch.Generator(device).manual_seed(seed)

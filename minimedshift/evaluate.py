@@ -55,6 +55,8 @@ def main_pair(model, dataset, taus, settings, device="cpu", heads=128, source=MA
     for tau in [0.0] if direct else taus:
         start = time.time()
         translations[tau] = in_batches(lambda part: sampler.translate(model, part, s, t, tau, **settings, generator=draw), x)
+        if x.is_cuda:
+            torch.cuda.synchronize()
         seconds = time.time() - start
         result["medshift"][tau] = dict(metrics.score(translations[tau], truth, images, *bounds), seconds=seconds)
         if not direct:

@@ -3,7 +3,7 @@
     xt = (1 - t) x0 + t x1 + sigma sqrt(t (1 - t)) e        x0 noise at t = 0, x1 image at t = 1, e ~ N(0, I)
     ut = d xt / dt = x1 - x0 + sigma (1 - 2t) / (2 sqrt(t (1 - t))) e          arXiv:2302.00482, eq. 15
 
-The network is asked for ut when shown xt. What it answers is the mean of ut over all lines through xt: the velocity v of
+The network is asked for ut when shown xt. What it answers is the mean of ut over all bridges through xt: the velocity v of
 a flow that carries all noise to all images. sigma = 0 is plain flow matching, sigma > 0 a Brownian bridge: with the coupling of
 entropic optimal transport (coupling.py), the Schrodinger bridge.
 

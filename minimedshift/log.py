@@ -21,11 +21,12 @@ class Log:
         self.file = open(path, "w", buffering=1)
         self.file.write("\n".join([",".join(self.COLUMNS), *lines, ""]))
         self.start, self.shown, self.pending = time.time(), 0.0, []
+        self.before = self.rows[-1][-1] if self.rows else 0.0  # seconds that earlier processes took
 
     def __call__(self, step, loss, lr, plan, coupling_seconds):
         seconds = time.time() - self.start
-        self.pending.append((step, loss, lr, *plan[1:], coupling_seconds, seconds))
-        if not loss.is_cuda or seconds - self.pending[0][-1] > 1:  # reading waits for a GPU: once a second will do
+        self.pending.append((step, loss, lr, *plan[1:], coupling_seconds, self.before + seconds))
+        if not loss.is_cuda or self.before + seconds - self.pending[0][-1] > 1:  # reading waits for a GPU: once a second will do
             self.flush()
         every = 1 if sys.stdout.isatty() else 30
         if seconds - self.shown > every or step == self.steps:
@@ -45,10 +46,10 @@ class Log:
         return [row[self.COLUMNS.index(name)] for row in self.rows]
 
     def means(self):
-        """What the coupling was and cost, for the report: means over the run, and its share of the time of this process's steps."""
+        """What the coupling was and cost, for the report: means over the run, and its share of the time."""
         self.flush()
         mean = lambda name: float(np.mean(self.column(name) or [0.0]))
-        spent = sum(self.column("coupling_seconds")[self.first:]) / self.column("seconds")[-1] if self.rows else 0.0
+        spent = sum(self.column("coupling_seconds")) / self.column("seconds")[-1] if self.rows else 0.0
         return dict(entropy=mean("entropy"), cost=mean("cost"), marginal_error=mean("marginal_error"), share_of_time=spent)
 
     def coupling(self):

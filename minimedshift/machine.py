@@ -52,9 +52,18 @@ def has_bfloat16():
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+@cache
 def can_compile(device):
-    """Whether torch.compile can make kernels for this device, and soon: on CUDA, with Triton and compute capability 7.0 or newer."""
-    return device.type == "cuda" and triton is not None and torch.cuda.get_device_capability() >= (7, 0)
+    """Whether torch.compile can make kernels for this device, and soon: on CUDA, with Triton and compute capability 7.0 or newer. Says once
+    what is missing where Triton cannot build its launcher (a C compiler, or Python's headers)."""
+    if device.type != "cuda" or triton is None or torch.cuda.get_device_capability() < (7, 0):
+        return False
+    try:
+        triton.runtime.driver.active.utils
+    except Exception as error:
+        print(f"not compiling the network: {error}")
+        return False
+    return True
 
 
 def keep_memory():

@@ -41,7 +41,7 @@ def act(norm, x, scale=None, shift=None):
 
 
 class Block(nn.Module):
-    """x + conv(act(norm(conv(act(modulate(norm(x))))))), the last convolution zero at the start."""
+    """x + conv2(act(norm2, conv1(act(norm1, x, scale, shift)))), scale and shift from emb; conv2 is zero at the start."""
 
     def __init__(self, width, emb):
         super().__init__()

@@ -43,7 +43,10 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             some = [p for p in group["params"] if p.grad is not None]
-            means, grads = [self.state[p].setdefault("mean", torch.zeros_like(p)) for p in some], [p.grad for p in some]
+            for p in some:
+                if not self.state[p]:
+                    self.state[p]["mean"] = torch.zeros_like(p)
+            means, grads = [self.state[p]["mean"] for p in some], [p.grad for p in some]
             torch._foreach_lerp_(means, grads, 1 - group["momentum"])
             m = [z.permute(0, 2, 3, 1).flatten(1) for z in torch._foreach_lerp(grads, means, group["momentum"])]  # no copy of channels-last memory
             torch._foreach_mul_(some, 1 - group["lr"] * group["weight_decay"])

@@ -41,7 +41,7 @@ class Velocity:
         -E[x0 | xt] / (1 - t), and E[x0 | xt] = x - t v (for coloured noise, score and width are those in which it is white).
         """
         time = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
-        y = torch.as_tensor(self.y, device=x.device).expand(len(x))
+        y = self.y if torch.is_tensor(self.y) else torch.full((len(x),), self.y, device=x.device)
         out = self.evaluate(x, time, y)
         return velocity_and_score(out, t, self.sigma) if self.sigma else (out, t * out - x)
 
@@ -78,18 +78,18 @@ def grid(tau, steps, end=1.0, solver="heun"):
 def euler(v, x, times):
     """x <- x + h v(x, t): first order, one evaluation a step. times: any monotone list. Yields (t, xt), the start too."""
     yield times[0], x
-    for t, s in zip(times[:-1], times[1:]):
-        x = x + (s - t) * v(x, t)
-        yield s, x
+    for t, after in zip(times[:-1], times[1:]):
+        x = x + (after - t) * v(x, t)
+        yield after, x
 
 
 def heun(v, x, times):
     """x <- x + h/2 (v(x, t) + v(x + h v(x, t), t + h)): second order, two evaluations a step. Yields (t, xt)."""
     yield times[0], x
-    for t, s in zip(times[:-1], times[1:]):
-        slope = v(x, t)
-        x = x + (s - t) / 2 * (slope + v(x + (s - t) * slope, s))
-        yield s, x
+    for t, after in zip(times[:-1], times[1:]):
+        h, slope = after - t, v(x, t)
+        x = x + h / 2 * (slope + v(x + h * slope, after))
+        yield after, x
 
 
 def sde(v, x, times):
@@ -106,7 +106,7 @@ def sde(v, x, times):
 
 def adaptive(v, x, times, tolerance=1e-3):
     """Third order, with steps as long as the root mean square of each step's error stays under `tolerance` (Bogacki & Shampine 1989).
-    Of `times` only the first and the last count. Waits for the device at every step. Yields (t, xt)."""
+    Of `times` only the first and the last count. Waits for the device at every step: for measuring (study.py). Yields (t, xt)."""
     t, end, k1 = times[0], times[-1], v(x, times[0])
     h = (end - t) / 10
     yield t, x

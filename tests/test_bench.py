@@ -30,6 +30,12 @@ def test_the_clock_leaves_the_first_call_out_and_sorts():
     assert bench.entry(seconds)["ms"] == pytest.approx(1e3 * seconds[1])
 
 
+def test_a_side_that_dies_ends_the_bench():
+    import torch
+    with pytest.raises(EOFError):  # and does not wait for ever
+        bench.side_by_side(["no_such_work"], 1, ("cpu", 1, torch.device("cpu"), True))
+
+
 def test_both_sides_of_a_comparison_compute_the_same(monkeypatch):
     """In float32 the reference differs in speed alone: the same gradients and the same translation, to rounding."""
     import torch

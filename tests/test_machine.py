@@ -1,6 +1,7 @@
 """What a machine is given: formats by measurement on a CPU, by what the hardware can do on a GPU."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,14 +34,17 @@ def test_a_gpu_takes_what_it_has_a_unit_for(monkeypatch):
     assert pick("auto", MPS) == (torch.float32, torch.contiguous_format)
 
 
-def test_blocks_are_compiled_where_that_is_possible(monkeypatch):
-    assert not machine.can_compile(CPU) and not machine.can_compile(MPS)
-    monkeypatch.setattr(machine, "triton", object())
-    for capability, can in (((6, 1), False), ((7, 0), True), ((9, 0), True)):
+def test_blocks_are_compiled_where_that_is_possible(monkeypatch, capsys):
+    can_compile = machine.can_compile.__wrapped__
+    triton = lambda **built: SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=SimpleNamespace(**built))))
+    assert not can_compile(CPU) and not can_compile(MPS)
+    for found, capability, can in ((triton(utils=1), (6, 1), False), (triton(utils=1), (7, 0), True), (triton(utils=1), (9, 0), True), (None, (9, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-        assert machine.can_compile(CUDA) == can
-    monkeypatch.setattr(machine, "triton", None)
-    assert not machine.can_compile(CUDA)
+        monkeypatch.setattr(machine, "triton", found)
+        assert can_compile(CUDA) == can
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(machine, "triton", triton())  # its launcher cannot be built
+    assert not can_compile(CUDA) and "not compiling" in capsys.readouterr().out
 
 
 def test_scores_are_computed_where_there_is_float64():

@@ -24,16 +24,16 @@ TINY = ["--size", "16", "--train-images", "20", "--valid-heads", "2", "--test-he
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    return {**os.environ, "MINIMEDSHIFT_CACHE": str(tmp_path_factory.mktemp("cache"))}
+    return {"MINIMEDSHIFT_CACHE": str(tmp_path_factory.mktemp("cache"))}
 
 
 def start(out, cache, *flags):
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *TINY, "--out", str(out), *flags], env=cache, text=True,
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *TINY, "--out", str(out), *flags], env={**os.environ, **cache}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def finish(process):
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=300)
     return process.returncode, output, errors
 
 
@@ -81,6 +81,8 @@ def test_stop_and_resume_give_the_same_bytes(tmp_path, cache, coupling):
         assert same_tensors(a[key], b[key]), key
     without_time = lambda folder: [row.rsplit(",", 2)[0] for row in (folder / "log.csv").read_text().splitlines()]
     assert without_time(whole) == without_time(parts)
+    seconds = np.loadtxt(parts / "log.csv", delimiter=",", skiprows=1)[:, -1]
+    assert (np.diff(seconds) > 0).all()  # those of the stopped process count too
 
 
 def folder_of_images(root, *domains, count=6):
@@ -150,8 +152,8 @@ def test_an_image_to_image_network_trains_translates_and_is_scored(tmp_path, cac
     report = json.loads((tmp_path / "report.json").read_text())
     assert list(report["main_pair"]["medshift"]) == ["0.0"] and report["main_pair"]["sdedit"] == {} and len(report["pairs"]) == 20
     command = [sys.executable, str(ROOT / "translate.py"), "--checkpoint", str(tmp_path / "checkpoint.pt")]
-    assert subprocess.run(command, env=cache, capture_output=True).returncode == 0 and (tmp_path / "translate.png").exists()
-    done = subprocess.run([*command, "--tau", "0.5"], env=cache, capture_output=True, text=True)
+    assert subprocess.run(command, env={**os.environ, **cache}, capture_output=True).returncode == 0 and (tmp_path / "translate.png").exists()
+    done = subprocess.run([*command, "--tau", "0.5"], env={**os.environ, **cache}, capture_output=True, text=True)
     assert done.returncode == 2 and "--tau has no meaning" in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -223,6 +225,13 @@ def test_samples_are_drawn_by_the_ema_weights_in_eval_mode(tmp_path):
     assert set(modes) == {(False, ema.mean["stem.bias"][0].item())} and net.training and net.stem.bias[0].item() == before
 
 
+def test_the_preset_is_what_the_machine_can_train(monkeypatch):
+    for device, bfloat16, preset in (("cuda", True, "gpu"), ("cuda", False, "cpu"), ("mps", False, "cpu"), ("cpu", False, "cpu")):
+        monkeypatch.setattr(train, "pick_device", lambda name: torch.device(device))
+        monkeypatch.setattr(train, "has_bfloat16", lambda: bfloat16)
+        assert train.resolve(train.Config())[0].preset == preset and train.resolve(train.Config(preset="gpu"))[0].size == 256
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", ["no", "yes"])
@@ -238,7 +247,7 @@ def test_a_cuda_graph_trains_alike(tmp_path, cache, compiled):
 def test_the_readme_run_beats_what_it_is_compared_with(tmp_path, cache):
     """`python train.py` with no flag but --out, then `python translate.py` on what it left: the README's first screen."""
     command = [sys.executable, str(ROOT / "train.py"), "--out", str(tmp_path)]
-    done = subprocess.run(command, env=cache, capture_output=True, text=True, timeout=3000)
+    done = subprocess.run(command, env={**os.environ, **cache}, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     pair = report["main_pair"]
@@ -247,6 +256,6 @@ def test_the_readme_run_beats_what_it_is_compared_with(tmp_path, cache):
     default = pair["medshift"][str(report["translation"]["tau"])]
     assert default["gap_closed"] > 0.5 and 0.5 < default["noise"] < 2
     assert report["mean_gap_closed"] > 0.3 and report["same_head"] > 0.99
-    done = subprocess.run([sys.executable, str(ROOT / "translate.py"), "--checkpoint", str(tmp_path / "checkpoint.pt")], env=cache,
+    done = subprocess.run([sys.executable, str(ROOT / "translate.py"), "--checkpoint", str(tmp_path / "checkpoint.pt")], env={**os.environ, **cache},
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and (tmp_path / "translate.png").exists(), done.stderr

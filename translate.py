@@ -182,7 +182,7 @@ def translate_files(files, model, state, c, how, device):
         if len(files) > 1:
             data.progress(done, len(files) - bad, start, "translating")
         else:
-            print(batch[0][1])
+            print(f"{batch[0][1]} written")
 
     for path, output in files:
         try:

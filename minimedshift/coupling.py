@@ -184,7 +184,7 @@ def assign(cost):
             through = cost[i] + price + (distance[j] - u[i]) + shut
             nearer = through < distance
             distance[nearer], before[nearer] = through[nearer], i
-        gain = distance[j] - distance[reached]
+        gain = distance[j] - distance[reached]  # by which prices rise: no cost_ij + price_j - u_i turns negative, and along the chain each is 0
         price[reached] += gain
         u[owner[reached]] += gain
         u[start] += distance[j]

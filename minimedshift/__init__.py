@@ -67,7 +67,7 @@ def run(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
-        print("error: the GPU has too little memory for this; fewer images at once (--batch-size) or the small network (--preset cpu) may fit", file=sys.stderr)
+        print("error: the GPU has too little memory for this; fewer images at once (--batch-size), or in training the small network (--preset cpu), may fit", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

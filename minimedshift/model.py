@@ -131,7 +131,7 @@ class UNet(nn.Module):
 
     def capture(self, batch, size, dtype):
         """Record the forward and the backward pass of `batch` images of size x size in number format dtype as a CUDA graph, in place: in train mode
-        the network then takes that batch alone, and a step is one launch instead of some thousand. In eval mode it stays as it is."""
+        the network then takes that batch alone, and a step is one launch instead of some thousand. In eval mode it stays as it is. Needs a CUDA device."""
         device = self.out.weight.device
         inputs = torch.zeros(batch, self.shape.channels, size, size, device=device), torch.zeros(batch, device=device), torch.zeros(batch, dtype=torch.long, device=device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):

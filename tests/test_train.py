@@ -134,6 +134,23 @@ def test_resume_with_another_flag_is_refused_and_loses_nothing(tmp_path, cache):
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
+def test_a_finished_run_resumes_to_its_end_in_the_number_format_asked_for(tmp_path, cache, monkeypatch, capsys):
+    monkeypatch.setenv("MINIMEDSHIFT_CACHE", cache["MINIMEDSHIFT_CACHE"])
+    for more, dtype in (["--dtype", "float32"], "float32"), (["--resume"], "float32"), (["--resume", "--dtype", "bfloat16"], "bfloat16"):
+        assert train.main([*TINY, "--steps", "2", "--no-evaluate", "--out", str(tmp_path), *more]) == 0
+        assert f"cpu, {dtype}," in capsys.readouterr().out
+
+
+def test_a_gpu_too_small_is_told_in_one_sentence(capsys):
+    def work():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation.")
+
+    with pytest.raises(SystemExit) as end:
+        run(work)
+    errors = capsys.readouterr().err
+    assert end.value.code == 2 and "--batch-size" in errors and errors.count("\n") == 1
+
+
 def test_help_shows_groups_and_defaults():
     text = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True).stdout
     assert all(word in text for word in ("data:", "method:", "training:", "translation:", "run:", "(default: 0.02)"))

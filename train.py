@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from minimedshift import UserError, flag, parse, run
-from minimedshift import checkpoint, data, evaluate, sampler
+from minimedshift import checkpoint, data, evaluate, sampler, simulated
 from minimedshift.batches import batches, null_label
 from minimedshift.coupling import COUPLINGS
 from minimedshift.flow import loss as flow_loss
@@ -34,7 +34,8 @@ class Config:
     train_images: int = flag(10000, "simulated training images, all domains together", "data")
     valid_heads: int = flag(64, "simulated validation heads, each in all domains", "data")
     test_heads: int = flag(128, "simulated test heads, each in all domains", "data")
-    shift: bool = flag(True, "simulated domains differ in pose, framing and anatomy, not in physics alone", "data")
+    shift: float = flag(0.1, "share of each simulated domain's training heads that comes from its own population of poses and heads", "data")
+    domains: str = flag("", "train on these domains alone, names separated by commas; without it on all", "data")
     check_data: bool = flag(False, "write a picture and a line per domain, then stop", "data")
     preset: str = flag("auto", "network and training settings", "method", ("auto", "cpu", "gpu"))
     coupling: str = flag("semidiscrete", "which noise goes with which image", "method", COUPLINGS)
@@ -91,7 +92,9 @@ def main(argv=None):
     if config.data:
         dataset = data.folder_set(config.data, config.size, config.seed)
     else:
-        dataset = data.phantom_set(config.size, config.train_images, config.valid_heads, config.test_heads, config.seed, config.shift)
+        dataset = simulated.phantom_set(config.size, config.train_images, config.valid_heads, config.test_heads, config.seed, config.shift)
+    if config.domains:
+        dataset = data.only(dataset, [name.strip() for name in config.domains.split(",")])
     if config.check_data:
         data.check(dataset, out / "data.png")
         return 0
@@ -170,11 +173,11 @@ def main(argv=None):
     if config.evaluate and dataset.test is not None:
         seconds = (log.column("seconds") or [0.0])[-1]
         with torch.compiler.set_stance("force_eager"):
-            report, columns = evaluate.report(model, dataset, config.tau, settings, device)
+            report, pictures = evaluate.report(model, dataset, dict(tau=config.tau, **settings), device)
         evaluate.write_json(out / "report.json", dict(
             command=" ".join(["python", *sys.argv]), seed=config.seed, machine=machine(device), torch=torch.__version__, dtype=str(dtype)[6:], memory_format=str(memory)[6:],
             weights="EMA", steps=config.steps, training_seconds=seconds, coupling=log.means(), **report))
-        evaluate.picture(out / "translations.png", dataset, report["main_pair"], columns)
+        evaluate.picture(out / "translations.png", dataset, report["main_pair"], pictures)
         print(f"{out}/: checkpoint.pt, log.csv, loss.png, samples.png, translations.png, report.json")
     return 0
 
@@ -205,7 +208,7 @@ def resolve(config):
     stride = shape.stem * 2 ** (len(shape.widths) - 1)
     for name, good, allowed in (("size", config.size >= 16 and config.size % stride == 0, f"at least 16 and divisible by {stride}"),
                                 ("train_images", config.train_images >= 5, "at least 5"), ("valid_heads", config.valid_heads >= 1, "at least 1"),
-                                ("test_heads", config.test_heads >= 1, "at least 1"), ("sigma", config.sigma >= 0, "at least 0"),
+                                ("test_heads", config.test_heads >= 1, "at least 1"), ("shift", 0 <= config.shift <= 1, "in [0, 1]"), ("sigma", config.sigma >= 0, "at least 0"),
                                 ("entropy", 0 <= config.entropy < 1, "in [0, 1)"), ("ot_batch", config.ot_batch >= 1, "at least 0"),
                                 ("colour", 0 <= config.colour <= 2, "in [0, 2]"), ("drop_label", 0 <= config.drop_label < 1, "in [0, 1)"),
                                 ("steps", config.steps >= 1, "at least 1"), ("batch_size", config.batch_size >= 1, "at least 1"),

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from minimedshift import UserError, data, flag, metrics, parse, run, sampler
+from minimedshift import UserError, data, flag, metrics, parse, run, sampler, simulated
+from minimedshift.carry import carry, resize, working_shape
 from minimedshift.checkpoint import load_model
-from minimedshift.evaluate import TAUS, in_batches
+from minimedshift.evaluate import TAUS, in_batches, main_domains
 from minimedshift.flow import draw_noise
 from minimedshift.machine import can_compile, keep_memory, pick_device
 
@@ -95,33 +95,6 @@ def plan_files(c):
         except OSError as error:
             raise UserError(f"the folder {folder} cannot be made ({error.strerror})") from None
     return files
-
-
-# ---------------------------------------------------------------- from full resolution to the working size and back
-
-def working_shape(h, w, size, stride):
-    """The shape at which an (h, w) image is translated: shorter side = training size, the other near it, divisible by stride."""
-    return tuple(max(size, round(n * size / min(h, w) / stride) * stride) for n in (h, w))
-
-
-def resize(x, shape):
-    """x (B, C, H, W) -> (B, C, *shape), antialiased."""
-    return x if x.shape[-2:] == shape else F.interpolate(x, shape, mode="bicubic", antialias=True)
-
-
-def carry(full, x1, out, radius=1, eps=1e-3):
-    """The translation x1 -> out (B, C, h, w) carried to `full` (B, C, H, W), the image that x1 is a small copy of.
-
-        change = a x1 + b in each window:  a = cov(x1, change) / (var(x1) + eps),  b = mean(change) - a mean(x1)
-        result = full + A full + B,  A and B the window means of a and b, upsampled        arXiv:1505.00996, Algorithm 2
-    """
-    change = out - x1
-    mean = lambda z: F.avg_pool2d(z, 2 * radius + 1, 1, radius, count_include_pad=False)
-    a = (mean(x1 * change) - mean(x1) * mean(change)) / (mean(x1 * x1) - mean(x1)**2 + eps)
-    b = mean(change) - a * mean(x1)
-    a, b = mean(a), mean(b)
-    up = lambda z: resize(z, full.shape[-2:])
-    return full + up(a) * full + up(b) + up(change - a * x1 - b)  # the last term: what no line explains, such as noise
 
 
 # ---------------------------------------------------------------- the source domain, inferred
@@ -212,10 +185,10 @@ def translate_files(files, model, state, c, how, device):
 def translate_heads(model, state, c, how, device, heads=8):
     """Write translate.png beside the checkpoint: source | translations at several tau | truth, of test heads."""
     config, domains = state["config"], list(state["domains"])
-    keys = ("train_images", "valid_heads", "test_heads", "seed", "shift")
-    test = data.phantom_set(state["image"]["size"], **{key: config[key] for key in keys}).test
-    source, target = domains.index(c.source or "synthetic-high"), domains.index(c.target or "real-normal")
-    load = lambda array, d: torch.from_numpy(array[:heads, d].astype("float32")).to(device)
+    test = simulated.paired_heads(state["image"]["size"], config["test_heads"], "test", config["seed"], decoys=simulated.DECOYS)
+    source, target = main_domains(domains, c.source, c.target)
+    column = [simulated.phantom.DOMAINS.index(name) for name in domains]  # of each of the network's domains in the test set
+    load = lambda array, d: torch.from_numpy(array[:heads, column[d]].astype("float32")).to(device)
     x1, truth = load(test.images, source), load(test.truth, target)
     score = lambda x: f"{metrics.structure(x, truth).mean():.1f} dB"
     pictures, captions = [x1], [f"source, {score(x1)}\n{domains[source]}"]
@@ -261,7 +234,8 @@ def main(argv=None):
     how = {key: default if getattr(c, key, None) is None else getattr(c, key) for key, default in state["translate"].items()}
     if not how["tau"] < how["end"] <= 1:
         raise UserError(f"--tau {how['tau']:g} and --end {how['end']:g} do not fit: tau must be below end, and end at most 1")
-    print(f"{c.source or 'synthetic-high'} -> {c.target or 'real-normal'} on {device} with the EMA weights of step {state['step']}: "
+    names = (c.source, c.target) if c.input else [state["domains"][d] for d in main_domains(state["domains"], c.source, c.target)]
+    print(f"{' -> '.join(names)} on {device} with the EMA weights of step {state['step']}: "
           f"{'directly' if how['x0'] == 'image' else 'tau ' + format(how['tau'], 'g')}, guidance {how['guidance']:g}, {how['steps']} {how['solver']} steps a leg, "
           f"{evaluations(how)} evaluations an image",
           flush=True)

@@ -1,150 +1,353 @@
-"""What MedShift is compared with: a grey-value curve (unpaired and paired), SDEdit, the supervised reference, a second exposure.
+"""Translators that need no network. A method is worth something where it beats these.
 
-Images are (B, C, H, W) floats in [-1, 1]. A curve is a pair (knots, values), each (K,) and sorted: straight between knots,
-constant outside. Only SDEdit and the supervised reference need a network.
+    UNPAIRED   fitted on training images of two domains, each of other heads: they know what MedShift knows
+    PAIRED     ceilings, fitted on the same heads in both domains, the target noise-free: they know what MedShift never sees
+
+Both are tables, name -> fit function. source, target (N, C, H, W) in [-1, 1]: arrays or tensors, float16 or float32.
+
+    fitted = UNPAIRED["bands (Laplacian)"](source, target, rounds=5)
+    x = fitted(x1)                  translations (B, C, H, W) of any images of the source domain, not clipped, on their device
+    for x in fitted.each(x1): ...   after one round, after two, ...: the best number is chosen on validation heads
+    x = fitted.first(2)(x1)         after the rounds that were chosen
+
+A fitted translator is a chain of parts: functions from images to images, each fitted to what the parts before it leave of the source.
+So a new rival is a function fit_something(source, target), which returns a part, and one line in a table.
+Channels and images are pooled: all see the same curves and filters.
 """
 
 import math
-import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from . import metrics, sampler
-from .flow import draw_noise
+PIXELS = 2**21  # of each domain are enough for a fit: 512 images at 64 x 64
+SORTED = 2**18  # values are enough for a histogram
+KNOTS = 4096  # of a curve
+
+
+# ---------------------------------------------------------------- a chain of parts
+
+@dataclass(frozen=True)
+class Chain:
+    """Functions from images to images, applied one after another."""
+    parts: tuple
+
+    def __call__(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+    def each(self, x):
+        """What x (B, C, H, W) has become after each part. A generator, as the solvers of the ODE are."""
+        for part in self.parts:
+            x = part(x)
+            yield x
+
+    def first(self, count):
+        """The chain of the first `count` parts."""
+        return Chain(self.parts[:count])
+
+
+def alternate(*fits):
+    """The fit function that goes through `fits` once a round: each is fitted to what those before it leave, then applied."""
+    def fit(source, target, rounds=1):
+        """A Chain of `rounds` parts, itself a chain each. Raises ValueError for fewer than one round."""
+        if rounds < 1:
+            raise ValueError(f"a fit needs at least 1 round, got {rounds}")
+        x, target = spread(source), spread(target)
+        chain = []
+        for _ in range(rounds):
+            parts = []
+            for fit_part in fits:
+                parts.append(fit_part(x, target))
+                x = parts[-1](x)
+            chain.append(Chain(tuple(parts)))
+        return Chain(tuple(chain))
+    return fit
+
+
+def tensor(a):
+    """An array or a tensor as a float32 tensor on the CPU."""
+    return a.float().cpu() if torch.is_tensor(a) else torch.from_numpy(np.array(a, np.float32))
+
+
+def spread(stack):
+    """Every n-th image of a stack (N, C, H, W), for the smallest n that leaves at most PIXELS pixels."""
+    n = math.ceil(math.prod(stack.shape) / PIXELS)
+    return tensor(stack[::n])
 
 
 # ---------------------------------------------------------------- grey-value curves
 
-def apply_curve(curve, x):
-    """Send every pixel of x (any shape) through a curve, straight lines between its knots. Same shape and dtype out."""
-    knots, values = (a.to(x) for a in curve)
-    if len(knots) == 1:
-        return values.expand(x.shape).clone()
-    i = torch.searchsorted(knots, x.contiguous()).clamp(1, len(knots) - 1)
-    share = ((x - knots[i - 1]) / (knots[i] - knots[i - 1])).clamp(0, 1)
-    return values[i - 1] + share * (values[i] - values[i - 1])
+@dataclass(frozen=True)
+class Curve:
+    """A function of the grey value: values (K,) at K equally spaced knots from low to high, straight between, constant outside."""
+    low: float
+    high: float
+    values: torch.Tensor
+
+    def __call__(self, x):
+        """x and the result: any shape."""
+        values, last = self.values.to(x), len(self.values) - 1
+        at = ((x - self.low) * (last / (self.high - self.low))).clamp(0, last)
+        left = at.long().clamp(max=last - 1)
+        return torch.lerp(values[left], values[left + 1], at - left)
 
 
-def fit_histogram(source, target, levels=1024, most=2 ** 20):
-    """Histogram matching, unpaired: the curve that sends each quantile of all source pixels to the same quantile of the target's.
+def fit_histogram(source, target):
+    """Unpaired: the curve that sends each quantile of the source's pixels to the same quantile of the target's.
 
-    source, target: image stacks of any length, arrays or tensors; at most `most` pixels of each are looked at.
         curve = F_target^-1 o F_source        (Gonzalez and Woods, Digital Image Processing, 3.3.2)
-    Equal knots (air is one value) become one, with their mean.
+
+    Of pixels that are equal (air) half count as darker.
     """
-    def quantiles(a):
-        v = torch.as_tensor(thin(a, most)).float().sort().values
-        at = torch.linspace(0, 1, levels, dtype=torch.float64) * (len(v) - 1)
-        low, part = at.long(), (at % 1).float()
-        return v[low] + part * (v[(low + 1).clamp(max=len(v) - 1)] - v[low])
-
-    knots, which = quantiles(source).unique(return_inverse=True)
-    values = torch.zeros_like(knots).index_add_(0, which, quantiles(target)) / which.bincount()
-    return knots, values
+    s, t = pixels(source), pixels(target)
+    low, high = ends(s)
+    knots = torch.linspace(low, high, KNOTS)
+    darker = (torch.searchsorted(s, knots) + torch.searchsorted(s, knots, right=True)) / (2 * len(s))
+    at = (darker * len(t) - .5).clamp(0, len(t) - 1)
+    left, right = at.floor().long(), at.ceil().long()
+    return Curve(low, high, torch.lerp(t[left], t[right], at - left))
 
 
-def thin(a, most):
-    """About `most` pixels of an image stack, (N,), spread evenly over it: an odd stride, which no image width divides."""
-    a = np.asarray(a).reshape(-1)
-    return a[::max(1, len(a) // most) | 1].astype(np.float32)
+def pixels(stack):
+    """About SORTED values of a stack, in order: taken at an odd stride, which no power of two divides, so that all columns are seen."""
+    v = tensor(stack).flatten()
+    return v[:: max(1, len(v) // SORTED) | 1].sort().values
 
 
-def histogram(x, curve):
-    """Untouched geometry, target grey values: x (B, C, H, W) through the curve of `fit_histogram`."""
-    return apply_curve(curve, x).clamp(-1, 1)
+def ends(values):
+    """The smallest and the largest value, a little apart even if they are equal."""
+    low, high = values.min().item(), values.max().item()
+    return low, max(high, low + 1e-3)
+
+
+def fit_curve(source, target, bins=512):
+    """Paired: the best non-decreasing curve, in least squares of pixels. What any lookup table can do at most.
+
+    Pixels are binned by source value; the bins' target means, weighted by their counts, are made monotone (`isotonic`).
+    """
+    s, t = tensor(source).double().flatten(), tensor(target).double().flatten()
+    low, high = ends(s)
+    bin = ((s - low) / (high - low) * bins).long().clamp(max=bins - 1)
+    count, s, t = (torch.bincount(bin, weights, minlength=bins) for weights in (None, s, t))
+    seen = count > 0
+    count, s, t = count[seen], s[seen] / count[seen], t[seen] / count[seen]
+    return through(s, isotonic(t, count))
+
+
+def through(knots, values):
+    """The Curve that is straight between any knots (K,), sorted."""
+    low, high = ends(knots)
+    return Curve(low, high, torch.from_numpy(np.interp(np.linspace(low, high, KNOTS), knots, values)).float())
 
 
 def isotonic(y, weight):
     """The nearest non-decreasing sequence to y (K,), weighted least squares: (K,).
 
-    min sum_i weight_i (f_i - y_i)^2 with f_1 <= f_2 <= ...; pool adjacent violators (Ayer et al. 1955): while two neighbouring
-    blocks are out of order, merge them into their mean.
+        min sum_i weight_i (f_i - y_i)^2   with   f_1 <= f_2 <= ...
+
+    Pool adjacent violators (Ayer et al. 1955): while two neighbouring blocks are out of order, merge them into their mean.
     """
-    blocks = []                                                # [mean, weight, how many]
+    blocks = []  # (mean, weight, how many)
     for mean, w in zip(y.tolist(), weight.tolist()):
         n = 1
         while blocks and blocks[-1][0] >= mean:
-            m, v, k = blocks.pop()
-            mean, w, n = (mean * w + m * v) / (w + v), w + v, n + k
-        blocks.append([mean, w, n])
-    return torch.repeat_interleave(torch.tensor([b[0] for b in blocks], dtype=y.dtype), torch.tensor([b[2] for b in blocks]))
+            before, v, k = blocks.pop()
+            mean, w, n = (mean * w + before * v) / (w + v), w + v, n + k
+        blocks.append((mean, w, n))
+    means, _, counts = zip(*blocks)
+    return torch.repeat_interleave(torch.tensor(means, dtype=y.dtype), torch.tensor(counts))
 
 
-def fit_curve(source, target, bins=512):
-    """The best non-decreasing grey-value curve from paired images, in least squares of pixels: what a lookup table can do.
+# ---------------------------------------------------------------- the spectrum
 
-    source, target: (N, C, H, W) of the same heads. Pixels are binned by source value; the isotonic fit is of the bins' target
-    means, weighted by their counts, so binning costs less than one part in `bins` of the range.
+@dataclass(frozen=True)
+class RingGains:
+    """A gain (R,) for each ring of spatial frequencies: ring r has about r periods per `side` pixels, in an image of any size."""
+    side: int
+    gains: torch.Tensor
+
+    def __call__(self, x):
+        ring = rings(*x.shape[-2:], self.side).clamp(max=len(self.gains) - 1)
+        gain = self.gains[ring].to(x)  # (H, W)
+        return torch.fft.ifft2(torch.fft.fft2(x) * gain).real
+
+
+def rings(H, W, side):
+    """The ring of each Fourier coefficient of an (H, W) image: its periods per `side` pixels, rounded, (H, W) int64."""
+    frequency = torch.hypot(torch.fft.fftfreq(H)[:, None], torch.fft.fftfreq(W)[None])  # periods per pixel
+    return (frequency * side).round().long()
+
+
+def radial_power(x):
+    """The mean power |F x|^2 of images (N, C, H, W) in each ring, (R,)."""
+    ring = rings(*x.shape[-2:], max(x.shape[-2:])).flatten()
+    power = torch.fft.fft2(x).abs().square().mean((0, 1)).flatten()  # (H W,)
+    return torch.bincount(ring, power) / torch.bincount(ring)
+
+
+def fit_spectrum(source, target):
+    """Unpaired: gains after which the set's mean radial power is the target's. Both of one image size."""
+    gains = (radial_power(target) / radial_power(source).clamp(min=1e-12)).sqrt()
+    return RingGains(max(source.shape[-2:]), gains)
+
+
+# ---------------------------------------------------------------- bands
+
+def laplacian(x, levels=4):
+    """The Laplacian pyramid of x (B, C, H, W) (Burt and Adelson 1983): [detail at H, at H / 2, ..., the rest], levels + 1 bands.
+
+    Halving weighs four pixels 1, 3, 3, 1 each way; doubling is linear interpolation, its adjoint.
     """
-    s, t = (torch.tensor(np.asarray(a)).double().flatten() for a in (source, target))
-    low, high = s.min(), s.max()
-    bin = ((s - low) / (high - low).clamp(min=1e-12) * bins).long().clamp(max=bins - 1)
-    count, knots, means = (torch.bincount(bin, weights, minlength=bins) for weights in (None, s, t))
-    seen = count > 0
-    count, knots, means = count[seen], knots[seen] / count[seen], means[seen] / count[seen]
-    return knots.float(), isotonic(means, count).float()
+    bands = []
+    for _ in range(levels):
+        half = [-(-side // 2) for side in x.shape[-2:]]
+        small = F.interpolate(x, half, mode="bilinear", antialias=True)
+        bands.append(x - F.interpolate(small, x.shape[-2:], mode="bilinear"))
+        x = small
+    return bands + [x]
 
 
-# ---------------------------------------------------------------- with a network
+def gaussians(x, widths=(1, 2, 4, 8)):
+    """Differences of Gaussians: what each wider blur of x (B, C, H, W) takes away, and the rest. All of x's size."""
+    bands = []
+    fine = x
+    for width in widths:
+        coarse = smooth(x, width)
+        bands.append(fine - coarse)
+        fine = coarse
+    return bands + [fine]
 
-def sdedit(model, x1, y_target, tau, guidance=1.0, steps=5, solver="heun", colour=0.0, seed=0):
-    """SDEdit (arXiv:2108.01073, Alg. 1): drown the image in fresh noise down to time tau, then generate in the target domain.
 
-    x1: (B, C, H, W) source images, y_target: int or (B,). xt = tau x1 + (1-tau) x0 with x0 the noise of training, drawn from
-    `seed` on the host, the same on every machine. The second leg is MedShift's own, all the way to t = 1.
+def smooth(x, width):
+    """Gaussian blur of (B, C, H, W), standard deviation in pixels: a matrix from each side, whose rows have sum 1 at the frame too."""
+    def matrix(n):
+        i = torch.arange(n, device=x.device, dtype=x.dtype)
+        return torch.softmax(-((i[:, None] - i[None]) ** 2) / (2 * width**2), 1)
+    return matrix(x.shape[-2]) @ x @ matrix(x.shape[-1]).T
+
+
+def join(bands):
+    """Put bands together again: the inverse of `laplacian` and of `gaussians`."""
+    x = bands[-1]
+    for detail in reversed(bands[:-1]):
+        x = detail + F.interpolate(x, detail.shape[-2:], mode="bilinear")
+    return x
+
+
+@dataclass(frozen=True)
+class BandCurves:
+    """A curve for each band of `split`."""
+    split: Callable
+    curves: tuple
+
+    def __call__(self, x):
+        return join([curve(band) for curve, band in zip(self.curves, self.split(x))])
+
+
+def fit_bands(split, source, target):
+    """Unpaired: match the histogram of each band."""
+    curves = [fit_histogram(s, t) for s, t in zip(split(source), split(target))]
+    return BandCurves(split, tuple(curves))
+
+
+# ---------------------------------------------------------------- least squares, from pairs
+
+def least_squares(equations, ridge=1e-6):
+    """w (K,) with A w nearest to b in least squares: the normal equations (A^T A + ridge I) w = A^T b, in float64.
+
+    equations: an iterable of (A (n, K), b (n,)), so that not all need be held at once. ridge: a share of the mean of A^T A's diagonal.
     """
-    x0 = draw_noise(x1.shape, torch.Generator().manual_seed(seed), colour).to(x1)
-    xt = tau * x1 + (1 - tau) * x0
-    return sampler.decode(model, xt, y_target, tau, guidance, steps, solver, 1.0, colour, torch.Generator(x1.device).manual_seed(seed))
+    gram = right = 0
+    for A, b in equations:
+        A, b = A.double(), b.double()
+        gram, right = gram + A.T @ A, right + A.T @ b
+    ridge = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    return torch.linalg.solve(gram + ridge, right).float()
 
 
-def regress(model, x, y):
-    """The supervised translation x + model(x, t=1, y), with y an int or (B,): a network that starts at zero starts at the identity."""
-    y = torch.as_tensor(y, device=x.device).expand(len(x))
-    return x + model(x, torch.ones(len(x), device=x.device), y).float()
+def singly(x):
+    """The channels of x (N, C, H, W) as images of one channel, four at a time: a list of (4, 1, H, W)."""
+    return tensor(x).flatten(0, 1)[:, None].split(4)
 
 
-def supervised(model, source, target, y_target, steps, batch_size=64, lr=1e-3, seed=0, dtype=torch.float32, progress=print):
-    """Train `model` in place on pairs, for one direction: the reference that is allowed to see what MedShift never sees.
+@dataclass(frozen=True)
+class Filter:
+    """Correlation with a kernel (K, K), edges repeated, plus a constant."""
+    kernel: torch.Tensor
+    constant: float
 
-    source, target: (N, C, H, W) of the same heads, arrays or tensors; y_target: int. Returns the model, whose translation is
-    `regress`. Loss ||x + v(x, 1, y) - target||^2, AdamW, cosine decay to zero; `dtype` is the autocast type.
+    def __call__(self, x):
+        images = x.flatten(0, 1)[:, None]
+        padded = F.pad(images, (len(self.kernel) // 2,) * 4, mode="replicate")
+        return F.conv2d(padded, self.kernel.to(x)[None, None]).view_as(x) + self.constant
+
+
+def fit_filter(source, target, width=13):
+    """Paired: the kernel (width, width), width odd, and constant that come nearest to the target, in least squares of pixels."""
+    def equations():
+        for x, truth in zip(singly(source), singly(target)):
+            padded = F.pad(x, (width // 2,) * 4, mode="replicate")
+            around = F.unfold(padded, width).transpose(1, 2).flatten(0, 1)  # (pixels, width^2)
+            yield F.pad(around, (0, 1), value=1.0), truth.flatten()
+
+    w = least_squares(equations())
+    return Filter(w[:-1].view(width, width), w[-1].item())
+
+
+def fit_band_curves(split, source, target, knots=24):
+    """Paired: the curves, one a band, whose sum comes nearest to the target, in least squares of pixels; all are fitted at once.
+
+    Before it is put together, a curve is a sum of hats, each 1 at one of its `knots`, which lie at quantiles of the band, and 0 at the others.
     """
-    device = next(model.parameters()).device
-    draw, start = torch.Generator().manual_seed(seed), time.time()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (1 + math.cos(math.pi * i / steps)) / 2)
-    model.train()
-    for step in range(1, steps + 1):
-        pick = torch.randint(len(source), (batch_size,), generator=draw).numpy()
-        x, x1 = (torch.as_tensor(a[pick]).to(device, torch.float32) for a in (source, target))       # (B, C, H, W)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = (regress(model, x, y_target) - x1).square().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % max(1, steps // 10) == 0:
-            left = (time.time() - start) * (steps - step) / step
-            progress(f"supervised {step}/{steps}  loss {loss.item():.5f}  {left:.0f} s left")
-    return model.eval()
+    places = [quantiles(band, knots) for band in split(tensor(source))]
+
+    def equations():
+        for x, truth in zip(singly(source), singly(target)):
+            bands, columns = split(x), []
+            for i, at in enumerate(places):
+                finer = [torch.zeros_like(band) for band in bands[:i]]
+                columns.append(join(finer + [hats(bands[i], at)]))  # (4, K, H, W)
+            yield torch.cat(columns, 1).movedim(1, -1).flatten(0, -2), truth.flatten()
+
+    values = least_squares(equations(), 1e-5).split([len(at) for at in places])
+    return BandCurves(split, tuple(through(at, v) for at, v in zip(places, values)))
 
 
-# ---------------------------------------------------------------- the references of one ordered pair
+def quantiles(x, count):
+    """About `count` different quantiles of x, (K,), on the grid of a Curve."""
+    v = pixels(x)
+    low, high = ends(v)
+    step = (high - low) / (KNOTS - 1)
+    steps = ((v[torch.linspace(0, len(v) - 1, count).long()] - low) / step).round()
+    steps[-1] = KNOTS - 1
+    return low + steps.unique() * step
 
-@torch.no_grad()
-def reference_scores(data, s, t, heads=None, device="cpu"):
-    """What needs no network, for one ordered pair of domains s -> t: untouched, histogram, curve, second_exposure.
 
-    data: a `data.Dataset` with `valid` and `test`. Returns {name: metrics.score(...)} on the first `heads` test heads. Histogram
-    matching sees the unpaired training images; the curve sees validation pairs and is fitted to the noise-free truth.
-    """
-    images, truth, second = (torch.as_tensor(np.asarray(a[:heads], np.float32), device=device)
-                             for a in (data.test.images, data.test.truth, data.test.second))         # (N, D, C, H, W)
-    curve = fit_curve(np.asarray(data.valid.images[:, s]), np.asarray(data.valid.truth[:, t]))
-    x = images[:, s]
-    results = {"untouched": x, "histogram": histogram(x, fit_histogram(data.train[s], data.train[t])),
-               "curve": apply_curve(curve, x), "second_exposure": second[:, t]}
-    E_curve, E_second = (metrics.structure_mse(results[name], truth[:, t]).mean().item() for name in ("curve", "second_exposure"))
-    return {name: metrics.score(result, truth[:, t], images[:, t], E_curve, E_second) for name, result in results.items()}
+def hats(x, knots):
+    """How much of a curve's value at each of `knots` (K,), sorted, goes to each pixel of x (B, 1, H, W): (B, K, H, W), with sum 1 over K."""
+    right = torch.searchsorted(knots, x.contiguous()).clamp(1, len(knots) - 1)
+    left = right - 1
+    place = left + ((x - knots[left]) / (knots[right] - knots[left])).clamp(0, 1)  # counted in knots
+    return (1 - (place - torch.arange(len(knots)).view(1, -1, 1, 1)).abs()).clamp(min=0)
+
+
+# ---------------------------------------------------------------- the tables
+
+UNPAIRED = {
+    "histogram": alternate(fit_histogram),
+    "histogram and spectrum": alternate(fit_histogram, fit_spectrum, fit_histogram),
+    "bands (Laplacian)": alternate(partial(fit_bands, laplacian), fit_histogram),
+    "bands (DoG)": alternate(partial(fit_bands, gaussians), fit_histogram),
+}
+PAIRED = {
+    "curve": alternate(fit_curve),
+    "curve and filter": alternate(fit_curve, fit_filter),
+    "band curves (Laplacian)": alternate(fit_curve, partial(fit_band_curves, laplacian)),
+    "band curves (DoG)": alternate(fit_curve, partial(fit_band_curves, gaussians)),
+}

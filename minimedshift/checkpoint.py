@@ -13,7 +13,7 @@ import torch
 from . import UserError, whole
 from .model import Shape, UNet
 
-FORMAT = 3  # 1 had no `end` among the settings of a translation, 2 no `colour` and `x0`
+FORMAT = 4  # 1 had no `end` among the settings of a translation, 2 no `colour` and `x0`, 3 knew only whether populations shift
 
 
 class EMA:

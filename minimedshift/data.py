@@ -1,4 +1,4 @@
-"""Images in, batches out: the simulated heads and your own folders behind one interface, and image files read and written."""
+"""Images in, batches out: what a data set is, your own folders, the cache, and image files read and written."""
 
 import hashlib
 import inspect
@@ -6,12 +6,11 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +18,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from . import UserError, phantom, whole
+from . import UserError, whole
 
 
 # ---------------------------------------------------------------- what a data set is
 
 @dataclass(frozen=True)
 class Pairs:
-    """The same heads in all domains, each array (N, D, C, H, W) float16: noisy image, noise-free truth, second exposure."""
-    images: np.ndarray
-    truth: np.ndarray
-    second: np.ndarray
+    """The same N heads in all D domains, float16. A simulator fills everything, a folder paired by file name `images` alone."""
+    images: np.ndarray                     # (N, D, C, H, W) as taken
+    truth: np.ndarray | None = None        # (N, D, C, H, W) noise-free
+    second: np.ndarray | None = None       # (N, D, C, H, W) taken again: fresh noise and fine texture
+    materials: np.ndarray | None = None    # (N, 3, H, W) centimetres of bone, soft tissue and brain
+    decoys: np.ndarray | None = None       # (N, K, D, C, H, W) noise-free pictures of K other people in the same view
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,27 @@ class Dataset:
             mine = np.flatnonzero(y == d)
             x1[mine] = self.train[d][(u[mine] * len(self.train[d])).astype(np.int64)]
         return torch.from_numpy(x1).float()
+
+
+def only(dataset, names):
+    """The same set with the domains `names` alone, in this order. Raises UserError for fewer than two, or one that it has not."""
+    for name in names:
+        if name not in dataset.domains:
+            raise UserError(f"--domains: {name or 'an empty name'} is no domain of this data, choose from {', '.join(dataset.domains)}")
+    keep = [dataset.domains.index(name) for name in names]
+    if len(set(keep)) < max(2, len(keep)):
+        raise UserError("--domains needs two or more different names, separated by commas")
+    return replace(dataset, domains=tuple(dataset.domains[d] for d in keep), train=[dataset.train[d] for d in keep],
+                   held_out=[dataset.held_out[d] for d in keep], valid=only_pairs(dataset.valid, keep), test=only_pairs(dataset.test, keep))
+
+
+def only_pairs(pairs, keep):
+    """`Pairs` with the domains of index `keep` alone."""
+    if pairs is None:
+        return None
+    some = {name: getattr(pairs, name)[:, keep] for name in ("images", "truth", "second") if getattr(pairs, name) is not None}
+    decoys = None if pairs.decoys is None else pairs.decoys[:, :, keep]
+    return replace(pairs, **some, decoys=decoys)
 
 
 def progress(done, total, start, what, unit="images"):
@@ -90,93 +112,6 @@ def cached(root, name, content, build):
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return final
-
-
-# ---------------------------------------------------------------- the simulated heads
-
-BLOCK, BIG = 16, 500  # heads rendered at once; images worth starting processes for
-KINDS = {"images": {}, "truth": dict(noise=False), "second": dict(exposure=1)}  # what is kept of a paired head
-
-
-def phantom_seeds(seed, split, domain=0):
-    """The first head seed of a split: a million for each, and ten million for each `seed`, so that no two ever overlap."""
-    return seed * 10_000_000 + {"valid": 0, "test": 1, "train": 2 + domain}[split] * 1_000_000
-
-
-def render_part(folder, part, parts, size, per_domain, valid_heads, test_heads, seed, shift):
-    """Render every `parts`-th block of a phantom set into folder/*.npy; a generator of the number of images just done."""
-    D, counts = len(phantom.DOMAINS), {"valid": valid_heads, "test": test_heads, "train": per_domain}
-    jobs = [(split, d, i) for split in counts for d in range(D if split == "train" else 1) for i in range(0, counts[split], BLOCK)]
-    for split, d, i in jobs[part::parts]:
-        prior = phantom.DOMAINS[d] if split == "train" and shift else None
-        heads = [phantom.Head(phantom_seeds(seed, split, d) + k, prior=prior) for k in range(i, min(i + BLOCK, counts[split]))]
-        if split == "train":
-            out = np.load(Path(folder) / "train-images.npy", mmap_mode="r+")  # (D, N, 1, H, W)
-            out[d, i:i + BLOCK] = phantom.render(heads, phantom.DOMAINS[d], size).numpy()
-            yield len(heads)
-            continue
-        materials = {full: phantom.project(heads, size, full) for full in (False, True)}  # one geometry for every domain and kind
-        for kind, how in KINDS.items():
-            out = np.load(Path(folder) / f"{split}-{kind}.npy", mmap_mode="r+")  # (N, D, 1, H, W)
-            for d, domain in enumerate(phantom.DOMAINS):
-                out[i:i + BLOCK, d] = phantom.picture(materials[phantom.PHYSICS[domain].full], heads, domain, **how).numpy()
-            yield len(heads) * D
-
-
-def build_phantom(folder, arguments, show):
-    """Make the arrays of a phantom set and fill them, one process a core; the bytes do not depend on how many."""
-    size, per_domain, valid_heads, test_heads, _, _ = arguments
-    D = len(phantom.DOMAINS)
-    shapes = {"train-images": (D, per_domain)} | {f"{split}-{kind}": (count, D) for kind in KINDS
-                                                  for split, count in (("valid", valid_heads), ("test", test_heads))}
-    for name, shape in shapes.items():
-        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, shape + (1, size, size))
-    total, done, start = sum(math.prod(shape) for shape in shapes.values()), 0, time.time()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = min(cores, 16) if total > BIG else 1  # a small set is done before a process has started
-    for n in render_apart(folder, parts, arguments) if parts > 1 else render_part(folder, 0, 1, *arguments):
-        done += n
-        if show:
-            progress(done, total, start, "simulating heads, once")
-
-
-def render_apart(folder, parts, arguments):
-    """`render_part` in `parts` processes, which share one pipe to say what they have done. (Threads: half as fast.)"""
-    code = "import json, os, sys, torch; from minimedshift import data; torch.set_num_threads(1)\n" \
-           "for n in data.render_part(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *json.loads(sys.argv[4])): os.write(1, b'%d\\n' % n)"
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
-    read, write = os.pipe()
-    workers = [subprocess.Popen([sys.executable, "-c", code, str(folder), str(part), str(parts), json.dumps(arguments)],
-                                stdout=write, env=env, start_new_session=True) for part in range(parts)]
-    os.close(write)
-    try:
-        with open(read) as lines:
-            yield from map(int, lines)
-        if any(worker.wait() for worker in workers):
-            raise RuntimeError("a process that simulates heads has failed: see above")
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-
-
-def phantom_set(size, train_images=5000, valid_heads=64, test_heads=128, seed=0, shift=True, cache=None, progress=True):
-    """The simulated five-domain set: no training head appears twice; validation and test heads appear in every domain.
-
-    With `shift`, training heads follow each domain's own prior of pose and anatomy, as in the published pictures.
-    """
-    D = len(phantom.DOMAINS)
-    if train_images < D or valid_heads < 1 or test_heads < 1 or size < 8:
-        raise UserError(f"a phantom set needs at least {D} training images, 1 validation head, 1 test head and size 8")
-    arguments = (size, train_images // D, valid_heads, test_heads, seed, shift)
-    content = [inspect.getsource(part) for part in (phantom, phantom_seeds, render_part)] + [torch.__version__, arguments]
-    folder = cached(cache, f"phantom-{size}", content, lambda work: build_phantom(work, arguments, progress))
-    load = lambda name: np.load(folder / f"{name}.npy", mmap_mode="r")
-    valid, test = (Pairs(*(load(f"{split}-{kind}") for kind in KINDS)) for split in ("valid", "test"))
-    train = load("train-images")
-    facts = {name: dict(count=train.shape[1], sizes={f"{size}x{size}": train.shape[1]}, depths={"simulated": train.shape[1]})
-             for name in phantom.DOMAINS}
-    return Dataset(tuple(phantom.DOMAINS), size, 1, list(train), [test.images[:, d] for d in range(D)], valid, test, facts)
 
 
 # ---------------------------------------------------------------- image files
@@ -320,16 +255,18 @@ def build_folder(folder, files, size, show):
         except UserError as error:
             return error, None
 
+    names = {}  # of the test images that could be read, without their extension: those of one name in all domains are pairs
     for split, domains in files.items():
         for domain, paths in domains.items():
             images, fact = [], facts.setdefault(domain, dict(count=0, sizes={}, depths={}))
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                for x, info in pool.map(load, paths):
+                for path, (x, info) in zip(paths, pool.map(load, paths)):
                     done += 1
                     if info is None:
                         bad.append(str(x))
                     else:
                         images.append(x)
+                        names.setdefault(split, {}).setdefault(domain, []).append(path.stem)
                         fact["count"] += 1
                         for table, key in (("sizes", f"{info.size[1]}x{info.size[0]}"), ("depths", f"{info.depth}-bit {info.mode}")):
                             fact[table][key] = fact[table].get(key, 0) + 1
@@ -341,7 +278,7 @@ def build_folder(folder, files, size, show):
         for split in files:
             images = [np.repeat(x, channels, 0) if len(x) < channels else x for x in arrays.get((split, domain), [])]
             np.save(folder / f"{split}-{d}.npy", np.stack(images) if images else np.empty((0, channels, size, size), np.float16))
-    (folder / "facts.json").write_text(json.dumps(dict(facts=facts, bad=bad)))
+    (folder / "facts.json").write_text(json.dumps(dict(facts=facts, bad=bad, names=names.get("test", {}))))
 
 
 def folder_set(root, size, seed=0, cache=None, progress=True):
@@ -378,7 +315,21 @@ def folder_set(root, size, seed=0, cache=None, progress=True):
     for domain, images in zip(domains, train):
         if not len(images):
             raise UserError(f"--data {root}: the domain {domain} has no image that can be read")
-    return Dataset(domains, size, train[0].shape[1], train, test, facts=found["facts"])
+    valid, paired = paired_by_name(test, [found["names"].get(domain, []) for domain in domains]) if split else (None, None)
+    return Dataset(domains, size, train[0].shape[1], train, test, valid, paired, found["facts"])
+
+
+def paired_by_name(images, names, fewest=8):
+    """Two `Pairs`, for validation and for testing, of the images that have the same file name in every domain: every other one each.
+
+    images: (N_d, C, H, W) of each domain, names: N_d of each. (None, None) where fewer than `fewest` names are in all domains.
+    """
+    common = sorted(set.intersection(*map(set, names)))
+    if len(common) < fewest or any(len(set(some)) < len(some) for some in names):
+        return None, None
+    stacks = [np.asarray(stack)[[some.index(name) for name in common]] for stack, some in zip(images, names)]
+    pairs = np.stack(stacks, 1)  # (N, D, C, H, W)
+    return Pairs(pairs[::2]), Pairs(pairs[1::2])
 
 
 # ---------------------------------------------------------------- looking at it

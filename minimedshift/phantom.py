@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+VERSION = 2  # of anatomy, priors and physics: they change only together with this number, and numbers measured before are then old
 DOMAINS = ("synthetic-low", "synthetic-high", "real-low", "real-normal", "real-exposure")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,13 +40,17 @@ BASE, THROAT, NAPE = 31.0, -46.0, 178.0  # skull base, chin to throat, occiput t
 
 
 def plane(degrees, side):
-    """Half-space n.x <= h bounded by a plane that leaves the hinge in a (y, z) direction: side +1 keeps what is clockwise of it.
-
-    Returns (nx, ny, nz, h), n a unit vector, h in cm.
-    """
+    """Half-space n.x <= h as (nx, ny, nz, h), n a unit vector, h in cm; its plane leaves the hinge in a (y, z) direction, and side +1
+    keeps what is clockwise of it."""
     a = math.radians(degrees)
     ny, nz = -side * math.sin(a), side * math.cos(a)
     return (0., ny, nz, ny * HINGE[0] + nz * HINGE[1])
+
+
+def beyond(centre, end):
+    """Half-space (nx, ny, nz, h) that cuts off what lies beyond centre + end, square to end."""
+    n = np.array(end) / np.linalg.norm(end)
+    return (*n, n @ np.add(centre, end))
 
 
 FRONT, BACK = plane(90., +1), plane(90., -1)
@@ -57,19 +62,20 @@ OCCIPUT, NUCHAL = plane(NAPE, +1), plane(NAPE, -1)
 VAULT_CENTRE, VAULT_FRONT, VAULT_BACK = (0., -1., 0.), (7.1, 9.5, 7.0), (7.1, 8.3, 7.0)
 VAULT_LAYERS = (("skull", 0.), ("diploe", .27), ("table", .75), ("brain", 1.))  # fill, depth as a share of the bone's thickness
 
-# group, fill, centre, semi-axes, tilt in degrees about x, y, z. A part with x > 0 comes with its mirror image.
+# group, fill, centre, semi-axes, tilt in degrees about x, y, z, and up to two vectors: what lies beyond centre + vector is cut off.
+# A part with x > 0 comes with its mirror image.
 ELLIPSOIDS = [
-    ("face", "bone",   (3.2, 6.4, -3.0), (2.05, 2.7, 1.75), (8, 0, -20)),   # orbit: wall and rim, its hollow, its fat
-    ("face", "hollow", (3.3, 6.9, -3.0), (1.87, 2.8, 1.57), (8, 0, -20)),
-    ("face", "fat",    (3.2, 6.6, -3.0), (1.80, 2.3, 1.50), (8, 0, -20)),
+    ("face", "bone",   (3.2, 6.4, -3.0), (2.1, 2.7, 1.98), (8, 0, -20), (.45, -.1, 1.62), (-.5, .15, -1.66)),    # orbit: wall and rim,
+    ("face", "hollow", (3.3, 6.9, -3.0), (1.92, 2.8, 1.8), (8, 0, -20), (.43, -.1, 1.53), (-.47, .14, -1.55)),  # hollow, fat; roof
+    ("face", "fat",    (3.2, 6.6, -3.0), (1.85, 2.3, 1.73), (8, 0, -20), (.41, -.1, 1.47), (-.45, .13, -1.49)),  # and floor slope
     ("face", "bone",   (3.9, 4.4, -3.3), (.16, 2.2, 1.9), (0, 0, -35)),     # greater wing of the sphenoid
     ("face", "void",   (1.1, 8.0, -.7), (1.1, .35, .9), (0, 15, 0)),        # frontal sinus
     ("face", "bone",   (.9, 5.4, -3.1), (.85, 2.0, 1.4), (0, 0, 0)),        # ethmoid and its cells
     ("face", "sinus",  (.9, 5.4, -3.1), (.65, 1.8, 1.2), (0, 0, 0)),
     ("face", "bone",   (0, 2.8, -4.8), (2.3, 1.5, 1.0), (-20, 0, 0)),       # sphenoid and its sinus
     ("face", "sinus",  (.75, 3.0, -4.8), (.65, 1.1, .75), (-20, 0, 0)),
-    ("face", "bone",   (2.6, 6.0, -5.7), (1.5, 2.2, 1.75), (-12, 20, 15)),  # maxilla and its sinus
-    ("face", "sinus",  (2.6, 5.9, -5.6), (1.3, 1.9, 1.5), (-12, 20, 15)),
+    ("face", "bone",   (2.6, 6.0, -5.7), (1.5, 2.2, 1.85), (-12, 20, 15), (-.25, .1, 1.45), (.85, .8, -.85)),  # maxilla and its sinus
+    ("face", "sinus",  (2.6, 5.9, -5.6), (1.3, 1.9, 1.6), (-12, 20, 15), (-.22, .1, 1.2), (.72, .65, -.72)),
     ("face", "root",   (0, 6.4, -7.2), (2.6, 2.1, .6), (0, 0, 0)),         # alveolar ridge, hard palate
     ("face", "bone",   (0, 4.6, -6.9), (2.2, 2.6, .12), (0, 0, 0)),
     ("face", "air",    (0, 6.6, -5.3), (1.15, 3.0, 1.9), (0, 0, 0)),        # nasal cavity, septum, turbinates
@@ -173,9 +179,9 @@ def build_parts():
         nonlocal twins
         cuts = (tuple(cuts) + (no_cut, no_cut))[:2]
         for side in (1., -1.) if centre[0] > 0 else (1.,):
-            flip = np.diag([side, 1., 1.])
+            flip, mirror = np.diag([side, 1., 1.]), np.array([side, 1., 1., 1.])
             parts.append(dict(group=group, fill=FILL_NAMES.index(fill), centre=flip @ np.array(centre, float), axes=axes,
-                              rotation=flip @ rotation @ flip, length=length, cuts=cuts, depth=depth, pair=twins, side=side))
+                              rotation=flip @ rotation @ flip, length=length, cuts=cuts * mirror, depth=depth, pair=twins, side=side))
         twins += 1
 
     eye = np.eye(3)
@@ -185,9 +191,11 @@ def build_parts():
     for fill, depth in VAULT_LAYERS:
         add("vault", fill, VAULT_CENTRE, VAULT_FRONT, eye, cuts=(FRONT, ABOVE), depth=depth)
         add("vault", fill, VAULT_CENTRE, VAULT_BACK, eye, cuts=(BACK,), depth=depth)
+    for fill, depth in (VAULT_LAYERS[0], VAULT_LAYERS[-1]):                               # the two hollows under the temporal lobes
+        add("vault", fill, (2.9, 2.4, -4.55), (2.4, 3.6, 1.9), euler((BASE, 0, 0)), cuts=(BELOW,), depth=depth)
     more_ellipsoids, more_capsules = spine()
-    for group, fill, centre, axes, tilt in ELLIPSOIDS + more_ellipsoids + teeth():
-        add(group, fill, centre, axes, euler(tilt))
+    for group, fill, centre, axes, tilt, *ends in ELLIPSOIDS + more_ellipsoids + teeth():
+        add(group, fill, centre, axes, euler(tilt), cuts=[beyond(centre, end) for end in ends])
     for group, fill, a, b, radii in CAPSULES + more_capsules + vault_lines():
         a, b = np.array(a, float), np.array(b, float)
         along = (b - a) / np.linalg.norm(b - a)
@@ -226,7 +234,6 @@ SYNTHETIC = Prior(turns=((1., 0, 14),), tilt=(-3, 8), roll=(4, 11), field=(10.5,
 REAL = Prior(turns=((.7, -58, 17), (.3, 58, 17)), tilt=(3, 9), roll=(14, 14), field=(9.8, 11.5), shift=1., skin=(.3, .8), ears=.2, spread=.7)
 OWN_PRIOR = {"synthetic-low": SYNTHETIC, "synthetic-high": dataclasses.replace(SYNTHETIC, roll=(-6, 10), tilt=(-6, 8)), "real-low": REAL,
              "real-normal": REAL, "real-exposure": dataclasses.replace(REAL, roll=(4, 9), shift=.5, field=(10., 11.5))}
-SHARED_SHARE = .9                   # of each domain's training heads comes from the shared prior: domains overlap, or nothing could be learnt
 SOURCE_DISTANCE = 75.       # cm from the X-ray source to the isocentre plane, in which pixels are measured
 
 
@@ -239,15 +246,22 @@ def derive_seed(*keys):
     return (state ^ state >> 29) >> 1
 
 
+def population(seed, domain, shift):
+    """The prior of training head `seed`: the domain's own for a share `shift` of the seeds, else None, the one that all domains share."""
+    return domain if derive_seed(seed, "population") < shift * 2**63 else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """One anatomy, pose and frame, deterministic in (seed, prior); prior None is the prior that all domains share.
+    """One anatomy, pose and frame, deterministic in (seed, prior, anatomy).
 
+    prior: a domain with a population of its own, None for the one that all share. anatomy: the seed of the body, if not the head's own.
     Camera coordinates: pixel (u, v) of the isocentre plane, third axis away from the source at (0, 0, -SOURCE_DISTANCE); cm.
     matrix (K, 3, 3) takes camera space to each part's own space, centre (K, 3), cuts (K, 2, 4); field: half the frame's side.
     """
     seed: int
     prior: str | None = None
+    anatomy: int | None = None
     matrix: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
     centre: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
     cuts: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
@@ -258,10 +272,9 @@ class Head:
         if self.prior is not None:
             check_domain(self.prior)
         object.__setattr__(self, "seed", int(self.seed))                                  # numpy integers would hash differently
-        rng = np.random.default_rng(derive_seed(self.seed, "head", self.prior))
-        own = self.prior is not None and rng.random() >= SHARED_SHARE
-        prior = OWN_PRIOR[self.prior] if own else SHARED
-        anatomy = vary(rng, prior)
+        prior, person = OWN_PRIOR.get(self.prior, SHARED), self.seed if self.anatomy is None else int(self.anatomy)
+        anatomy = vary(np.random.default_rng(derive_seed(person, "anatomy", self.prior)), prior)
+        rng = np.random.default_rng(derive_seed(self.seed, "view", self.prior))
         turn = prior.turns[rng.choice(len(prior.turns), p=[w for w, _, _ in prior.turns])]
         view = tuple(m + s * float(np.clip(rng.standard_normal(), -2, 2)) for m, s in (turn[1:], prior.tilt, prior.roll))
         field = rng.uniform(*prior.field)
@@ -274,7 +287,7 @@ class Head:
 
 def vary(rng, prior):
     """Draw one anatomy: the parts' matrix (K, 3, 3), centre (K, 3) and cuts (K, 2, 4) in head coordinates, cm."""
-    p, spread, n = PARTS, prior.spread, PARTS["pair"][-1] + 1
+    p, spread, n, cuts = PARTS, prior.spread, PARTS["pair"][-1] + 1, PARTS["cuts"].copy()
     normal = lambda *shape: np.clip(rng.standard_normal(shape), -2.2, 2.2)
     rigid = np.isin(p["group"], ("vault", "skin"))[:, None]  # nested surfaces must stay nested
     shift = .07 * spread * normal(n, 3)[p["pair"]] * np.stack([p["side"]] + [np.ones(len(p["side"]))] * 2, 1)
@@ -286,8 +299,6 @@ def vary(rng, prior):
     skin = rng.uniform(*prior.skin)
     depth = p["depth"][:, None]
     axes = axes - np.maximum(depth, 0) * thickness + np.maximum(-depth, 0) * skin
-    cuts = p["cuts"].copy()
-    cuts[:, 1, 3] -= np.maximum(p["depth"], 0) * .4                                   # the floor of the skull has a thickness too
     axes[p["group"] == "ear"] *= 1. if rng.random() < prior.ears else 1e-3
 
     rotation = p["rotation"]
@@ -300,6 +311,7 @@ def vary(rng, prior):
     face = np.isin(p["group"], ("face", "jaw", "teeth"))[:, None]                      # long and short, broad and narrow faces
     stretch = 1 + (np.array([.03, 0., .09]) + spread * np.array([.04, .0, .05]) * normal(3)) * face
     centre = (centre - (0, 0, -2.)) * stretch + (0, 0, -2.)
+    cuts[:, :, 3] += (cuts[:, :, :3] * (face * (centre - p["centre"]))[:, None]).sum(2)  # cuts of the face move with their part
     size = 1 + spread * (np.array([.035, .035, .035]) * normal(3) + .02 * normal(1))
     matrix = np.swapaxes(rotation, 1, 2) / axes[:, :, None] / (size * stretch)[:, None, :]
     cuts[:, :, :3] /= size
@@ -428,10 +440,7 @@ def capsule_spans(part, u, v, du, dv, cuts=0):
 
 @contextlib.contextmanager
 def one_thread():
-    """Run on one CPU thread: these are thousands of small operations, which threads only slow down, on a busy machine thirtyfold.
-
-    It also makes the bytes independent of the number of threads. To use more cores, render in more processes.
-    """
+    """Run on one CPU thread: threads slow these thousands of small operations down, and would change the bytes. Use more processes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -519,11 +528,8 @@ def check_domain(domain):
 
 
 def each(function, x):
-    """function(x), one image of x (B, 1, H, W) at a time on a CPU.
-
-    There the vector loop of exp or log and the scalar loop that finishes an array may round differently, so that an image's bytes would
-    depend on its place in the batch.
-    """
+    """function(x), one image of x (B, 1, H, W) at a time on a CPU: there exp and log round differently at the end of an array, so that an
+    image's bytes would depend on its place in the batch."""
     return function(x) if x.is_cuda or len(x) == 1 else torch.stack([function(image) for image in x])
 
 
@@ -680,31 +686,25 @@ def render(heads, domain, size, noise=True, exposure=0, device="cpu"):
 
 def main(argv=None):
     """python -m minimedshift.phantom FILE: draw each domain's own heads, and one head in all domains."""
-    import io
     import sys
 
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from PIL import Image
-
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) != 1 or argv[0].startswith("-"):
         print("usage: python -m minimedshift.phantom FILE.png", file=sys.stderr)
         return 2
     own = [Head(seed, domain) for seed, domain in zip((2, 4, 1, 1, 4), DOMAINS)]
-    rows = [("each domain's\ntraining heads", own), ("one head\nin all domains", [Head(37)] * 5)]
+    rows = [("a head of each\ndomain's own", own), ("one head\nin all domains", [Head(37)] * 5)]
     figure, axes = plt.subplots(2, 5, figsize=(12.8, 5.4), layout="constrained")
     for i, (line, (title, heads)) in enumerate(zip(axes, rows)):
         for ax, domain, image in zip(line, DOMAINS, render(heads, DOMAINS, 256)[:, 0]):
             ax.imshow(image, cmap="gray", vmin=-1, vmax=1)
-            ax.set(xticks=[], yticks=[])
-            if i == 0:
-                ax.set_title(domain)
+            ax.set(xticks=[], yticks=[], title="" if i else domain)
         line[0].set_ylabel(title)
     figure.supxlabel("Every picture is simulated, those of the real domains too.", fontsize=10)
-    figure.savefig(buffer := io.BytesIO(), dpi=100)
-    Image.open(buffer).convert("L").save(argv[0], optimize=True)
+    figure.savefig(argv[0], dpi=100, pil_kwargs=dict(optimize=True))
     return 0
 
 

@@ -2,8 +2,9 @@
 
     python -m minimedshift.study moons      eight Gaussians to two moons, in the plane, where the error can be measured
     python -m minimedshift.study phantom    the head phantom, every coupling and a few sigma at equal steps
+    python -m minimedshift.study rivals     MedShift and everything it is compared with, at two population shifts: the README's first table
 
-Each run leaves OUT/STUDY/RUN.json, and the whole OUT/STUDY/table.md. A run that has its result is not run again: stop and start at will.
+Each run leaves its result in OUT/STUDY, and the whole OUT/STUDY/table.md. A run that has its result is not run again: stop and start at will.
 """
 
 import json
@@ -12,27 +13,31 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from . import UserError, data, evaluate, flag, parse, run, sampler
-from .checkpoint import load_model
+from . import UserError, data, evaluate, flag, parse, rivals, run, sampler, simulated, tables, whole
+from .checkpoint import load, load_model
 from .coupling import assign, couple
 from .flow import draw_noise
 from .flow import loss as flow_loss
+from .machine import pick_formats
+from .model import PRESETS, UNet
 
 
 @dataclass(frozen=True)
 class Config:
-    study: str = flag(None, "moons or phantom", "positional")
+    study: str = flag(None, "moons, phantom or rivals", "positional")
     out: str = flag("out/study", "folder of the results", "study")
     only: str = flag("", "runs to make, separated by semicolons (default: all)", "study")
     seeds: int = flag(1, "seeds of each run", "study")
-    steps: int = flag(0, "optimizer steps of each run; 0 is 2000 for moons, 600 for phantom", "study")
+    steps: int = flag(0, "optimizer steps of each run; 0 is 2000 for moons, 600 for phantom, the preset's for rivals", "study")
     heads: int = flag(64, "validation heads of the phantom's main pair", "study")
+    shifts: str = flag("0.1,0.55", "population shifts of the study of rivals", "study")
 
 
 # ---------------------------------------------------------------- in the plane
@@ -131,33 +136,57 @@ PHANTOM = {
 }
 
 
-def phantom_run(name, seed, steps, heads, folder):
-    """`train.py` with the flags of PHANTOM[name], then everything measured on validation heads."""
-    flags = [*PHANTOM[name].split(), "--steps", str(steps), "--seed", str(seed), "--no-evaluate", "--out", str(folder)]
-    script = Path(__file__).parents[1] / "train.py"
-    status = subprocess.run([sys.executable, str(script), *flags, *["--resume"] * (folder / "checkpoint.pt").exists()]).returncode
+def train(flags, folder):
+    """`train.py` with these flags into a folder; goes on where it was stopped."""
+    command = [sys.executable, str(Path(__file__).parents[1] / "train.py"), *flags, "--no-evaluate", "--out", str(folder)]
+    status = subprocess.run(command + ["--resume"] * (folder / "checkpoint.pt").exists()).returncode
     if status:
         raise KeyboardInterrupt if status == 130 else UserError(f"train.py {' '.join(flags)} ended with status {status}")
+
+
+def phantom_run(name, seed, steps, heads, folder):
+    """`train.py` with the flags of PHANTOM[name], then everything measured on validation heads."""
+    flags = [*PHANTOM[name].split(), "--steps", str(steps), "--seed", str(seed)]
+    train(flags, folder)
     model, state = load_model(folder / "checkpoint.pt")
     c = state["config"]
-    dataset = data.phantom_set(state["image"]["size"], c["train_images"], c["valid_heads"], c["test_heads"], c["seed"], c["shift"])
-    dataset = replace(dataset, test=dataset.valid)  # nothing here may see a test head
+    dataset = simulated.phantom_set(state["image"]["size"], c["train_images"], c["valid_heads"], c["test_heads"], c["seed"], c["shift"])
     how = {key: value for key, value in state["translate"].items() if key != "tau"}
     rows = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()[1:]]
     mean = lambda column: float(np.mean([float(row[column]) for row in rows]))
-    result = dict(name=name, seed=seed, steps=steps, flags=" ".join(flags[:-2]), loss=float(np.mean([float(row[1]) for row in rows[-100:]])),
+    result = dict(name=name, seed=seed, steps=steps, flags=" ".join(flags), loss=float(np.mean([float(row[1]) for row in rows[-100:]])),
                   entropy=mean(3), cost=mean(4), coupling_share=mean(6) * len(rows) / float(rows[-1][7]))
-    pair, _ = evaluate.main_pair(model, dataset, (.1, .4), how, heads=heads)
-    result["pair"] = {tau: {key: row[key] for key in ("structure", "noise", "gap_closed")} for tau, row in pair["medshift"].items()}
-    pairs, result["same_head"] = evaluate.all_pairs(model, dataset, .4, how, heads=16)
-    result["mean_gap_closed"] = float(np.mean([row["gap_closed"] for row in pairs.values() if row["gap_closed"] is not None]))
-    result["noise_right"] = sum(.5 <= row["noise"] <= 2 for row in pairs.values())
-    if model.shape.score:
-        pair, _ = evaluate.main_pair(model, dataset, (.1, .4), dict(how, solver="sde", steps=20, end=1.0), heads=heads)  # at t < 1 a bridge is not yet rid of its noise
-        result["sde"] = {tau: {key: row[key] for key in ("structure", "noise", "gap_closed")} for tau, row in pair["medshift"].items()}
+    result["pair"] = main_pair(model, dataset, how, heads)
+    _, means = evaluate.all_pairs([method := network(model, how)], {method.name: .4}, lambda s: dataset.valid, dataset.domains,
+                                  curve_of(dataset), 16, "cpu")
+    mean = means[method.name]
+    result.update(same_head=mean["same_head"], mean_gap_closed=mean["gap_closed"], noise_right=mean["noise_right"])
+    if model.shape.score:  # at t < 1 a bridge is not yet rid of its noise: to the end
+        result["sde"] = main_pair(model, dataset, dict(how, solver="sde", steps=20, end=1.0), heads)
     result["evaluations"] = evaluations_needed(model, dataset, how)
     result["straightness"] = straightness(model, how, dataset)
     return result
+
+
+def network(model, how):
+    """The evaluation's Method of a trained network."""
+    return evaluate.with_network(model, dict(how, tau=.4))[0]
+
+
+def curve_of(dataset):
+    """The evaluation's Method that is the best grey-value curve."""
+    return next(method for method in evaluate.without_network(dataset) if method.name == "curve")
+
+
+def main_pair(model, dataset, how, heads, taus=(.1, .4)):
+    """{tau: structure, noise, gap closed} of the main pair on validation heads: nothing here may see a test head."""
+    s, t = evaluate.main_domains(dataset.domains)
+    q = evaluate.question(dataset.valid, s, t, heads, "cpu")
+    limits, method, found = evaluate.bounds(curve_of(dataset), q), network(model, how), {}
+    for tau in taus if how["x0"] == "noise" else (0.0,):
+        row = evaluate.score(q, evaluate.answer(method, q, tau)[0], *limits)
+        found[tau] = {key: row[key] for key in ("structure", "noise", "gap_closed")}
+    return found
 
 
 @torch.no_grad()
@@ -165,7 +194,7 @@ def evaluations_needed(model, dataset, how, tau=.4, heads=8, share=.05):
     """The fewest evaluations with which a translation of the main pair is within `share` of its solution with 60 Heun steps a leg: root mean
     square difference over that between this solution and the source. None if 24 steps a leg do not do."""
     s, t = (dataset.domains.index(name) for name in evaluate.MAIN)
-    x1 = evaluate.load(dataset.test.images[:heads, s], "cpu")
+    x1 = evaluate.load(dataset.valid.images[:heads, s], "cpu")
     solve = lambda steps: sampler.translate(model, x1, s, t, tau, **{**how, "solver": "heun", "steps": steps})
     solution = solve(60)
     rms = lambda x: x.square().mean().sqrt().item()
@@ -210,15 +239,133 @@ def phantom_table(results):
     return lines
 
 
+# ---------------------------------------------------------------- the rivals
+
+NETWORKS = {
+    "medshift": "",
+    "sdedit": "--coupling independent --colour 0 --end 1",
+    "bridge": "--coupling exact --x0 image",
+}
+ONE_PAIR = {"pair": 10, "pair-long": 1}  # one network for the main pair: its share of the steps, were there one for each of ten pairs, and all
+PAIRED_HEADS = 2000  # of the supervised ceiling: as many as MedShift has training images in a domain
+
+
+def rivals_run(shift, seed, steps, folder):
+    """Train MedShift and every learned rival at one population shift, then evaluate them all: results.json in folder/evaluation."""
+    common = ["--shift", f"{shift:g}", "--seed", str(seed)] + ["--steps", str(steps)] * bool(steps)
+    for name, flags in NETWORKS.items():
+        train_once([*flags.split(), *common], folder / name)
+    checkpoint = folder / "medshift" / "checkpoint.pt"
+    state = load(checkpoint)
+    seconds = float((folder / "medshift" / "log.csv").read_text().splitlines()[-1].split(",")[-1])
+    total = state["step"]
+    for name, share in ONE_PAIR.items():
+        train_once(["--domains", ",".join(evaluate.MAIN), "--shift", f"{shift:g}", "--seed", str(seed), "--steps", str(total // share)], folder / name)
+    config = state["config"]
+    dataset = simulated.phantom_set(state["image"]["size"], config["train_images"], config["valid_heads"], config["test_heads"], seed, shift)
+    train_rivals(dataset, folder, seconds, seed)
+    evaluate.main(["--checkpoint", str(checkpoint), "--rivals", str(folder), "--out", str(folder / "evaluation")])
+    evaluate.write_json(folder / "one_pair.json", one_network_or_many(folder, dataset))
+
+
+def train_once(flags, folder):
+    """`train`, unless that run is done."""
+    if not (folder / "done").exists():
+        train(flags, folder)
+        (folder / "done").write_text("")
+
+
+def train_rivals(dataset, folder, seconds, seed):
+    """The adversarial rival and the supervised ceiling of the main pair, about as long as MedShift was trained: each into its file."""
+    s, t = evaluate.main_domains(dataset.domains)
+    pair = dataset.domains[s], dataset.domains[t]
+    dtype = pick_formats("auto", torch.device("cpu"))[0]
+    if not (folder / "adversarial-back.pt").exists():
+        two = partial(rivals.adversarial, dataset.train[s], dataset.train[t], seed=seed, dtype=dtype)
+        steps = rivals.steps_within(seconds, partial(two, progress=lambda line: None))
+        print(f"adversarial rival, both ways: {steps} steps", flush=True)
+        forth, back = two(steps)
+        rivals.save(folder / "adversarial.pt", forth, pair)
+        rivals.save(folder / "adversarial-back.pt", back, pair[::-1])
+    if not (folder / "supervised.pt").exists():
+        first = simulated.first_seed(seed, "supervised")
+        heads = [simulated.phantom.Head(first + i) for i in range(PAIRED_HEADS)]
+        source = simulated.phantom.render(heads, pair[0], dataset.size).numpy()
+        target = simulated.phantom.render(heads, pair[1], dataset.size, noise=False).numpy()
+        shape = replace(PRESETS["cpu"][1], num_domains=len(dataset.domains), channels=dataset.channels)
+
+        def learn(steps, progress=print):
+            torch.manual_seed(seed)
+            return rivals.supervised(UNet(shape), source, target, t, steps, batch_size=16, seed=seed, dtype=dtype, progress=progress)
+
+        steps = rivals.steps_within(seconds, partial(learn, progress=lambda line: None))
+        print(f"supervised ceiling: {steps} steps", flush=True)
+        rivals.save(folder / "supervised.pt", learn(steps), pair, t)
+
+
+def one_network_or_many(folder, dataset, heads=128):
+    """{network: {direction: numbers}}: one network for all domains beside one for the main pair, tau chosen on validation heads."""
+    found = {}
+    for name in ("medshift", *ONE_PAIR):
+        model, state = load_model(folder / name / "checkpoint.pt")
+        some = data.only(dataset, state["domains"])
+        for pair in (evaluate.MAIN, evaluate.MAIN[::-1]):
+            s, t = evaluate.main_domains(some.domains, *pair)
+            method, curve = evaluate.with_network(model, state["translate"])[0], curve_of(some)
+            asked, q = (evaluate.question(pairs, s, t, heads, "cpu") for pairs in (some.valid, some.test))
+            tau = evaluate.best(evaluate.choose(method, [asked], [evaluate.bounds(curve, asked)]))
+            row = evaluate.score(q, evaluate.answer(method, q, tau)[0], *evaluate.bounds(curve, q))
+            numbers = {key: row[key] for key in ("structure", "noise", "gap_closed", "gap_interval")}
+            found.setdefault(name, {})[" -> ".join(pair)] = dict(steps=state["step"], tau=tau, **numbers)
+    return found
+
+
+def rivals_table(found):
+    """Markdown: the evaluations of all shifts side by side, then one network for all domains against one for the pair."""
+    lines = tables.joint([evaluation for evaluation, _ in found]).splitlines()
+    lines += ["", "| S | network | steps | direction | tau | gap closed (95%) | noise |", "|---|---|---|---|---|---|---|"]
+    names = {"medshift": "one for all domains", "pair": "one for this pair, a tenth of the steps", "pair-long": "one for this pair, all the steps"}
+    for evaluation, pairs in found:
+        for network, directions in pairs.items():
+            for direction, row in directions.items():
+                lines.append(f"| {evaluation['shift']:g} | {names[network]} | {row['steps']} | {direction} | {row['tau']:g} | {tables.gap(row)} | {row['noise']:.2f} |")
+    return lines
+
+
 # ---------------------------------------------------------------- the command
 
 STUDIES = {"moons": (MOONS, moons_table, 2000), "phantom": (PHANTOM, phantom_table, 600)}
 
 
+def main_rivals(c):
+    """The study of rivals: its flags are checked before anything is trained."""
+    try:
+        shifts = [float(shift) for shift in c.shifts.split(",")]
+    except ValueError:
+        shifts = [-1.0]
+    if not all(0 <= shift <= 1 for shift in shifts) or c.seeds != 1 or c.only:
+        raise UserError("the study of rivals takes --shifts, numbers in [0, 1] separated by commas; not --seeds and --only")
+    out = Path(c.out) / "rivals"
+    out.mkdir(parents=True, exist_ok=True)
+    found = []
+    for shift in shifts:
+        folder = out / f"shift-{shift:g}"
+        if not (folder / "one_pair.json").exists():
+            rivals_run(shift, 0, c.steps, folder)
+        found.append([json.loads((folder / name).read_text()) for name in ("evaluation/results.json", "one_pair.json")])
+    lines = rivals_table(found)
+    with whole(out / "table.md") as work:
+        work.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    return 0
+
+
 def main(argv=None):
     c = parse(Config, __doc__, argv)
-    if c.study not in STUDIES:
-        raise UserError(f"name a study: {' or '.join(STUDIES)} (found {c.study or 'none'})")
+    if c.study not in (*STUDIES, "rivals"):
+        raise UserError(f"name a study: {', '.join(STUDIES)} or rivals (found {c.study or 'none'})")
+    if c.study == "rivals":
+        return main_rivals(c)
     runs, table, steps = STUDIES[c.study]
     names = [name.strip() for name in c.only.split(";")] if c.only else list(runs)
     for name in names:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minimedshift import UserError, data, phantom
+from minimedshift import UserError, data
 
 rng = np.random.default_rng(0)
 noise = lambda *shape: rng.integers(0, 256, shape, dtype=np.uint8)
@@ -105,87 +105,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, mon
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
-# ---------------------------------------------------------------- the simulated set
-
-SMALL = dict(size=16, train_images=10, valid_heads=2, test_heads=3, progress=False)
-
-
-@pytest.fixture(scope="module")
-def simulated(tmp_path_factory):
-    return data.phantom_set(**SMALL, cache=tmp_path_factory.mktemp("cache"))
-
-
-def arrays(dataset):
-    return [np.stack(dataset.train)] + [getattr(pairs, kind) for pairs in (dataset.valid, dataset.test) for kind in data.KINDS]
-
-
-def test_the_set_holds_what_the_simulator_renders(simulated):
-    assert simulated.domains == tuple(phantom.DOMAINS) and simulated.channels == 1
-    assert np.stack(simulated.train).shape == (5, 2, 1, 16, 16) and simulated.test.images.shape == (3, 5, 1, 16, 16)
-    for split, pairs in (("valid", simulated.valid), ("test", simulated.test)):
-        head = phantom.Head(data.phantom_seeds(0, split) + 1)
-        for d, domain in enumerate(phantom.DOMAINS):
-            for kind, how in (("images", {}), ("truth", dict(noise=False)), ("second", dict(exposure=1))):
-                torch.testing.assert_close(torch.tensor(getattr(pairs, kind)[1, d]), phantom.render([head], domain, 16, **how)[0].half())
-    for d, domain in enumerate(phantom.DOMAINS):
-        head = phantom.Head(data.phantom_seeds(0, "train", d) + 1, prior=domain)
-        torch.testing.assert_close(torch.tensor(simulated.train[d][1]), phantom.render([head], domain, 16)[0].half())
-
-
-def test_two_builds_are_the_same_bytes_in_one_process_or_three(simulated, tmp_path, monkeypatch):
-    monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
-    monkeypatch.setattr(data, "BIG", 0)
-    started = []
-    apart = data.render_apart
-    monkeypatch.setattr(data, "render_apart", lambda folder, parts, arguments: started.append(parts) or apart(folder, parts, arguments))
-    again = data.phantom_set(**SMALL, cache=tmp_path)
-    assert started == [3]
-    for a, b in zip(arrays(simulated), arrays(again)):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_no_head_is_in_two_domains_or_two_splits(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(data.phantom, "Head", lambda seed, prior=None: seen.append(seed) or seed)
-    for name in ("render", "picture", "project"):
-        monkeypatch.setattr(data.phantom, name, lambda heads, *_, **__: torch.zeros(len(heads), 1, 8, 8))
-    monkeypatch.setattr(data, "BIG", 10**9)
-    data.phantom_set(8, 5 * 300, 70, 130, seed=3, cache=tmp_path, progress=False)
-    assert len(seen) == len(set(seen)) == 5 * 300 + 70 + 130
-    first = set(seen)
-    data.phantom_set(8, 5 * 300, 70, 130, seed=4, cache=tmp_path, progress=False)
-    assert len(set(seen) - first) == len(first)
-
-
-def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
-    def stop(*_, **__):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as m:
-        m.setattr(data.phantom, "render", stop)
-        with pytest.raises(KeyboardInterrupt):
-            data.phantom_set(**SMALL, cache=tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_cache_key_holds_everything_that_matters(monkeypatch):
-    contents, source = [], data.inspect.getsource
-
-    def note(root, name, content, build):
-        contents.append(json.dumps([name, content]))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(data, "cached", note)
-    variants = [{}, dict(size=32), dict(train_images=20), dict(valid_heads=3), dict(test_heads=4), dict(seed=1), dict(shift=False)]
-    for change in variants + ["source", "torch"]:
-        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-            if change == "source":
-                m.setattr(data.inspect, "getsource", lambda part: source(part) + "# edited")
-            if change == "torch":
-                m.setattr(torch, "__version__", "9.9")
-            data.phantom_set(**{**SMALL, **(change if isinstance(change, dict) else {})})
-    assert len(set(contents)) == len(contents) == 9
-
+# ---------------------------------------------------------------- the cache
 
 def test_two_builds_at_once_both_end_with_the_whole_set(tmp_path):
     both, found = threading.Barrier(2), []
@@ -223,6 +143,17 @@ def test_a_batch_has_the_images_of_its_labels_and_depends_on_the_generator_alone
     for d, n in enumerate((7, 11, 3)):  # every image, each about equally often
         counts = torch.bincount((x1[y == d, 0, 0, 0] % 1 * 64).round().long(), minlength=n)
         assert len(counts) == n and (counts - counts.sum() / n).abs().max() < 5 * (counts.sum() / n).sqrt()
+
+
+def test_a_set_of_some_domains_has_their_images_in_the_order_asked_for():
+    train = [np.full((2, 1, 4, 4), d, np.float16) for d in range(3)]
+    pairs = data.Pairs(np.arange(3, dtype=np.float16).reshape(1, 3, 1, 1, 1), decoys=np.arange(3, dtype=np.float16).reshape(1, 1, 3, 1, 1, 1))
+    some = data.only(data.Dataset(("a", "b", "c"), 4, 1, train, train, None, pairs), ["c", "a"])
+    assert some.domains == ("c", "a") and [x.mean() for x in some.train] == [2, 0] and [x.mean() for x in some.held_out] == [2, 0]
+    assert some.test.images.flatten().tolist() == some.test.decoys.flatten().tolist() == [2, 0] and some.test.truth is None and some.valid is None
+    for wrong in (["a"], ["a", "a"], ["a", "x"], ["a", ""]):
+        with pytest.raises(UserError, match="--domains"):
+            data.only(some, wrong)
 
 
 # ---------------------------------------------------------------- folders

@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -12,7 +13,8 @@ def noise(*shape, seed=0):
 
 
 def heads(count=4, size=64, air=1.0, head=-.2, halo=False):
-    """Soft-edged discs of different radius: a dark head in air, if asked with a bright halo around it as edge enhancement leaves it."""
+    """Soft-edged discs of different radius: a dark head in air, if asked with a bright halo as edge
+    enhancement leaves it."""
     a = torch.arange(size) - size / 2
     r = torch.sqrt(a[:, None] ** 2 + a ** 2)
     radius = torch.linspace(.3, .42, count)[:, None, None] * size
@@ -25,7 +27,7 @@ def heads(count=4, size=64, air=1.0, head=-.2, halo=False):
 def test_low_pass_is_the_gaussian_transfer_function():
     size, width = 64, 1.5
     for m in (0, 3, 10, 25, 40):
-        w = math.pi * m / (size - 1)                            # this wave is even about both edges: reflection changes nothing
+        w = math.pi * m / (size - 1)                            # even about both edges: reflection is exact
         x = torch.cos(w * torch.arange(size)).expand(1, 1, size, size)
         expected = math.exp(-w ** 2 * width ** 2 / 2)
         assert_close(metrics.low_pass(x, width), x * expected, atol=1e-4, rtol=0)
@@ -46,7 +48,8 @@ def test_psnr_has_its_closed_form():
     x = noise(3, 2, 16, 16).clamp(-1, 1)
     offset = torch.tensor([.01, .1, 1.0])[:, None, None, None]
     assert_close(metrics.psnr(x + offset, x), torch.tensor([46.0206, 26.0206, 6.0206]), atol=1e-3, rtol=0)
-    assert_close(metrics.psnr(x + offset, x, data_range=1), torch.tensor([40.0, 20.0, 0.0]), atol=1e-3, rtol=0)
+    expected = torch.tensor([40.0, 20.0, 0.0])
+    assert_close(metrics.psnr(x + offset, x, data_range=1), expected, atol=1e-3, rtol=0)
 
 
 def test_ssim_is_the_double_loop():
@@ -60,8 +63,10 @@ def test_ssim_is_the_double_loop():
         for j in range(13 - 10):
             p, q = (z[0, 0, i:i + 11, j:j + 11].double() for z in (x, truth))
             mp, mq = (window * p).sum(), (window * q).sum()
-            vp, vq, cov = ((window * u * v).sum() for u, v in ((p - mp, p - mp), (q - mq, q - mq), (p - mp, q - mq)))
-            total += (2 * mp * mq + .02 ** 2) * (2 * cov + .06 ** 2) / ((mp ** 2 + mq ** 2 + .02 ** 2) * (vp + vq + .06 ** 2))
+            vp, vq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum()
+            cov = (window * (p - mp) * (q - mq)).sum()
+            below = (mp ** 2 + mq ** 2 + .02 ** 2) * (vp + vq + .06 ** 2)
+            total += (2 * mp * mq + .02 ** 2) * (2 * cov + .06 ** 2) / below
             count += 1
     assert_close(metrics.ssim(x, truth), (total / count).float()[None], atol=1e-5, rtol=0)
     assert_close(metrics.ssim(x, x), torch.ones(1))
@@ -73,13 +78,17 @@ def test_structure_sees_shape_and_not_fine_noise():
     fine, coarse = .1 * noise(*truth.shape), metrics.low_pass(noise(*truth.shape, seed=1), 5.0)
     coarse = .1 * coarse / coarse.square().mean().sqrt()
     # white noise of variance s^2 keeps s^2 / (4 pi width^2) after the low-pass; coarse noise keeps nearly all
-    assert_close(metrics.structure_mse(truth + fine, truth).mean(), torch.tensor(.01 / (4 * math.pi * 1.5 ** 2)), rtol=.1, atol=0)
+    expected = torch.tensor(.01 / (4 * math.pi * 1.5 ** 2))
+    assert_close(metrics.structure_mse(truth + fine, truth).mean(), expected, rtol=.1, atol=0)
     assert metrics.structure_mse(truth + coarse, truth).mean() > .008
     E = metrics.structure_mse(truth + fine, truth)
     assert_close(metrics.structure(truth + fine, truth), 10 * torch.log10(4 / E))
 
 
-@pytest.mark.parametrize("look", [dict(), dict(air=.5, halo=True), dict(air=.3, head=-.8, halo=True)], ids=["white", "grey", "dark"])
+LOOKS = [dict(), dict(air=.5, halo=True), dict(air=.3, head=-.8, halo=True)]
+
+
+@pytest.mark.parametrize("look", LOOKS, ids=["white", "grey", "dark"])
 def test_flat_region_lies_in_the_head_off_its_edges(look):
     truth, disc = heads(**look)
     rim = metrics.high_pass(truth).abs() > .01
@@ -91,12 +100,41 @@ def test_flat_region_lies_in_the_head_off_its_edges(look):
     assert (share > .15).all() and (share < .6).all()
 
 
-@pytest.mark.parametrize("look", [dict(), dict(air=.5, halo=True)], ids=["white", "grey"])
+# ---------------------------------------------------------------- noise
+
+def textured(count=32, look=None):
+    """Heads with fine texture, images of them with noise: (truth, smooth truth, images)."""
+    smooth, disc = heads(count=count, **(look or {}))
+    truth = smooth + .04 * noise(*smooth.shape, seed=7) * disc
+    return truth, smooth, truth + .03 * noise(*smooth.shape, seed=1)
+
+
+@pytest.mark.parametrize("look", LOOKS[:2], ids=["white", "grey"])
 @pytest.mark.parametrize("factor", [0.0, .5, 1.0, 2.0])
 def test_noise_ratio_recovers_a_ratio_of_variances(look, factor):
-    truth, _ = heads(count=32, **look)
-    images, x = truth + .03 * noise(*truth.shape, seed=1), truth + factor * .03 * noise(*truth.shape, seed=2)
-    assert metrics.noise_ratio(x, images, truth) == pytest.approx(factor ** 2, rel=.08, abs=.02)
+    truth, smooth, images = textured(look=look)
+    fresh = factor * .03 * noise(*truth.shape, seed=2)
+    assert metrics.noise_ratio(truth + fresh, images, truth) == pytest.approx(factor ** 2, rel=.05, abs=1e-6)
+    # weaker texture, or none at all, is no noise either
+    for x in (.5 * (truth + smooth), smooth):
+        assert metrics.noise_ratio(x + fresh, images, truth) == pytest.approx(factor ** 2, rel=.08, abs=.02)
+
+
+def test_noise_ratio_of_the_target_itself_is_one_and_invented_texture_is_noise():
+    truth, smooth, images = textured()
+    assert metrics.noise_ratio(images, images, truth) == pytest.approx(1, abs=.02)
+    invented = smooth + .04 * noise(*truth.shape, seed=8)
+    assert metrics.noise_ratio(invented, images, truth) == pytest.approx((.04 / .03) ** 2, rel=.05)
+    both = invented + (images - truth)
+    assert metrics.noise_ratio(both, images, truth) == pytest.approx(1 + (.04 / .03) ** 2, rel=.05)
+
+
+def test_noise_of_a_truth_without_fine_detail():
+    flat, mask = torch.full((2, 1, 32, 32), .3), torch.ones(2, 1, 32, 32, dtype=torch.bool)
+    x = noise(2, 1, 32, 32)
+    assert_close(metrics.unexplained(x, torch.zeros_like(x), mask), x.double())
+    with pytest.raises(ValueError, match="equal the truth"):
+        metrics.noise_ratio(flat + x, flat, flat)
 
 
 def test_noise_ratio_ignores_what_happens_outside_the_head_and_smooth_errors():
@@ -105,9 +143,179 @@ def test_noise_ratio_ignores_what_happens_outside_the_head_and_smooth_errors():
     outside = metrics.F.max_pool2d(disc.float(), 9, stride=1, padding=4) < .5
     x = images + .2 * noise(*truth.shape, seed=2) * outside
     assert metrics.noise_ratio(x, images, truth) == pytest.approx(1, abs=.01)
-    assert metrics.noise_ratio(.1 + images, images, truth) == pytest.approx(1, abs=1e-3)
+    assert metrics.noise_ratio(.1 + images, images, truth) == pytest.approx(1, abs=.01)
     assert metrics.noise_ratio(metrics.low_pass(images), images, truth) < .2
 
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+def test_ring_powers_find_a_wave_at_its_frequency(size):
+    side, cycles = min(size), 6
+    y = torch.arange(size[0])[:, None].expand(size)
+    wave = torch.cos(2 * math.pi * cycles / size[0] * y)[None, None]
+    rings = metrics.ring_powers(wave)
+    assert len(rings) == side // 2 + 1 - side // 8
+    assert rings.argmax() + side // 8 == round(cycles * side / size[0])
+    # white noise of variance s^2 has s^2 per pixel at every frequency
+    white = .1 * noise(400, 1, *size)
+    expected = torch.full((len(rings),), .01 * size[0] * size[1]).double()
+    assert_close(metrics.ring_powers(white), expected, rtol=.03, atol=0)
+
+
+@pytest.mark.parametrize("power", [.25, 4.0])
+def test_spectrum_distance_of_white_noise_is_its_decibels(power):
+    truth, _ = heads(count=64)
+    images = truth + .03 * noise(*truth.shape, seed=1)
+    x = truth + power ** .5 * .03 * noise(*truth.shape, seed=2)
+    assert metrics.spectrum_distance(x, images, truth) == pytest.approx(abs(10 * math.log10(power)), abs=.1)
+    residuals = metrics.noise_residuals(x, images, truth, metrics.flat_region(truth))
+    own, right = (metrics.ring_powers(r) for r in residuals)
+    assert_close(10 * torch.log10(own / right), torch.full_like(own, 10 * math.log10(power)), atol=.5, rtol=0)
+
+
+def test_spectrum_distance_tells_grain_from_white_noise_of_the_same_power():
+    truth, smooth, _ = textured(count=64)
+
+    def grain(seed):
+        n = metrics.low_pass(noise(*truth.shape, seed=seed), .7)
+        return .03 * n / metrics.high_pass(n).std()
+
+    white = noise(*truth.shape, seed=4)
+    white = .03 * white / metrics.high_pass(white).std()
+    images = truth + grain(1)
+    assert metrics.spectrum_distance(images, images, truth) < .1
+    assert metrics.spectrum_distance(truth + grain(2), images, truth) < .5
+    assert metrics.noise_ratio(truth + white, images, truth) == pytest.approx(1, abs=.1)
+    assert metrics.spectrum_distance(truth + white, images, truth) > 4
+
+
+def test_spectrum_distance_of_noise_free_translations_is_the_floor():
+    truth, _, images = textured()
+    assert metrics.spectrum_distance(truth, images, truth) == pytest.approx(40)
+
+
+# ---------------------------------------------------------------- anatomy
+
+def test_same_head_is_nearest_to_its_own_truth():
+    truth = metrics.low_pass(noise(6, 1, 24, 24)) * 3
+    decoys = metrics.low_pass(noise(6 * 4, 1, 24, 24, seed=1)).view(6, 4, 1, 24, 24) * 3
+    x = truth + .1 * noise(6, 1, 24, 24, seed=2)
+    assert metrics.same_head(x, truth, decoys).tolist() == [True] * 6
+    x[2] = decoys[2, 3]                                          # head 2 became its last decoy
+    x[4] = .4 * truth[4] + .6 * decoys[4, 0]                     # head 4 more than half of its first
+    x[5] = .6 * truth[5] + .4 * decoys[5, 0]
+    assert metrics.same_head(x, truth, decoys).tolist() == [True, True, False, True, False, True]
+
+
+def spots(places, size=96):
+    """A head in the lower half, smooth and even about the frame's edges, with bright (+1) or dark (-1) spots
+    on it."""
+    a = torch.arange(size)
+    x = .4 + .6 * torch.cos(math.pi * a / (size - 1))[:, None].expand(size, size)
+    for row, column, sign in places:
+        x = x + sign * .5 * torch.exp(-((a[:, None] - row) ** 2 + (a - column) ** 2) / (2 * 1.5 ** 2))
+    return x[None, None]
+
+
+SPOTS = [(row, column, 1) for row in (63, 82) for column in (12, 36, 60, 84)]
+
+
+def test_fine_structure_of_the_truth_of_nothing_and_of_the_negative():
+    truth = spots(SPOTS)
+    assert metrics.fine_structure(truth, truth) == (1, 0)
+    assert metrics.fine_structure(torch.zeros_like(truth), truth) == (0, 0)
+    assert metrics.fine_structure(spots([]), truth) == (0, 0)
+    assert metrics.fine_structure(truth + .3, truth) == (1, 0)
+    recall, false = metrics.fine_structure(spots([(r, c, -1) for r, c, _ in SPOTS]), truth)
+    assert recall < .25 and false > .6                           # left: the dark ring round a bright spot
+
+
+def test_fine_structure_counts_lost_invented_and_moved_spots():
+    truth, six = spots(SPOTS), spots(SPOTS[:6])
+    recall, false = metrics.fine_structure(six, truth)
+    assert recall == pytest.approx(6 / 8, abs=.02) and false == 0
+    recall, false = metrics.fine_structure(truth, six)
+    assert recall == 1 and false == pytest.approx(2 / 8, abs=.02)
+    recall, false = metrics.fine_structure(spots([(r, c + 12, 1) for r, c, _ in SPOTS]), truth)
+    assert recall < .25 and false > .6
+    assert metrics.fine_structure(truth.roll(1, 3), truth) == (1, 0)         # within a pixel
+
+
+def test_noise_raises_false_structure():
+    truth = spots(SPOTS)
+    false = [metrics.fine_structure(truth + s * noise(*truth.shape), truth)[1] for s in (0, .01, .03, .3)]
+    assert false[0] == 0 and false == sorted(false) and false[-1] > .5
+
+
+# ---------------------------------------------------------------- physics
+
+def test_attenuation_is_the_ratio_of_coefficients():
+    materials = 3 * metrics.low_pass(noise(4, 3, 32, 32)).abs()
+    bone, soft, brain = materials.split(1, 1)
+    grey = lambda b, s: .9 - b * bone - s * (soft + brain)
+    truth = grey(.2, .05)
+    assert metrics.attenuation(truth, truth, materials) == pytest.approx((1, 1))
+    assert metrics.attenuation(grey(.1, .06), truth, materials) == pytest.approx((.5, 1.2), rel=1e-3)
+    assert metrics.attenuation(grey(.1, .06) + .2, truth, materials) == pytest.approx((.5, 1.2), rel=1e-3)
+    no_bone = torch.cat([torch.zeros_like(bone), soft, brain], 1)
+    assert metrics.attenuation(grey(0, .1), grey(0, .05), no_bone) == (None, pytest.approx(2, rel=1e-3))
+
+
+def test_signed_distance_is_the_brute_force_one():
+    region = metrics.low_pass(noise(3, 1, 20, 23)) > 0
+    distance = metrics.signed_distance(region, reach=4)
+    for image, got in zip(region[:, 0], distance[:, 0]):
+        for r in range(20):
+            for c in range(23):
+                others = (image != image[r, c]).nonzero() - torch.tensor([r, c])
+                nearest = others.square().sum(1).min().sqrt().item()
+                expected = nearest - .5 if nearest <= 4 else math.inf
+                assert got[r, c].item() == pytest.approx(-expected if image[r, c] else expected)
+
+
+def skull(size=64, radius=20.0):
+    """A ball of bone, sharp: materials (1, 3, H, W) in cm, and where it is."""
+    a = torch.arange(size) - size / 2 + .3
+    disc = (torch.sqrt(a[:, None] ** 2 + a ** 2) < radius).float()[None, None]
+    return torch.cat([2 * disc, 3 * disc, 0 * disc], 1), disc
+
+
+@pytest.mark.parametrize("s", [1.6, 2.0])
+def test_edge_width_of_a_blurred_step_is_the_gaussians(s):
+    materials, disc = skull()
+    picture = .8 - .9 * metrics.low_pass(disc, s)
+    width = metrics.edge_width(picture, materials)
+    assert width == pytest.approx(math.sqrt(2 * math.pi) * s, rel=.1)
+    assert metrics.edge_width(.3 * picture, materials) == pytest.approx(width, rel=1e-3)
+
+
+def test_sharpness_orders_blur_and_hardly_sees_noise():
+    materials, disc = skull()
+    truth = 1 - metrics.low_pass(disc, 1.0)
+    values = [metrics.sharpness(1 - metrics.low_pass(disc, s), truth, materials) for s in (.6, 1.0, 1.5, 2.0)]
+    assert values == sorted(values) and values[1] == 1
+    assert values[3] / values[2] == pytest.approx(2.0 / 1.5, rel=.1)
+    assert metrics.sharpness(truth + .03 * noise(*truth.shape), truth, materials) == pytest.approx(1, abs=.05)
+    assert metrics.sharpness(truth, truth, torch.zeros_like(materials)) is None
+    assert metrics.sharpness(torch.zeros_like(truth), truth, materials) is None
+
+
+def test_soft_tissue_is_contrast_over_noise():
+    size = 48
+    soft = torch.zeros(8, 1, size, size)
+    soft[:, :, 12:36, 12:36] = 5                                 # cm
+    materials = torch.cat([0 * soft, soft, 0 * soft], 1)
+    truth = .9 - .1 * soft
+    image = truth + .02 * noise(*truth.shape, seed=1)
+    value = lambda x: metrics.soft_tissue(x, image, truth, materials)
+    assert value(image) == pytest.approx(1, abs=.02)
+    assert value(truth + .04 * noise(*truth.shape, seed=2)) == pytest.approx(.5, rel=.05)
+    assert value(.9 - .05 * soft + .02 * noise(*truth.shape, seed=3)) == pytest.approx(.5, rel=.05)
+    assert value(truth) == pytest.approx(100, rel=.05)           # noise-free: the floor
+    assert metrics.soft_tissue(image, image, truth, 0 * materials) is None
+    assert metrics.soft_tissue(image, image, truth, materials + 1) is None
+
+
+# ---------------------------------------------------------------- statistics
 
 def test_gap_closed_is_a_ruler_from_curve_to_second_exposure():
     assert metrics.gap_closed(.02, E_curve=.02, E_second=.001) == 0
@@ -117,15 +325,90 @@ def test_gap_closed_is_a_ruler_from_curve_to_second_exposure():
     assert metrics.gap_closed(.01, E_curve=.001, E_second=.002) is None
 
 
+def test_worst_tenth_is_the_mean_of_the_largest():
+    assert metrics.worst_tenth(torch.tensor([3.0, 9.0, 1.0])) == 9
+    E = torch.arange(20.0)[torch.randperm(20, generator=torch.Generator().manual_seed(0))]
+    assert metrics.worst_tenth(E) == 18.5
+    assert metrics.worst_tenth(torch.stack([E, 2 * E])).tolist() == [18.5, 37]
+
+
+def test_bootstrap_interval_of_a_mean_is_the_normal_one_and_covers():
+    n, hits = 60, 0
+    for trial in range(100):
+        sample = 5 + 2 * noise(n, seed=trial)
+        low, high = metrics.bootstrap(lambda v: v.mean(-1), sample, draws=400)
+        hits += low < 5 < high
+    assert 88 <= hits <= 99
+    low, high = metrics.bootstrap(lambda v: v.mean(-1), sample)
+    standard_error = sample.std(unbiased=False).item() / n ** .5
+    assert high - low == pytest.approx(2 * 1.96 * standard_error, rel=.1)
+    assert (low, high) == metrics.bootstrap(lambda v: v.mean(-1), sample)
+
+
+def test_bootstrap_draws_the_same_heads_from_all():
+    a = 3 * noise(50)
+    low, high = metrics.bootstrap(lambda a, b: (a - b).mean(-1), a + 1, a)
+    assert low == pytest.approx(1, abs=1e-5) and high == pytest.approx(1, abs=1e-5)
+
+
+def test_intervals_of_the_gap():
+    curve, second = .02 + .004 * noise(128).abs(), .001 + 0 * noise(128)
+    low, high = metrics.gap_interval(.5 * (curve + second), curve, second)
+    assert low == pytest.approx(.5, abs=1e-4) and high == pytest.approx(.5, abs=1e-4)
+    E = .5 * (curve + second) + .003 * noise(128, seed=1)
+    low, high = metrics.gap_interval(E, curve, second)
+    closed = metrics.gap_closed(E.mean().item(), curve.mean().item(), second.mean().item())
+    assert low < closed < high and .01 < high - low < .2
+    low, high = metrics.difference_interval(E, E + .1 * (curve - second), curve, second)
+    assert low == pytest.approx(.1, abs=1e-4) and high == pytest.approx(.1, abs=1e-4)
+    assert metrics.gap_interval(E, second, second) is None
+    in_the_noise = second + .001 * noise(128, seed=2)
+    assert metrics.difference_interval(E, E, in_the_noise, second) is None
+
+
+def test_ranks_share_a_place_unless_the_difference_is_clear():
+    base = .01 + .005 * noise(128).abs()
+    same = base + 1e-3 * noise(128, seed=1)
+    errors = dict(worse=base + .002, good=base, same=same, worst=base + .01)
+    assert metrics.ranks(errors) == dict(worse=3, good=1, same=1, worst=4)
+    other = .01 + .005 * noise(128, seed=9).abs()                # heads differ far more than methods
+    assert metrics.ranks(dict(a=base, b=other)) == dict(a=1, b=1)
+
+
+# ---------------------------------------------------------------- together
+
 def test_score_puts_the_numbers_together():
-    truth, _ = heads()
+    truth, disc = heads()
     images, x = truth + .03 * noise(*truth.shape, seed=1), truth + .03 * noise(*truth.shape, seed=2)
-    numbers = metrics.score(x.half().numpy(), truth, images, E_curve=.02, E_second=0.0)
-    assert set(numbers) == {"structure", "E", "noise", "psnr", "ssim", "gap_closed"}
-    assert all(isinstance(v, float) for v in numbers.values())
+    bare = metrics.score(x, truth, images)
+    unknown = {"gap_closed", "gap_interval", "same_head", "bone", "soft", "sharpness", "soft_tissue"}
+    assert {name for name, value in bare.items() if value is None} == unknown
+    E_curve, E_second = torch.full((4,), .02), torch.zeros(4)
+    materials = torch.cat([2.0 * disc, 3.0 * disc, 0.0 * disc], 1)
+    decoys = truth.roll(1, 0)[:, None]
+    numbers = metrics.score(x.half().numpy(), truth, images, E_curve, E_second, decoys, materials)
+    assert numbers.keys() == bare.keys()
+    lists = {"E_heads": 4, "gap_interval": 2}
+    for name, value in numbers.items():
+        if name in lists:
+            assert len(value) == lists[name] and all(isinstance(v, float) for v in value)
+        else:
+            assert isinstance(value, float) or name == "soft_tissue"
+    assert numbers["soft_tissue"] is None                        # bone all over the disc
+    json.dumps(numbers)
     assert numbers["psnr"] == pytest.approx(10 * math.log10(4 / .03 ** 2), abs=.2)
     assert numbers["gap_closed"] == pytest.approx((.02 - numbers["E"]) / .02)
-    assert metrics.score(x, truth, images)["gap_closed"] is None
+    assert numbers["gap_interval"][0] <= numbers["gap_closed"] <= numbers["gap_interval"][1]
+    assert numbers["worst_tenth"] == pytest.approx(metrics.structure(x, truth).min().item(), abs=.05)
+    assert numbers["same_head"] == 1
+    assert numbers["sharpness"] == pytest.approx(1, abs=.05)
+    assert numbers["noise"] == pytest.approx(1, abs=.2)
+
+
+def test_score_without_noise_to_measure_against():
+    truth, _ = heads()
+    numbers = metrics.score(truth + .03 * noise(*truth.shape), truth, truth)
+    assert numbers["noise"] is None and numbers["spectrum"] is None and numbers["structure"] > 30
 
 
 def test_too_small_an_image_is_told_in_a_sentence():
@@ -134,10 +417,3 @@ def test_too_small_an_image_is_told_in_a_sentence():
         metrics.low_pass(x)
     with pytest.raises(ValueError, match="at least 11 pixels"):
         metrics.ssim(x, x)
-
-
-def test_same_head_tells_translations_of_one_head_from_another():
-    heads = metrics.low_pass(torch.randn(10, 1, 24, 24, generator=torch.Generator().manual_seed(0))) * 3
-    a, b = (heads + 0.1 * torch.randn(heads.shape, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
-    assert metrics.same_head(a, b).all()
-    assert metrics.same_head(a, b[[1, 0, *range(2, 10)]]).tolist() == [False, False] + [True] * 8

@@ -54,7 +54,7 @@ def test_a_mistake_is_a_sentence(flags, says):
 def test_a_straight_flow_has_no_bend_and_needs_one_step():
     """v constant: every solver is exact at once; v turning with t is not straight."""
     from types import SimpleNamespace
-    dataset = SimpleNamespace(channels=1, size=8, domains=study.evaluate.MAIN, test=SimpleNamespace(images=np.zeros((2, 2, 1, 8, 8), np.float16)))
+    dataset = SimpleNamespace(channels=1, size=8, domains=study.evaluate.MAIN, valid=SimpleNamespace(images=np.zeros((2, 2, 1, 8, 8), np.float16)))
     how = dict(guidance=1., steps=5, solver="heun", end=.97, colour=0., x0="noise")
     straight = lambda x, t, y: torch.ones_like(x) * (1 + y.view(-1, 1, 1, 1))
     turning = lambda x, t, y: torch.cos(6 * t).view(-1, 1, 1, 1) * torch.ones_like(x) * (1 + y.view(-1, 1, 1, 1))

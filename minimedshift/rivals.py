@@ -1,0 +1,230 @@
+"""Learned rivals that are not train.py with other flags: SDEdit, an adversarial translator, and the supervised ceiling.
+
+The adversarial one is CycleGAN (arXiv:1703.10593) cut down: two local generators, two patch judges, least squares (arXiv:1611.04076).
+COMPARED
+"""
+
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import UserError, checkpoint, sampler
+from .flow import draw_noise
+from .model import Shape, UNet
+
+NAMES = {"adversarial": "CycleGAN"}  # of a file of weights, in tables
+
+
+# ---------------------------------------------------------------- SDEdit
+
+def sdedit(model, x1, y_target, tau, guidance=1.0, steps=20, solver="heun", end=1.0, colour=0.0, seed=0):
+    """SDEdit (arXiv:2108.01073, Alg. 1): drown the image in fresh noise down to time tau, then generate in the target domain.
+
+        xt = a x1 + b x0,   a = tau / end,   b^2 = (1 - tau)^2 - a^2 (1 - end)^2        end = 1: tau x1 + (1 - tau) x0
+
+    x1 (B, C, H, W): source images, which count as xt at t = end, as in the sampler; of the 1 - tau of noise at tau they hold some already.
+    y_target: int or (B,). x0, the noise of training, is drawn from `seed` on the host, the same on every machine. The way down is the
+    only difference to MedShift: the way up is its own `decode`.
+    """
+    x0 = draw_noise(x1.shape, torch.Generator().manual_seed(seed), colour).to(x1)
+    a = tau / end
+    b = math.sqrt((1 - tau) ** 2 - (a * (1 - end)) ** 2)
+    xt = a * x1 + b * x0
+    generator = torch.Generator(x1.device).manual_seed(seed)
+    return sampler.decode(model, xt, y_target, tau, guidance, steps, solver, end, colour, generator)
+
+
+# ---------------------------------------------------------------- the networks of the adversarial rival
+
+class Residual(nn.Module):
+    """x + conv(silu(conv(silu(x)))), the second convolution zero at the start. No normalisation: it would look at the whole image."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x):
+        return x + self.conv2(F.silu(self.conv1(F.silu(x))))
+
+
+class Generator(nn.Module):
+    """x + net(x) for x (B, C, H, W), H and W even: it works at half the resolution and starts as the identity.
+
+    A pixel depends on those at most 4 blocks + 5 pixels away (up, down, left or right), on nothing else: anatomy cannot be redrawn.
+    """
+
+    def __init__(self, channels=1, width=48, blocks=4):
+        super().__init__()
+        self.config = dict(channels=channels, width=width, blocks=blocks)
+        self.enter = nn.Conv2d(4 * channels, width, 3, padding=1)
+        self.blocks = nn.Sequential(*[Residual(width) for _ in range(blocks)])
+        self.leave = nn.Conv2d(width, 4 * channels, 3, padding=1)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    def forward(self, x):
+        h = self.blocks(self.enter(F.pixel_unshuffle(x, 2)))
+        return x + F.pixel_shuffle(self.leave(F.silu(h)), 2).float()
+
+
+def judge(channels, width=32):
+    """A PatchGAN discriminator (arXiv:1611.07004): (B, C, H, W) -> a mark for each patch of 34 x 34 pixels, (B, 1, ~H / 4, ~W / 4)."""
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2),
+        nn.Conv2d(width, 2 * width, 4, 2, 1), nn.LeakyReLU(0.2),
+        nn.Conv2d(2 * width, 4 * width, 4, 1, 1), nn.LeakyReLU(0.2),
+        nn.Conv2d(4 * width, 1, 4, 1, 1))
+
+
+# ---------------------------------------------------------------- training without pairs
+
+def off(mark, wanted):
+    """How far the marks of a judge are from 1 (real) or 0 (translated), squared."""
+    return (mark.float() - wanted).square().mean()
+
+
+def apart(a, b):
+    """Mean absolute difference."""
+    return (a - b).abs().mean()
+
+
+def adversarial(source, target, steps, batch_size=4, lr=1e-3, cycle=3.0, width=48, blocks=4, seed=0, dtype=torch.float32, device="cpu", progress=print):
+    """CycleGAN between two domains, from unpaired images: returns two Generators, source -> target and target -> source.
+
+    source, target: (N, C, H, W) arrays or tensors, sides even and at least 16. Each step:
+        generators   min  (judge(fake) - 1)^2 + cycle |there and back - x|      both ways, arXiv:1703.10593, eq. 3 with least squares
+        judges       min  (judge(real) - 1)^2 + judge(fake)^2
+    Adam, the rate constant for half of the steps, then linear to 0. The weights returned are running means (checkpoint.EMA). All that is
+    random follows from `seed`; `dtype` is the autocast type.
+    """
+    device, channels = torch.device(device), source.shape[1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        generators = nn.ModuleList([Generator(channels, width, blocks) for _ in range(2)])
+        judges = nn.ModuleList([judge(channels) for _ in range(2)])
+    for module in (generators, judges):
+        module.to(device=device, memory_format=torch.contiguous_format if device.type == "mps" else torch.channels_last)
+    (forth, back), (judge_source, judge_target) = generators, judges
+    optimizers = [torch.optim.Adam(module.parameters(), lr, betas=(0.5, 0.99)) for module in (generators, judges)]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, 2 * (1 - i / steps))) for optimizer in optimizers]
+    ema, draw, start = checkpoint.EMA(generators), torch.Generator().manual_seed(seed), time.time()
+
+    for step in range(1, steps + 1):
+        x, y = pick(source, batch_size, draw, device), pick(target, batch_size, draw, device)
+
+        judges.requires_grad_(False)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            fake_y, fake_x = forth(x), back(y)
+            fooled = off(judge_target(fake_y), 1) + off(judge_source(fake_x), 1)
+            returned = apart(back(fake_y), x) + apart(forth(fake_x), y)
+            loss = fooled + cycle * returned
+        descend(loss, optimizers[0], schedules[0], clip=1.0)
+        ema.update(step)
+
+        judges.requires_grad_(True)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            wrong = off(judge_target(y), 1) + off(judge_target(fake_y.detach()), 0)
+            wrong = wrong + off(judge_source(x), 1) + off(judge_source(fake_x.detach()), 0)
+        descend(wrong / 2, optimizers[1], schedules[1], clip=1.0)
+
+        report(progress, "adversarial", step, steps, start, loss)
+    generators.load_state_dict(ema.mean)
+    return forth.eval().requires_grad_(False), back.eval().requires_grad_(False)
+
+
+def pick(stack, count, generator, device):
+    """`count` images of a stack, drawn at random: (B, C, H, W) float32."""
+    which = torch.randint(len(stack), (count,), generator=generator).numpy()
+    return torch.as_tensor(stack[which]).to(device, torch.float32)
+
+
+def descend(loss, optimizer, schedule, clip=math.inf):
+    """One step of an optimizer. A gradient longer than `clip` is shortened to it."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
+    optimizer.step()
+    schedule.step()
+
+
+def report(progress, what, step, steps, start, loss):
+    """A line each tenth of the way."""
+    if step % max(1, steps // 10) == 0:
+        left = (time.time() - start) * (steps - step) / step
+        progress(f"{what} {step}/{steps}  loss {loss.item():.5f}  {left:.0f} s left")
+
+
+# ---------------------------------------------------------------- training with pairs
+
+def regress(model, x, y):
+    """The supervised translation x + model(x, t=1, y), with y an int or (B,): a network that starts at zero starts at the identity."""
+    y = torch.as_tensor(y, device=x.device).expand(len(x))
+    return x + model(x, torch.ones(len(x), device=x.device), y).float()
+
+
+def supervised(model, source, target, y_target, steps, batch_size=64, lr=1e-3, seed=0, dtype=torch.float32, progress=print):
+    """Train `model` in place on pairs, for one direction: the ceiling that is allowed to see what MedShift never sees.
+
+    source, target: (N, C, H, W) of the same heads, arrays or tensors; y_target: int. Returns the model, whose translation is
+    `regress`. Loss ||x + v(x, 1, y) - target||^2, AdamW, cosine decay to zero; `dtype` is the autocast type.
+    """
+    device = next(model.parameters()).device
+    draw, start = torch.Generator().manual_seed(seed), time.time()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (1 + math.cos(math.pi * i / steps)) / 2)
+    model.train()
+    for step in range(1, steps + 1):
+        which = torch.randint(len(source), (batch_size,), generator=draw).numpy()
+        x, x1 = (torch.as_tensor(stack[which]).to(device, torch.float32) for stack in (source, target))  # (B, C, H, W)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = (regress(model, x, y_target) - x1).square().mean()
+        descend(loss, optimizer, schedule)
+        report(progress, "supervised", step, steps, start, loss)
+    return model.eval()
+
+
+def steps_within(seconds, train, trial=5):
+    """How many steps of train(steps) take about `seconds`, at least 1. Tried out first: twice, so that what is done once does not count.
+
+    A rival gets as long as MedShift had, yet a fixed number of steps, which can be repeated exactly.
+    """
+    train(trial)
+    start = time.time()
+    train(trial)
+    return max(1, round(seconds * trial / (time.time() - start)))
+
+
+# ---------------------------------------------------------------- files
+
+def save(path, network, pair, y_target=None):
+    """Write a translator whole or not at all: a Generator, or a supervised UNet with its label. pair: the names of source and target."""
+    if isinstance(network, Generator):
+        how = dict(generator=network.config)
+    else:
+        how = dict(shape=vars(network.shape), y_target=y_target)
+    weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    checkpoint.save(path, dict(pair=list(pair), weights=weights, **how))
+
+
+def load(path, device="cpu"):
+    """What `save` has written: a function from images (B, C, H, W) to their translations, and the pair's names.
+
+    Raises UserError if it is something else.
+    """
+    state = checkpoint.load(path, device)
+    if "generator" in state:
+        network = Generator(**state["generator"])
+    elif "y_target" in state:
+        network = UNet(Shape(**state["shape"]))
+    else:
+        raise UserError(f"{path} holds no rival: `python -m minimedshift.study rivals` trains them")
+    checkpoint.load_weights(network, state["weights"], path)
+    network.to(device).eval().requires_grad_(False)
+    if "generator" in state:
+        return network, tuple(state["pair"])
+    return lambda x: regress(network, x, state["y_target"]), tuple(state["pair"])

@@ -1,0 +1,180 @@
+"""The simulated data set: which heads are drawn in which domains, rendered once and kept in the cache.
+
+    training heads     one domain each, never two; a share `shift` of a domain's heads comes from its own population
+    paired heads       validation and test: each head in every domain, so that a translation has a truth
+    decoys             for each test head a few other people in exactly the same view
+
+Every head has a seed of its own. Paired heads do not depend on `shift`: all shifts are scored on the same heads.
+"""
+
+import inspect
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import UserError, data, phantom
+from .data import Dataset, Pairs
+
+BLOCK, BIG = 16, 500  # heads rendered at once; images worth starting processes for
+KINDS = {"images": {}, "truth": dict(noise=False), "second": dict(exposure=1)}  # what is kept of a paired head
+FIRST_SEED = {"valid": 0, "train": 2, "test": 7, "valid decoys": 8, "test decoys": 9, "supervised": 1.5}  # in millions; below 1.5 lay the tests of version 1
+DECOYS = 7
+
+
+def first_seed(seed, split, domain=0):
+    """The first head seed of a split: a million for each, and ten million for each `seed`, so that no two ever overlap."""
+    return seed * 10_000_000 + int((FIRST_SEED[split] + domain) * 1_000_000)
+
+
+# ---------------------------------------------------------------- blocks of work: each renders BLOCK heads into arrays on disk
+
+def render_training(folder, domain, start, size, per_domain, seed, shift):
+    """Training heads `start` and following of one domain, into folder/train.npy (D, N, 1, H, W). Returns how many images."""
+    name, first = phantom.DOMAINS[domain], first_seed(seed, "train", domain)
+    seeds = range(first + start, first + min(start + BLOCK, per_domain))
+    heads = [phantom.Head(s, phantom.population(s, name, shift)) for s in seeds]
+    out = np.load(Path(folder) / "train.npy", mmap_mode="r+")
+    out[domain, start:start + BLOCK] = phantom.render(heads, name, size).numpy()
+    return len(heads)
+
+
+def render_pairs(folder, start, size, count, split, seed, prior, decoys):
+    """Paired heads `start` and following: every kind of picture in every domain, their line integrals and their decoys.
+
+    Into folder/KIND.npy (N, D, 1, H, W), materials.npy (N, 3, H, W) and decoys.npy (N, K, D, 1, H, W). Returns how many images.
+    """
+    first = first_seed(seed, split)
+    heads = [phantom.Head(first + k, prior) for k in range(start, min(start + BLOCK, count))]
+    materials = {full: phantom.project(heads, size, full) for full in (False, True)}  # one geometry for every domain and kind
+    load = lambda name: np.load(Path(folder) / f"{name}.npy", mmap_mode="r+")
+    load("materials")[start:start + BLOCK] = materials[False].numpy()
+    for kind, how in KINDS.items():
+        for d, domain in enumerate(phantom.DOMAINS):
+            full = phantom.PHYSICS[domain].full
+            load(kind)[start:start + BLOCK, d] = phantom.picture(materials[full], heads, domain, **how).numpy()
+    for k in range(decoys):
+        person = lambda head: first_seed(seed, f"{split} decoys") + (head.seed - first) * decoys + k
+        others = [phantom.Head(head.seed, prior, person(head)) for head in heads]
+        materials = {full: phantom.project(others, size, full) for full in (False, True)}
+        for d, domain in enumerate(phantom.DOMAINS):
+            full = phantom.PHYSICS[domain].full
+            load("decoys")[start:start + BLOCK, k, d] = phantom.picture(materials[full], others, domain, noise=False).numpy()
+    return len(heads) * len(phantom.DOMAINS) * (len(KINDS) + decoys)
+
+
+def render_part(folder, part, parts, jobs):
+    """Every `parts`-th of `jobs`, [function's name, its arguments after `folder`]: a generator of the number of images just done."""
+    for name, arguments in jobs[part::parts]:
+        yield globals()[name](folder, *arguments)
+
+
+def render_all(folder, jobs, images, show, what):
+    """Do all jobs, one process a core where there is much to do; the bytes do not depend on how many."""
+    start, done = time.time(), 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parts = min(cores, 16) if images > BIG else 1  # a small set is done before a process has started
+    counts = render_apart(folder, parts, jobs) if parts > 1 else render_part(folder, 0, 1, jobs)
+    for n in counts:
+        done += n
+        if show:
+            data.progress(done, images, start, what)
+
+
+def render_apart(folder, parts, jobs):
+    """`render_part` in `parts` processes, which share one pipe to say what they have done. (Threads: half as fast.)"""
+    code = ("import json, os, sys, torch; from minimedshift import simulated; torch.set_num_threads(1)\n"
+            "for n in simulated.render_part(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.load(open(sys.argv[4]))):\n"
+            "    os.write(1, b'%d\\n' % n)")
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    plan = Path(folder) / "jobs.json"
+    plan.write_text(json.dumps(jobs))
+    read, write = os.pipe()
+    workers = []
+    for part in range(parts):
+        command = [sys.executable, "-c", code, str(folder), str(part), str(parts), str(plan)]
+        workers.append(subprocess.Popen(command, stdout=write, env=env, start_new_session=True))
+    os.close(write)
+    try:
+        with open(read) as lines:
+            yield from map(int, lines)
+        if any(worker.wait() for worker in workers):
+            raise RuntimeError("a process that simulates heads has failed: see above")
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+        plan.unlink()
+
+
+def new_array(folder, name, *shape):
+    """An empty float16 array on disk."""
+    np.lib.format.open_memmap(Path(folder) / f"{name}.npy", "w+", np.float16, shape)
+
+
+def recipe(*arguments):
+    """All that determines a simulated array: the simulator, this file's rendering, torch and the arguments. A part of the cache's key."""
+    sources = [inspect.getsource(part) for part in (phantom, first_seed, render_training, render_pairs)]
+    return [sources, FIRST_SEED, torch.__version__, arguments]
+
+
+# ---------------------------------------------------------------- the sets
+
+def training_images(size, per_domain, seed=0, shift=.1, cache=None, progress=True):
+    """(D, N, 1, H, W) float16 on disk: N unpaired training images of each domain."""
+    D = len(phantom.DOMAINS)
+
+    def build(folder):
+        new_array(folder, "train", D, per_domain, 1, size, size)
+        jobs = [("render_training", (d, i, size, per_domain, seed, shift)) for d in range(D) for i in range(0, per_domain, BLOCK)]
+        render_all(folder, jobs, D * per_domain, progress, "simulating training heads, once")
+
+    folder = data.cached(cache, f"train-{size}", recipe(size, per_domain, seed, shift), build)
+    return np.load(folder / "train.npy", mmap_mode="r")
+
+
+def paired_heads(size, count, split, seed=0, prior=None, decoys=0, cache=None, progress=True):
+    """`Pairs` of `count` heads of a split, from one domain's own population or (None) the one that all share."""
+    D, K = len(phantom.DOMAINS), len(KINDS)
+
+    def build(folder):
+        for kind in KINDS:
+            new_array(folder, kind, count, D, 1, size, size)
+        new_array(folder, "materials", count, 3, size, size)
+        new_array(folder, "decoys", count, decoys, D, 1, size, size)
+        jobs = [("render_pairs", (i, size, count, split, seed, prior, decoys)) for i in range(0, count, BLOCK)]
+        render_all(folder, jobs, count * D * (K + decoys), progress, f"simulating {split} heads, once")
+
+    folder = data.cached(cache, f"{split}-{size}", recipe(size, count, split, seed, prior, decoys), build)
+    load = lambda name: np.load(folder / f"{name}.npy", mmap_mode="r")
+    return Pairs(*map(load, KINDS), materials=load("materials"), decoys=load("decoys"))
+
+
+def phantom_set(size, train_images=5000, valid_heads=64, test_heads=128, seed=0, shift=.1, cache=None, progress=True):
+    """The simulated five-domain set: no training head appears twice; validation and test heads appear in every domain.
+
+    shift: the share of each domain's training heads that comes from its own population, in [0, 1]. Validation and test heads are
+    from the population that all domains share. Raises UserError for a set too small.
+    """
+    D = len(phantom.DOMAINS)
+    if train_images < D or valid_heads < 1 or test_heads < 1 or size < 8:
+        raise UserError(f"a phantom set needs at least {D} training images, 1 validation head, 1 test head and size 8")
+    train = training_images(size, train_images // D, seed, float(shift), cache, progress)
+    valid = paired_heads(size, valid_heads, "valid", seed, decoys=DECOYS, cache=cache, progress=progress)
+    test = paired_heads(size, test_heads, "test", seed, decoys=DECOYS, cache=cache, progress=progress)
+    count = train.shape[1]
+    facts = {name: dict(count=count, sizes={f"{size}x{size}": count}, depths={"simulated": count}) for name in phantom.DOMAINS}
+    held_out = [test.images[:, d] for d in range(D)]
+    return Dataset(tuple(phantom.DOMAINS), size, 1, list(train), held_out, valid, test, facts)
+
+
+def own_heads(dataset, source, heads, seed=0, cache=None, progress=True):
+    """`Pairs` of test heads from the own population of domain `source`: the user's case, his synthetic heads made real."""
+    return paired_heads(dataset.size, heads, "test", seed, source, DECOYS, cache, progress)

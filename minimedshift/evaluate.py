@@ -177,15 +177,15 @@ def with_network(model, how, name="MedShift", taus=TAUS):
     return [Method(name, "ours", Flow(model, how).make, taus, "tau"), Method("DDIB", "learned", Flow(model, how).make, (0.0,), "tau")]
 
 
-def learned_rivals(folder, domains, device):
-    """Methods of the networks that `study rivals` has left in a folder; raises UserError if there is none."""
+def learned_rivals(folder, domains, device, end):
+    """Methods of the networks that `study rivals` has left in a folder; raises UserError if there is none. end: MedShift's, for SDEdit too."""
     methods, folder = [], Path(folder)
     if (folder / "sdedit" / "checkpoint.pt").exists():
         model, state = load_model(folder / "sdedit" / "checkpoint.pt", device)
         colour = state["translate"]["colour"]
 
         def noised(s, t):
-            answer = partial(rivals.sdedit, model, y_target=t, steps=20, colour=colour)
+            answer = partial(rivals.sdedit, model, y_target=t, steps=20, end=end, colour=colour)
             return lambda q, tau: in_batches(partial(answer, tau=tau), q.x)
 
         methods.append(Method("SDEdit", "learned", noised, SDEDIT_TAUS, "tau"))
@@ -543,7 +543,7 @@ def main(argv=None):
         raise UserError(f"--source and --target are both {dataset.domains[s]}: translate between two domains")
     methods = without_network(dataset)
     if c.rivals:
-        methods += learned_rivals(c.rivals, list(dataset.domains), device)
+        methods += learned_rivals(c.rivals, list(dataset.domains), device, state["translate"]["end"])
     methods += with_network(model, state["translate"])
     out = Path(c.out) if c.out else Path(c.checkpoint).parent / "evaluation"
     out.mkdir(parents=True, exist_ok=True)

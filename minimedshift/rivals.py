@@ -1,7 +1,7 @@
 """Learned rivals that are not train.py with other flags: SDEdit, an adversarial translator, and the supervised ceiling.
 
 The adversarial one is CycleGAN (arXiv:1703.10593) cut down: two local generators, two patch judges, least squares (arXiv:1611.04076).
-COMPARED
+A pixel sees what is near it alone, so anatomy stays where it is; what each rival is worth stands in RESULTS.md.
 """
 
 import math

@@ -243,7 +243,7 @@ def phantom_table(results):
 
 NETWORKS = {
     "medshift": "",
-    "sdedit": "--coupling independent --colour 0 --end 1",
+    "sdedit": "--coupling independent --colour 0",
     "bridge": "--coupling exact --x0 image",
 }
 ONE_PAIR = {"pair": 10, "pair-long": 1}  # one network for the main pair: its share of the steps, were there one for each of ten pairs, and all

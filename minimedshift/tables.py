@@ -59,6 +59,9 @@ def table(results):
     if results.get("simulated"):
         text += [f"Everything is simulated (version {results['version']}), the real domains too. S = {results['shift']:g}: the share of each domain's "
                  "training heads that comes from its own population.", ""]
+    if "references" in results:
+        text += [f"Realism: distances to {results['references']} training images of the target, features from {results['features']}; the floor is the row of "
+                 "the second exposure (of real pairs: real against real).", ""]
     names = {"shared": "heads of the population that all domains share", "own": f"heads of {results['source']}'s own population"}
     for population, rows in results["main_pair"].items():
         text += [f"## {results['heads']} test heads: {names[population]}", ""]
@@ -143,21 +146,18 @@ def pareto(path, results):
 
 def joint(evaluations):
     """The README's first table: rows are methods, columns the population shifts. evaluations: results of one run a shift."""
-    header, columns = ["method", "kind"], []
+    header = ["method", "kind"]
     for results in evaluations:
-        title = f"S = {results['shift']:g}"
-        header += [f"{title}: gap closed (95%)", "its worst tenth, dB", "noise", "source's own heads", "all pairs"]
-        columns.append(results)
-    first = columns[0]
+        header += [f"S = {results['shift']:g}: gap closed (95%)", "source's own heads", "noise", "all pairs"]
     lines = []
-    for name, row in ordered(first["main_pair"]["shared"]):
+    for name, row in ordered(evaluations[0]["main_pair"]["shared"]):
         line = [name, KINDS[row["kind"]]]
-        for results in columns:
+        for results in evaluations:
             shared, own = (results["main_pair"][population].get(name) for population in ("shared", "own"))
             mean = results["all_pairs"]["shared"]["means"].get(name)
             if shared is None:
-                line += ["-"] * 5
-                continue
-            line += [gap(shared), number(shared["worst_tenth"], 1), number(shared["noise"]), gap(own), "-" if mean is None else percent(mean.get("gap_closed"))]
+                line += ["-"] * 4
+            else:
+                line += [gap(shared), gap(own), number(shared["noise"]), "-" if mean is None else percent(mean.get("gap_closed"))]
         lines.append(line)
     return "\n".join(markdown(header, lines))

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-PIXELS = 2**21  # of each domain are enough for a fit: 512 images at 64 x 64
+PIXELS = 2**20  # of each domain are enough for a fit: 256 images at 64 x 64
 SORTED = 2**18  # values are enough for a histogram
 KNOTS = 4096  # of a curve
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 PIXELS = 2**20  # of each domain are enough for a fit: 256 images at 64 x 64
-SORTED = 2**18  # values are enough for a histogram
+SORTED = 2**16  # values are enough for a histogram
 KNOTS = 4096  # of a curve
 
 

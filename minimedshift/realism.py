@@ -89,13 +89,16 @@ def kernel_distance(fa, fb):
 
 
 def kernel_terms(fa, fb):
-    """What each image of fa adds to the kernel distance, (N,), up to a constant: 2 (mean of k to its own set - mean of k to the other).
+    """What each image of fa adds to the kernel distance, (N,): their mean is the distance, their spread says how it scatters.
 
-    Its spread over images is that of the distance, so differences of two methods on the same heads can be told from chance.
+        distance + influence_i - mean influence,    influence_i = 2 (mean of k to the rest of its set - mean of k to the other set)
+
+    So differences of two methods on the same heads can be told from chance.
     """
     n, kaa = len(fa), kernel(fa, fa)
     own = (kaa.sum(1) - kaa.diagonal()) / (n - 1)
-    return 2 * (own - kernel(fa, fb).mean(1))
+    influence = 2 * (own - kernel(fa, fb).mean(1))
+    return kernel_distance(fa, fb) + influence - influence.mean()
 
 
 def density_coverage(real, fake, k=5):

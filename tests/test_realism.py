@@ -40,10 +40,11 @@ def test_the_kernel_distance_is_the_double_loop_and_unbiased():
 
 
 def test_the_terms_of_the_kernel_distance_say_how_it_moves_with_each_image():
-    """Their spread predicts how the distance scatters over sets; their mean differs from it by a constant of the reference alone."""
+    """Their mean is the distance, and their spread predicts how it scatters over sets."""
     b = normal(300, 4, seed=99)
     sets = [normal(60, 4, seed=i) + .3 for i in range(200)]
     distances = torch.tensor([realism.kernel_distance(a, b) for a in sets])
+    assert realism.kernel_terms(sets[0], b).mean().item() == pytest.approx(distances[0].item())
     predicted = torch.stack([realism.kernel_terms(a, b).std() / 60**.5 for a in sets]).mean()
     assert distances.std().item() == pytest.approx(predicted.item(), rel=.2)
 

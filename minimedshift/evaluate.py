@@ -583,7 +583,7 @@ def main(argv=None):
 def heads_picture(path, methods, results, dataset, s, t, seed, stride, device, size=256):
     """heads.png: the same test heads under all methods, a row each, at full resolution as a user gets them (carry.py).
 
-    The columns are the heads at the worst tenth's edge, the median and the best of MedShift, and its worst head.
+    The columns are MedShift's median head, the one at the edge of its worst tenth, and its worst.
     """
     from .carry import carry, resize, working_shape
     rows = results["main_pair"]["shared"]

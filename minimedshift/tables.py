@@ -120,23 +120,32 @@ def pairs_table(means):
     return markdown(header, lines)
 
 
+STYLES = {"unpaired": ("tab:orange", "s^vD"), "learned": ("tab:purple", "s^vD"), "ours": ("tab:blue", "o"), "ceiling": ("0.45", "s^vDP"), "bound": ("k", "x*+")}
+
+
 def pareto(path, results):
-    """pareto.png: structure against realism on validation heads, each method along its own knob."""
+    """pareto.png: structure against realism on validation heads, each method along its own knob; what is left of the frame has failed."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     kinds = {name: row["kind"] for name, row in results["main_pair"]["shared"].items()}
-    style = {"unpaired": ("tab:orange", "s"), "learned": ("tab:red", "^"), "ours": ("tab:blue", "o"), "ceiling": ("tab:green", "D"), "bound": ("0.4", "x")}
-    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    for name, points in results["pareto"].items():
-        colour, marker = style[kinds[name]]
-        x, y = [p["structure"] for p in points], [max(1000 * p["kernel"], .1) for p in points]
-        axes.plot(x, y, marker=marker, color=colour, lw=1, ms=5)
-        axes.annotate(name, (x[-1], y[-1]), xytext=(4, 3), textcoords="offset points", fontsize=8, color=colour)
-        if len(points) > 1:
-            axes.annotate(f"{points[0]['setting']:g}", (x[0], y[0]), xytext=(4, -9), textcoords="offset points", fontsize=7, color=colour)
+    used = dict.fromkeys(STYLES, 0)
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    for name, points in sorted(results["pareto"].items(), key=lambda item: ORDER.index(kinds[item[0]])):
+        colour, markers = STYLES[kinds[name]]
+        marker = markers[used[kinds[name]] % len(markers)]
+        used[kinds[name]] += 1
+        x, y = [point["structure"] for point in points], [1000 * point["kernel"] for point in points]
+        if name == "second exposure":
+            axes.plot([], [], " ", label=f"(second exposure: {x[0]:.0f} dB, {y[0]:.0f})")
+            continue
+        knob = f", {points[0]['setting']:g} to {points[-1]['setting']:g}" if len(points) > 1 else ""
+        axes.plot(x, y, marker=marker, color=colour, lw=1, ms=5, label=name + knob)
+    lowest = min(point["structure"] for name, points in results["pareto"].items() if kinds[name] != "learned" for point in points)
     axes.set(xlabel="structure, dB (right: the same head)", ylabel="kernel distance x 1000 to the target's images (down: looks real)", yscale="log",
              title=f"{results['source']} -> {results['target']}, validation heads" + (", simulated" if results.get("simulated") else ""))
+    axes.set_xlim(left=lowest - 2)
+    figure.legend(loc="outside right upper", fontsize=8)
     with whole(path) as work:
         figure.savefig(work, dpi=110)
     plt.close(figure)

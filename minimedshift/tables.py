@@ -72,7 +72,7 @@ def table(results):
     text += ["## Settings, chosen on validation heads (gap closed there)", ""]
     for title, settings in (("main pair", results["settings"]), ("all pairs, mean", results["settings_all_pairs"])):
         for name, scores in settings.items():
-            text.append(f"- {title}, {name}: " + ", ".join(f"{setting:g}: {percent(score)}" for setting, score in scores.items()))
+            text.append(f"- {title}, {name}: " + ", ".join(f"{float(setting):g}: {percent(score)}" for setting, score in scores.items()))
     return "\n".join(text) + "\n"
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from minimedshift import UserError, flag, parse, run
-from minimedshift import checkpoint, data, evaluate, sampler, simulated
+from minimedshift import balance, checkpoint, data, evaluate, sampler, simulated
 from minimedshift.batches import batches, null_label
 from minimedshift.coupling import COUPLINGS
 from minimedshift.flow import loss as flow_loss
@@ -36,6 +36,7 @@ class Config:
     test_heads: int = flag(128, "simulated test heads, each in all domains", "data")
     shift: float = flag(0.1, "share of each simulated domain's training heads that comes from its own population of poses and heads", "data")
     domains: str = flag("", "train on these domains alone, names separated by commas; without it on all", "data")
+    balance: bool = flag(True, "draw images less often whose like the other domains hardly have, so that a label does not stand for a population", "data")
     check_data: bool = flag(False, "write a picture and a line per domain, then stop", "data")
     preset: str = flag("auto", "network and training settings", "method", ("auto", "cpu", "gpu"))
     coupling: str = flag("semidiscrete", "which noise goes with which image", "method", COUPLINGS)
@@ -98,6 +99,9 @@ def main(argv=None):
     if config.check_data:
         data.check(dataset, out / "data.png")
         return 0
+
+    if config.balance:
+        dataset = balance.balanced(dataset)
 
     # ---- model
     keep_memory()

@@ -96,18 +96,20 @@ def batches(dataset, config, device, first=0):
 def learn_potentials(dataset, config, device):
     """What `Semidiscrete` needs: the training images of each label (of all together with --coupling-labels ignore) and their potentials,
     learned once and kept in the cache. Says how evenly images are picked."""
-    groups = dataset.train if config.coupling_labels == "keep" else [np.concatenate(dataset.train)]
+    groups, weights = dataset.train, dataset.weights or [np.ones(len(images), np.float32) for images in dataset.train]
+    if config.coupling_labels == "ignore":
+        groups, weights = [np.concatenate(groups)], [np.concatenate(weights)]
     digest = [hashlib.sha256(np.ascontiguousarray(images)).hexdigest() for images in groups]
 
     def build(folder):
         start = time.time()
         for i, images in enumerate(groups):
             tinted = tint(torch.from_numpy(np.array(images, np.float32)), config.colour)
-            g, share = plans.learn_potentials(tinted, seed=config.seed, device="cpu" if device.type == "mps" else device)  # mps lacks its algebra
+            g, share = plans.learn_potentials(tinted, weights[i], seed=config.seed, device="cpu" if device.type == "mps" else device)  # mps lacks its algebra
             np.save(folder / f"{i}.npy", torch.stack([g, share]).cpu().numpy())
             data.progress(i + 1, len(groups), start, "learning potentials, once", "labels")
 
-    content = [inspect.getsource(plans), inspect.getsource(tint), torch.__version__, digest, config.colour, config.seed]
+    content = [inspect.getsource(plans), inspect.getsource(tint), torch.__version__, digest, [hashlib.sha256(w).hexdigest() for w in weights], config.colour, config.seed]
     folder = data.cached(None, "potentials", content, build)
     found = [np.load(folder / f"{i}.npy") for i in range(len(groups))]
     share = np.concatenate([each[1] for each in found])

@@ -228,20 +228,22 @@ class Semidiscrete:
         return x1, y, Plan(j, zero, (x1 - x0).square().sum() / independent, zero)
 
 
-def learn_potentials(x, noises=200, batch=512, rank=256, seed=0, device="cpu"):
-    """Potentials g (N,) float32 of the images x (N, ...) such that every image is picked by the same share of white noises. For coloured noise
+def learn_potentials(x, weight=None, noises=200, batch=512, rank=256, seed=0, device="cpu"):
+    """Potentials g (N,) float32 of the images x (N, ...) such that each is picked by its share of white noises: all alike, or by `weight` (N,). For coloured noise
     x are the tinted images: <tint(e), x> = <e, tint(x)> (flow.py).
 
-    Stochastic ascent on the semidual, mean_j g_j - E max_j (<x0, x_j> + g_j), whose gradient in g_j is 1 / N less the share of noises
+    Stochastic ascent on the semidual, sum_j w_j g_j - E max_j (<x0, x_j> + g_j), sum_j w_j = 1, whose gradient in g_j is w_j less the share of noises
     that pick j (arXiv:2509.25519, Alg. 1). The scores <x0, x_j> of white noise are Gaussian with
     covariance x x^T, so they are drawn from its leading `rank` directions: 16 times cheaper than from noise at 64x64. About `noises`
-    an image are seen, in at least 800 batches. Returned is the mean of g over the second half, with the shares of TRIALS N fresh noises, times N (1 is even).
+    an image are seen, in at least 800 batches. Returned is the mean of g over the second half, with the shares of TRIALS N fresh noises, over w (1 is right).
     """
     x = centred(torch.as_tensor(np.asarray(x), device=device))
     draw = torch.Generator(device).manual_seed(seed)
     torch.manual_seed(seed)  # svd_lowrank has no generator of its own
     left, scale, _ = torch.svd_lowrank(x, q=min(rank, *x.shape), niter=2)
     factor, N = left * scale, len(x)  # (N, rank)
+    weight = torch.ones(N, device=device) if weight is None else torch.as_tensor(weight, dtype=torch.float32, device=device)
+    weight = weight / weight.mean()
     g, mean, size = torch.zeros(N, device=device), torch.zeros(N, device=device), x.square().sum(1).mean().sqrt() / 4
 
     def share(g, noises):
@@ -250,7 +252,7 @@ def learn_potentials(x, noises=200, batch=512, rank=256, seed=0, device="cpu"):
 
     steps = max(800, noises * N // batch)
     for step in range(steps):
-        g = g + size * 0.3 * min(1, 20 / (step + 1)) * (1 - share(g, batch))
+        g = g + size * 0.3 * min(1, 20 / (step + 1)) * (weight - share(g, batch))
         mean = mean + g * (2 * step >= steps) / (steps - (steps + 1) // 2)
     rounds = math.ceil(TRIALS * N / batch)
-    return mean, sum(share(mean, batch) for _ in range(rounds)) / rounds
+    return mean, sum(share(mean, batch) for _ in range(rounds)) / rounds / weight

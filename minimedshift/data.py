@@ -44,16 +44,32 @@ class Dataset:
     valid: Pairs | None = None          # paired heads: only a simulator has them
     test: Pairs | None = None
     facts: dict = field(default_factory=dict)  # per domain: count, sizes, depths of the files
+    weights: list | None = None         # per domain (N_d,): how often each image is drawn, mean 1; None: all alike
 
     def batch(self, y, generator):
-        """x1 (B, C, H, W) float32: for each label in y (B,) a training image drawn uniformly with `generator` (CPU)."""
+        """x1 (B, C, H, W) float32: for each label in y (B,) a training image drawn with `generator` (CPU), by its weight."""
         u = torch.rand(len(y), generator=generator, dtype=torch.float64).numpy()
         y = y.numpy()
         x1 = np.empty((len(y), self.channels, self.size, self.size), np.float16)
         for d in np.unique(y):
             mine = np.flatnonzero(y == d)
-            x1[mine] = self.train[d][(u[mine] * len(self.train[d])).astype(np.int64)]
+            x1[mine] = self.train[d][self.pick(d, u[mine])]
         return torch.from_numpy(x1).float()
+
+    def pick(self, d, u):
+        """The training images of domain d, int64, that uniform numbers u (n,) in [0, 1) stand for."""
+        count = len(self.train[d])
+        if self.weights is None:
+            return (u * count).astype(np.int64)
+        until = np.cumsum(self.weights[d], dtype=np.float64)
+        return np.searchsorted(until, u * until[-1], side="right").clip(max=count - 1)
+
+    def drawn(self, d):
+        """The training images of domain d, each as often as it is drawn in training: of N again N."""
+        if self.weights is None:
+            return self.train[d]
+        count = len(self.train[d])
+        return self.train[d][self.pick(d, (np.arange(count) + .5) / count)]
 
 
 def only(dataset, names):
@@ -65,7 +81,8 @@ def only(dataset, names):
     if len(set(keep)) < max(2, len(keep)):
         raise UserError("--domains needs two or more different names, separated by commas")
     return replace(dataset, domains=tuple(dataset.domains[d] for d in keep), train=[dataset.train[d] for d in keep],
-                   held_out=[dataset.held_out[d] for d in keep], valid=only_pairs(dataset.valid, keep), test=only_pairs(dataset.test, keep))
+                   held_out=[dataset.held_out[d] for d in keep],
+                   weights=dataset.weights and [dataset.weights[d] for d in keep], valid=only_pairs(dataset.valid, keep), test=only_pairs(dataset.test, keep))
 
 
 def only_pairs(pairs, keep):

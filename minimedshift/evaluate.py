@@ -18,7 +18,7 @@ from typing import Callable
 import numpy as np
 import torch
 
-from . import UserError, baselines, data, flag, metrics, parse, realism, rivals, run, sampler, simulated, whole
+from . import UserError, balance, baselines, data, flag, metrics, parse, realism, rivals, run, sampler, simulated, whole
 from .checkpoint import load_model
 from .machine import keep_memory, machine, pick_device
 
@@ -135,8 +135,8 @@ def without_network(dataset):
 
 
 def fit_unpaired(dataset, fit, rounds, s, t):
-    """A baseline of baselines.UNPAIRED, fitted to the training images of two domains."""
-    fitted = fit(dataset.train[s], dataset.train[t], rounds)
+    """A baseline of baselines.UNPAIRED, fitted to the training images of two domains, balanced if the network's were."""
+    fitted = fit(dataset.drawn(s), dataset.drawn(t), rounds)
     return lambda q, rounds: fitted.first(rounds)(q.x)
 
 
@@ -452,7 +452,7 @@ def open_data(c, state):
     dataset = data.only(dataset, state["domains"])
     if dataset.channels != state["image"]["channels"]:
         raise UserError(f"{c.checkpoint} takes images of {state['image']['channels']} channels, the data has {dataset.channels}")
-    return dataset
+    return balance.balanced(dataset) if config.get("balance") else dataset
 
 
 def feature_sets(dataset):
@@ -561,7 +561,7 @@ def main(argv=None):
         if dataset.test.truth is not None:
             own = lambda source: simulated.own_heads(dataset, dataset.domains[source], c.heads, config["seed"])
             pairs_of["own"] = cache(own)
-            results.update(simulated=True, version=simulated.phantom.VERSION, shift=config["shift"])
+            results.update(simulated=True, version=simulated.phantom.VERSION, shift=config["shift"], balance=config.get("balance", False))
         found, kept = with_truth(c, methods, dataset, pairs_of, s, t, reference, device, phase)
         results.update(heads=min(c.heads, len(dataset.test.images)), heads_each=min(c.heads_each, len(dataset.test.images)), **found)
         tables.pareto(out / "pareto.png", results)

@@ -251,8 +251,9 @@ PAIRED_HEADS = 2000  # of the supervised ceiling: as many as MedShift has traini
 
 
 def rivals_run(shift, seed, steps, folder):
-    """Train MedShift and every learned rival at one population shift, then evaluate them all: results.json in folder/evaluation."""
-    common = ["--shift", f"{shift:g}", "--seed", str(seed)] + ["--steps", str(steps)] * bool(steps)
+    """Train MedShift and every learned rival at one population shift, then evaluate them all: results.json in folder/evaluation. Populations
+    are taken as they are: what balancing them is worth is `python train.py --shift S`, then `python -m minimedshift.evaluate`."""
+    common = ["--shift", f"{shift:g}", "--seed", str(seed), "--no-balance"] + ["--steps", str(steps)] * bool(steps)
     for name, flags in NETWORKS.items():
         train_once([*flags.split(), *common], folder / name)
     checkpoint = folder / "medshift" / "checkpoint.pt"
@@ -260,7 +261,7 @@ def rivals_run(shift, seed, steps, folder):
     seconds = float((folder / "medshift" / "log.csv").read_text().splitlines()[-1].split(",")[-1])
     total = state["step"]
     for name, share in ONE_PAIR.items():
-        train_once(["--domains", ",".join(evaluate.MAIN), "--shift", f"{shift:g}", "--seed", str(seed), "--steps", str(total // share)], folder / name)
+        train_once(["--domains", ",".join(evaluate.MAIN), "--shift", f"{shift:g}", "--seed", str(seed), "--no-balance", "--steps", str(total // share)], folder / name)
     config = state["config"]
     dataset = simulated.phantom_set(state["image"]["size"], config["train_images"], config["valid_heads"], config["test_heads"], seed, shift)
     train_rivals(dataset, folder, seconds, seed)

@@ -58,7 +58,8 @@ def table(results):
         return "\n".join(text + realism_table(results["unpaired"]))
     if results.get("simulated"):
         text += [f"Everything is simulated (version {results['version']}), the real domains too. S = {results['shift']:g}: the share of each domain's "
-                 "training heads that comes from its own population.", ""]
+                 "training heads that comes from its own population. Populations are " + ("balanced, for the unpaired methods without a network too."
+                 if results.get("balance") else "taken as they are."), ""]
     if "references" in results:
         text += [f"Realism: distances to {results['references']} training images of the target, features from {results['features']}; the floor is the row of "
                  "the second exposure (of real pairs: real against real).", ""]

@@ -1,0 +1,98 @@
+"""Balanced populations: a head is known again in every domain, weights undo a known shift, and images are drawn by them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from minimedshift import balance, simulated
+from minimedshift.coupling import Semidiscrete, learn_potentials
+from minimedshift.data import Dataset
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return simulated.paired_heads(64, 48, "valid", cache=tmp_path_factory.mktemp("cache"), progress=False)
+
+
+def test_a_head_is_known_again_in_another_domain(pairs):
+    """The nearest neighbour of a head among the same heads in another domain is itself."""
+    found = [balance.features(pairs.images[:, d]) for d in range(5)]
+    right = [(torch.cdist(a, b).argmin(1) == torch.arange(len(a))).float().mean() for a in found for b in found if a is not b]
+    assert min(right) > .9
+
+
+def blobs(x, seed):
+    """Pictures (N, 1, 32, 32) of a dark spot whose place goes with x (N,) in [0, 1], and little noise."""
+    g = np.random.default_rng(seed)
+    at = torch.linspace(0, 1, 32)
+    spot = torch.exp(-((at[None] - .2 - .6 * torch.tensor(x)[:, None]) / .15) ** 2)[:, None, None, :] * torch.exp(-((at - .5) / .15) ** 2)[:, None]
+    return (1 - spot.float() + .02 * torch.tensor(g.standard_normal(spot.shape)).float()).half().numpy()
+
+
+def test_weights_undo_a_known_shift():
+    """Spots at x with density 1 in one domain and 2x in the other: by the harmonic mean both become 2 / (1 + 1 / 2x)."""
+    g = np.random.default_rng(0)
+    a, b = g.random(3000), np.sqrt(g.random(3000))
+    weights = balance.weights([blobs(a, 1), .9 * blobs(b, 2) - .05])
+    density = [np.histogram(x, 5, (0, 1), weights=w)[0] / w.sum() * 5 for x, w in zip((a, b), weights)]
+    at = (np.arange(500) + .5) / 500
+    wanted = (2 / (1 + 1 / (2 * at))).reshape(5, -1).mean(1)
+    wanted /= wanted.mean()
+    before = np.abs(np.histogram(b, 5, (0, 1), density=True)[0] - wanted).max()
+    for found in density:
+        assert np.abs(found - wanted).max() < .15 < before
+    assert all(w.mean() == pytest.approx(1) for w in weights)
+
+
+def test_one_population_is_left_nearly_alone():
+    g = np.random.default_rng(0)
+    weights = balance.weights([blobs(g.random(1000), 1), blobs(g.random(1000), 2)])
+    assert min(balance.effective(w) for w in weights) > 900
+
+
+def test_the_effective_number_of_images():
+    assert balance.effective(np.ones(7)) == 7 and balance.effective(np.array([1.0, 0, 0, 0])) == 1
+
+
+def test_images_are_drawn_by_their_weights():
+    images = np.arange(4, dtype=np.float16).reshape(4, 1, 1, 1)
+    weights = [np.array([0, 1, 1, 2], np.float32), np.ones(4, np.float32)]
+    dataset = Dataset(("a", "b"), 1, 1, [images, images], [images[:0]] * 2, weights=weights)
+    for label, wanted in ((0, [0, .25, .25, .5]), (1, [.25] * 4)):
+        x1 = dataset.batch(torch.full((20000,), label), torch.Generator().manual_seed(0)).flatten().long()
+        share = torch.bincount(x1, minlength=4) / len(x1)
+        torch.testing.assert_close(share, torch.tensor(wanted), atol=.02, rtol=0)
+    torch.manual_seed(0)
+    plain = replace(dataset, weights=None).batch(torch.tensor([0, 1, 1]), torch.Generator().manual_seed(1))
+    even = replace(dataset, weights=[np.ones(4, np.float32)] * 2).batch(torch.tensor([0, 1, 1]), torch.Generator().manual_seed(1))
+    assert torch.equal(plain, even)
+
+
+def test_images_as_often_as_they_are_drawn():
+    images = np.arange(4, dtype=np.float16).reshape(4, 1, 1, 1)
+    dataset = Dataset(("a", "b"), 1, 1, [images, images], [images[:0]] * 2, weights=[np.array([0, 1, 1, 2], np.float32), np.ones(4, np.float32)])
+    assert dataset.drawn(0).flatten().tolist() == [1, 2, 3, 3] and dataset.drawn(1).flatten().tolist() == [0, 1, 2, 3]
+    assert replace(dataset, weights=None).drawn(0) is images
+
+
+def test_potentials_give_each_image_its_weight():
+    x = torch.randn(60, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    weight = torch.linspace(.2, 1.8, 60)
+    g, share = learn_potentials(x, weight)
+    y, x0 = torch.zeros(60000, dtype=torch.long), torch.randn(60000, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    picked = Semidiscrete([x], [g]).pick(x0, y)[2].index
+    counted = torch.bincount(picked, minlength=60) / 1000
+    assert ((counted - weight).abs() / weight).mean() < .12 and (share - 1).abs().mean() < .25  # 40 noises an image are by chance .16 off
+
+
+def test_a_domain_apart_is_warned_of(capsys):
+    g = np.random.default_rng(0)
+    left, right = blobs(.2 * g.random(600), 1), blobs(.8 + .2 * g.random(600), 2)
+    few = blobs(.2 * g.random(12), 3)
+    dataset = Dataset(("a", "b"), 32, 1, [left, np.concatenate([right, few])], [left[:0]] * 2)
+    found = balance.balanced(dataset)
+    said = capsys.readouterr().out
+    assert "effective images: a " in said and "warning: b shares few" in said
+    assert found.weights[1][600:].mean() > 5 * found.weights[1][:600].mean()

@@ -244,7 +244,7 @@ def main(argv=None):
 
 def evaluations(how):
     """Network evaluations of one translation."""
-    leg = how["steps"] * sampler.EVALUATIONS[how["solver"]]
+    leg = sampler.EVALUATIONS[how["solver"]](how["steps"])
     return leg * (1 if how["guidance"] == 1 else 2) + leg * (how["x0"] == "noise")
 
 

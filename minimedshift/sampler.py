@@ -92,6 +92,18 @@ def heun(v, x, times):
         yield after, x
 
 
+def fireflow(v, x, times):
+    """x <- x + h v(x + h/2 v_before, t + h/2): second order, one evaluation a step and one more at the start (arXiv:2412.07517, Algorithm 1).
+    v_before is the midpoint velocity of the step before, v(x, t) in the first: it serves one leg, one label, one direction. Yields (t, xt)."""
+    yield times[0], x
+    midpoint = v(x, times[0])
+    for t, after in zip(times[:-1], times[1:]):
+        h = after - t
+        midpoint = v(x + h / 2 * midpoint, t + h / 2)
+        x = x + h * midpoint
+        yield after, x
+
+
 def sde(v, x, times):
     """dX = (v + s) dt + sigma dW forward and dX = (v - s) dt + sigma dW backward in time (arXiv:2307.03672): with h the step's length,
     both are  x <- x +- h v + h s + sigma sqrt(h r) e.  r is what a bridge's noise has left of its variance at the step's far end, (1 - t') / (1 - t)
@@ -123,8 +135,8 @@ def adaptive(v, x, times, tolerance=1e-3):
         h *= min(5, max(0.2, 0.9 * max(error, 1e-9) ** (-1 / 3)))
 
 
-SOLVERS = {"euler": euler, "heun": heun, "sde": sde}
-EVALUATIONS = {"euler": 1, "heun": 2, "sde": 1}  # of one step, without guidance
+SOLVERS = {"euler": euler, "heun": heun, "fireflow": fireflow, "sde": sde}
+EVALUATIONS = {"euler": lambda n: n, "heun": lambda n: 2 * n, "fireflow": lambda n: n + 1, "sde": lambda n: n}  # of a leg of n steps, without guidance
 
 
 def last(trajectory):
@@ -132,6 +144,30 @@ def last(trajectory):
     for _, xt in trajectory:
         pass
     return xt
+
+
+def reversible(v, pair, times, solver=heun, undo=False, keep=0.999):
+    """Any explicit solver made exactly reversible: it carries a pair (y, z), both the image at the start   (arXiv:2410.11648)
+
+        y' = keep y + (1 - keep) z + step(z, t, t')          z' = z - step(y', t', t)          t' the time after t
+
+    step(x, t, t') is what `solver` adds to x on its way from t to t'. The order stays the solver's, the evaluations double.
+    undo=True goes the same `times` from their last to their first: it returns the pair that they began with, up to rounding.
+    One image is not enough for that: what says where y and z differ is lost. Yields (t, (y, z)), the start too.
+    """
+    step = lambda x, t, after: last(solver(v, x, [t, after])) - x
+    y, z = pair
+    yield (times[-1] if undo else times[0]), pair
+    if undo:
+        times = times[::-1]
+    for t, after in zip(times[:-1], times[1:]):
+        if undo:
+            z = z + step(y, t, after)
+            y = (y - (1 - keep) * z - step(z, after, t)) / keep
+        else:
+            y = keep * y + (1 - keep) * z + step(z, t, after)
+            z = z - step(y, after, t)
+        yield after, (y, z)
 
 
 @torch.inference_mode()

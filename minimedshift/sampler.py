@@ -183,14 +183,24 @@ def decode(model, z, y, tau=0.0, guidance=1.0, steps=5, solver="heun", end=0.97,
     return last(SOLVERS[solver](Velocity(model, y, guidance, colour, generator), z, grid(tau, steps, end, solver)[::-1]))
 
 
-def translate(model, x1, y_source, y_target, tau=0.4, guidance=1.0, steps=5, solver="heun", end=0.97, colour=0.0, x0="noise", generator=None):
+@torch.inference_mode()
+def trajectory(model, x1, y_source, y_target, tau=0.4, guidance=1.0, steps=5, solver="heun", end=0.97, colour=0.0, x0="noise", generator=None):
     """Carry images x1 (B, C, H, W) in [-1, 1] from domain y_source to y_target (ints or (B,)). tau near 1 keeps structure,
-    tau near 0 favours realism. `steps` are for each leg. Returns (B, C, H, W), not clipped. Raises what `encode` raises.
+    tau near 0 favours realism. `steps` are for each leg. Yields every (t, xt): x1 at t = end, down to z at tau, up to the translation.
+    Not clipped. Raises ValueError as `grid` does, KeyError for an unknown solver.
 
     A network trained with --x0 image goes from domain to domain directly: one leg, from t = 0 to 1, whatever tau and end.
     """
+    solve, xt, times = SOLVERS[solver], x1, grid(tau, steps, end, solver)
     if x0 == "image":
-        y = direct_label(y_source, y_target, math.isqrt(model.shape.num_domains))
-        return decode(model, x1, y, 0.0, guidance, steps, solver, 1.0, colour, generator)
-    z = encode(model, x1, y_source, tau, steps, solver, end, colour, generator)
-    return decode(model, z, y_target, tau, guidance, steps, solver, end, colour, generator)
+        y_target, times = direct_label(y_source, y_target, math.isqrt(model.shape.num_domains)), grid(0.0, steps, 1.0, solver)
+    else:
+        for t, xt in solve(Velocity(model, y_source, 1.0, colour, generator), x1, times):
+            if t != times[-1]:  # z is where the next leg starts
+                yield t, xt
+    yield from solve(Velocity(model, y_target, guidance, colour, generator), xt, times[::-1])
+
+
+def translate(model, x1, y_source, y_target, *settings, **how):
+    """The last picture of a `trajectory`, which takes the same arguments: the translations (B, C, H, W), not clipped."""
+    return last(trajectory(model, x1, y_source, y_target, *settings, **how))

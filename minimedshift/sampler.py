@@ -17,6 +17,7 @@ import torch
 
 from .flow import direct_label, draw_noise, velocity_and_score
 from .machine import has_bfloat16
+from .metrics import low_pass
 
 
 class Velocity:
@@ -135,6 +136,7 @@ def adaptive(v, x, times, tolerance=1e-3):
         h *= min(5, max(0.2, 0.9 * max(error, 1e-9) ** (-1 / 3)))
 
 
+FRESH = 0.75  # share of tau from which `samples` start on their way up
 SOLVERS = {"euler": euler, "heun": heun, "fireflow": fireflow, "sde": sde}
 EVALUATIONS = {"euler": lambda n: n, "heun": lambda n: 2 * n, "fireflow": lambda n: n + 1, "sde": lambda n: n}  # of a leg of n steps, without guidance
 
@@ -204,3 +206,27 @@ def trajectory(model, x1, y_source, y_target, tau=0.4, guidance=1.0, steps=5, so
 def translate(model, x1, y_source, y_target, *settings, **how):
     """The last picture of a `trajectory`, which takes the same arguments: the translations (B, C, H, W), not clipped."""
     return last(trajectory(model, x1, y_source, y_target, *settings, **how))
+
+
+@torch.inference_mode()
+def samples(model, x1, y_source, y_target, count, tau=0.4, guidance=1.0, steps=5, solver="heun", end=0.97, colour=0.0, generator=None):
+    """`count` stochastic translations of each image x1 (B, C, H, W): (count, B, C, H, W). z at tau goes on to s = FRESH tau by fresh noise,
+
+        xs = s/tau z + sqrt((1 - s)^2 - (s/tau)^2 (1 - tau)^2) e        e as the noise of the training, of `colour`
+
+    which has the image's share and the noise's variance that the bridge has at s (sigma = 0 alone), and is translated from there: what
+    changes from sample to sample is what z at s does not fix. Raises what `trajectory` raises.
+    """
+    z, s = encode(model, x1, y_source, tau, steps, solver, end, colour, generator), FRESH * tau
+    spread = math.sqrt((1 - s) ** 2 - (FRESH * (1 - tau)) ** 2)
+    out = []
+    for _ in range(count):
+        xs = FRESH * z + spread * draw_noise(z.shape, generator, colour, z.device)
+        out.append(decode(model, xs, y_target, s, guidance, steps, solver, end, colour, generator))
+    return torch.stack(out)
+
+
+def spread(several):
+    """Where K translations (K, B, C, H, W) differ: the standard deviation of each pixel over them, without detail finer than 1.5 pixels
+    (noise differs everywhere): (B, C, H, W)."""
+    return torch.stack([low_pass(x) for x in several]).std(0)

@@ -117,7 +117,8 @@ def test_colours_become_their_luminance_for_a_grey_network(tmp_path, net):
     (dict(checkpoint="a.png"), "a.png"), (dict(input="none.png"), "no such file"), (dict(output="there.png"), "--overwrite"), (dict(output="b.xyz"), "ends in"),
     (dict(output="folder"), "name the file"), (dict(input="folder"), "is a file"), (dict(input="folder", output="folder/sub"), "inside"),
     (dict(input="empty", output="new"), "no image files"), (dict(input="folder", output="folder"), "would be replaced"),
-    (dict(compare="there.png"), "would be replaced"), (dict(compare="b.png"), "choose another"), (dict(output="a.png/b.png"), "cannot be made"),
+    (dict(compare="there.png"), "would be replaced"), (dict(trajectory="there.png"), "would be replaced"), (dict(trajectory="c.png", uncertainty="c.png"), "choose another"),
+    (dict(samples="1", uncertainty="c.png"), "--samples"), (dict(samples="4"), "--uncertainty"), (dict(compare="b.png"), "choose another"), (dict(output="a.png/b.png"), "cannot be made"),
     (dict(input="deep.png", output="deep.jpg"), "JPEG cannot hold"), (dict(output=None), "OUTPUT"), (dict(wrong="1"), "--wrong")])
 def test_a_mistake_is_one_sentence_and_changes_nothing(tmp_path, net, monkeypatch, capsys, change, word):
     monkeypatch.chdir(tmp_path)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from minimedshift import UserError, data, film, flag, metrics, parse, run, sampler, simulated
+from minimedshift import UserError, data, domain, film, flag, metrics, parse, run, sampler, simulated
 from minimedshift.carry import carry, resize, working_shape
 from minimedshift.checkpoint import load_model
 from minimedshift.evaluate import TAUS, in_batches, main_domains
@@ -112,23 +112,31 @@ def plan_files(c):
     return files
 
 
-# ---------------------------------------------------------------- the source domain, inferred
+# ---------------------------------------------------------------- the source domain
 
-@torch.inference_mode()
-def infer_source(model, x1, seed, colour=0.0, draws=8):
-    """The label (B,) whose velocity fits the images x1 (B, C, H, W) best:  argmin_y sum ||v(xt, t, y) - (x1 - x0)||^2
-
-    over `draws` fixed pairs of t and noise x0, the same for every label and image (diffusion classifier, arXiv:2303.16203). t lies in
-    [.9, 1]: there the image's own noise, by which doses are told apart, is not yet drowned.
-    """
-    generator, errors = torch.Generator().manual_seed(seed), 0
-    for i in range(draws):
-        t = .9 + .1 * (i + .5) / draws
-        x0 = draw_noise(x1.shape[1:], generator, colour).to(x1.device)
-        xt, ts = (1 - t) * x0 + t * x1, torch.full((len(x1),), t, device=x1.device)
-        labels = [torch.full((len(x1),), y, device=x1.device) for y in range(model.shape.num_domains)]
-        errors = errors + torch.stack([(model(xt, ts, y)[:, :x1.shape[1]].float() - (x1 - x0)).square().mean((1, 2, 3)) for y in labels])
-    return errors.argmin(0)
+def source_labels(x1, names, model, state, c):
+    """The source label of each image x1 (B, C, H, W), as given or inferred and then told; what looks like no domain is warned of."""
+    domains, colour = state["domains"], state["config"].get("colour", 0.0)
+    look = lambda x, labels, draws: in_batches(lambda part: domain.unexplained(model, part, labels, c.seed, colour, draws), x, len(x))
+    every, strange = range(len(domains)), torch.ones(len(x1), dtype=torch.bool, device=x1.device)
+    if c.source == "auto":
+        shares = look(x1, every, 8)
+        labels, seconds, close = domain.judge(shares, *x1.shape[-2:])
+        for name, y, second, unsure in zip(names, labels.tolist(), seconds.tolist(), close.tolist()):
+            print(f"{name}: taken for {domains[y]}" + (f", but {domains[second]} is close" if unsure else "")
+                  + (", which is the target too" if domains[y] == c.target else ""))
+    else:
+        labels = torch.full((len(x1),), domains.index(c.source), device=x1.device)
+        if state["translate"]["x0"] == "image":  # such a network has seen no noise
+            return labels
+        strange = domain.far(look(x1, [domains.index(c.source)], 2))  # a glance; those that stand out are looked at closely
+        if not strange.any():
+            return labels
+        shares = look(x1[strange], every, 8)
+    for i, far in zip(strange.nonzero().flatten().tolist(), domain.far(shares).tolist()):
+        if far:
+            print(f"warning: {names[i]} looks like no domain of this network: its translation means little", file=sys.stderr)
+    return labels
 
 
 # ---------------------------------------------------------------- files in, files out
@@ -139,12 +147,7 @@ def translate_batch(items, model, state, c, how, device, shown):
     full = [data.channels_to(x, channels)[None] for _, _, x, _ in items]  # on the host: together they may be large
     shape = working_shape(*full[0].shape[-2:], state["image"]["size"], model.stride)
     x1 = torch.cat([resize(x.to(device), shape) for x in full])
-    if c.source != "auto":
-        y_source = torch.full((len(x1),), domains.index(c.source), device=device)
-    else:
-        y_source = in_batches(lambda part: infer_source(model, part, c.seed, state["config"].get("colour", 0.0)), x1, len(x1))
-        for (path, *_), y in zip(items, y_source.tolist()):
-            print(f"{path}: taken for {domains[y]}" + (", which is the target too" if domains[y] == c.target else ""))
+    y_source = source_labels(x1, [path for path, *_ in items], model, state, c)
     y_target, draw = torch.full_like(y_source, domains.index(c.target)), torch.Generator(device).manual_seed(c.seed)
     one = lambda i: sampler.translate(model, x1[i], y_source[i], y_target[i], **how, generator=draw)
     out = in_batches(one, torch.arange(len(x1), device=device), len(x1))

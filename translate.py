@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from minimedshift import UserError, data, flag, metrics, parse, run, sampler, simulated
+from minimedshift import UserError, data, domain, film, flag, metrics, parse, run, sampler, simulated
 from minimedshift.carry import carry, resize, working_shape
 from minimedshift.checkpoint import load_model
 from minimedshift.evaluate import TAUS, in_batches, main_domains
@@ -43,6 +43,12 @@ class Config:
     device: str = flag("auto", "where to compute", "machine", choices=("auto", "cuda", "mps", "cpu"))
     overwrite: bool = flag(False, "replace existing files", "files")
     compare: str = flag(None, "also write this picture: source | translation | difference, of the first 8 images", "files")
+    trajectory: str = flag(None, "also write this picture: the first 8 images on their way to tau and up again, t under each state", "files")
+    uncertainty: str = flag(None, "also write this picture: source | translation | where --samples translations from fresh noise differ, of the first 8 images", "files")
+    samples: int = flag(None, "translations of each image behind --uncertainty (default: 8)", "files", kind=int)
+
+
+PICTURES, ROWS = ("compare", "trajectory", "uncertainty"), 8  # that are drawn if asked for, and of how many images
 
 
 # ---------------------------------------------------------------- flags and files, checked before any work
@@ -51,13 +57,17 @@ def check_flags(c):
     for name, good, allowed in (("tau", c.tau is None or 0 <= c.tau < 1, "at least 0 and below 1"),
                                 ("guidance", c.guidance is None or abs(c.guidance) < 1000, "a number, 1 for none"),
                                 ("end", c.end is None or 0 < c.end <= 1, "above 0 and at most 1"),
-                                ("steps", c.steps is None or c.steps >= 1, "at least 1"), ("batch_size", c.batch_size >= 0, "at least 0")):
+                                ("steps", c.steps is None or c.steps >= 1, "at least 1"), ("samples", c.samples is None or c.samples >= 2, "at least 2"),
+                                ("batch_size", c.batch_size >= 0, "at least 0")):
         if not good:
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)} is not allowed: it must be {allowed}")
     if c.input and not (c.output and c.source and c.target):
         raise UserError("to translate INPUT, give OUTPUT, --source (a domain, or auto) and --target too")
-    if c.compare and not c.input:
-        raise UserError("--compare needs INPUT and OUTPUT")
+    for name in PICTURES:
+        if getattr(c, name) and not c.input:
+            raise UserError(f"--{name} needs INPUT and OUTPUT")
+    if c.samples and not c.uncertainty:
+        raise UserError("--samples needs --uncertainty FILE, the picture that is drawn from them")
 
 
 def plan_files(c):
@@ -77,9 +87,14 @@ def plan_files(c):
         if target.is_dir():
             raise UserError(f"INPUT {source} is a file but OUTPUT {target} is a folder: name the file, for example {target / source.name}")
         files = [(source, target)]
-    outputs = [path for _, path in files] + ([Path(c.compare)] if c.compare else [])
-    if c.compare and Path(c.compare).resolve() in {path.resolve() for pair in files for path in pair}:
-        raise UserError(f"--compare {c.compare} is also one of the images: choose another name")
+    outputs = [path for _, path in files]
+    taken = {path.resolve() for pair in files for path in pair}
+    for name in PICTURES:
+        if picture := getattr(c, name):
+            if Path(picture).resolve() in taken:
+                raise UserError(f"--{name} {picture} is also one of the images, or another picture: choose another name")
+            taken.add(Path(picture).resolve())
+            outputs.append(Path(picture))
     for path in outputs:
         if path.suffix.lower() not in data.FORMATS:
             raise UserError(f"{path}: an image file ends in one of {' '.join(data.FORMATS)}")
@@ -97,60 +112,75 @@ def plan_files(c):
     return files
 
 
-# ---------------------------------------------------------------- the source domain, inferred
+# ---------------------------------------------------------------- the source domain
 
-@torch.inference_mode()
-def infer_source(model, x1, seed, colour=0.0, draws=8):
-    """The label (B,) whose velocity fits the images x1 (B, C, H, W) best:  argmin_y sum ||v(xt, t, y) - (x1 - x0)||^2
-
-    over `draws` fixed pairs of t and noise x0, the same for every label and image (diffusion classifier, arXiv:2303.16203). t lies in
-    [.9, 1]: there the image's own noise, by which doses are told apart, is not yet drowned.
-    """
-    generator, errors = torch.Generator().manual_seed(seed), 0
-    for i in range(draws):
-        t = .9 + .1 * (i + .5) / draws
-        x0 = draw_noise(x1.shape[1:], generator, colour).to(x1.device)
-        xt, ts = (1 - t) * x0 + t * x1, torch.full((len(x1),), t, device=x1.device)
-        labels = [torch.full((len(x1),), y, device=x1.device) for y in range(model.shape.num_domains)]
-        errors = errors + torch.stack([(model(xt, ts, y)[:, :x1.shape[1]].float() - (x1 - x0)).square().mean((1, 2, 3)) for y in labels])
-    return errors.argmin(0)
+def source_labels(x1, names, model, state, c):
+    """The source label of each image x1 (B, C, H, W), as given or inferred and then told; what looks like no domain is warned of."""
+    domains, colour = state["domains"], state["config"].get("colour", 0.0)
+    look = lambda x, labels, draws: in_batches(lambda part: domain.unexplained(model, part, labels, c.seed, colour, draws), x, len(x))
+    every, strange = range(len(domains)), torch.ones(len(x1), dtype=torch.bool, device=x1.device)
+    if c.source == "auto":
+        shares = look(x1, every, 8)
+        labels, seconds, close = domain.judge(shares, *x1.shape[-2:])
+        for name, y, second, unsure in zip(names, labels.tolist(), seconds.tolist(), close.tolist()):
+            print(f"{name}: taken for {domains[y]}" + (f", but {domains[second]} is close" if unsure else "")
+                  + (", which is the target too" if domains[y] == c.target else ""))
+    else:
+        labels = torch.full((len(x1),), domains.index(c.source), device=x1.device)
+        if state["translate"]["x0"] == "image":  # such a network has seen no noise
+            return labels
+        strange = domain.far(look(x1, [domains.index(c.source)], 2))  # a glance; those that stand out are looked at closely
+        if not strange.any():
+            return labels
+        shares = look(x1[strange], every, 8)
+    for i, far in zip(strange.nonzero().flatten().tolist(), domain.far(shares).tolist()):
+        if far:
+            print(f"warning: {names[i]} looks like no domain of this network: its translation means little", file=sys.stderr)
+    return labels
 
 
 # ---------------------------------------------------------------- files in, files out
 
-def translate_batch(items, model, state, c, how, device):
-    """Translate [(input, output, x, info)] of one working shape and write them; returns [(name, source, translation)] for --compare."""
+def translate_batch(items, model, state, c, how, device, shown):
+    """Translate [(input, output, x, info)] of one working shape and write them; what pictures need of the first ones goes into `shown`."""
     channels, domains = state["image"]["channels"], state["domains"]
     full = [data.channels_to(x, channels)[None] for _, _, x, _ in items]  # on the host: together they may be large
     shape = working_shape(*full[0].shape[-2:], state["image"]["size"], model.stride)
     x1 = torch.cat([resize(x.to(device), shape) for x in full])
-    if c.source != "auto":
-        y_source = torch.full((len(x1),), domains.index(c.source), device=device)
-    else:
-        y_source = in_batches(lambda part: infer_source(model, part, c.seed, state["config"].get("colour", 0.0)), x1, len(x1))
-        for (path, *_), y in zip(items, y_source.tolist()):
-            print(f"{path}: taken for {domains[y]}" + (", which is the target too" if domains[y] == c.target else ""))
+    y_source = source_labels(x1, [path for path, *_ in items], model, state, c)
     y_target, draw = torch.full_like(y_source, domains.index(c.target)), torch.Generator(device).manual_seed(c.seed)
     one = lambda i: sampler.translate(model, x1[i], y_source[i], y_target[i], **how, generator=draw)
     out = in_batches(one, torch.arange(len(x1), device=device), len(x1))
-    results = []
+    first = slice(0, ROWS - len(shown["names"]))
+    shown["names"] += [source.name[:24] for source, *_ in items[first]]
     for (source, path, x, info), large, small, new in zip(items, full, x1, out):
         if large.shape[-2:] != shape:
             new = carry(large.to(device), small[None], new[None])[0]
         data.write_image(path, new, info)
-        results.append((source.name, large[0], new.clamp(-1, 1).cpu()))
-    return results
+        if len(shown["compare"]) < len(shown["names"]):
+            new = new.clamp(-1, 1).cpu()
+            shown["compare"].append((large[0], new, (new - large[0]) / 2))
+    labels = y_source[first], y_target[first]
+    if c.trajectory and len(x1[first]):
+        draw.manual_seed(c.seed)
+        states = list(sampler.trajectory(model, x1[first], *labels, **how, generator=draw))
+        shown["sources"] += [domains[y] for y in labels[0].tolist()]
+        shown["trajectory"] += [[(t, xt[i].cpu()) for t, xt in states] for i in range(len(x1[first]))]
+    if c.uncertainty and len(x1[first]):
+        how = {name: value for name, value in how.items() if name != "x0"}
+        several = sampler.samples(model, x1[first], *labels, c.samples or 8, **how, generator=draw).clamp(-1, 1)  # (K, n, C, H, W)
+        shown["uncertainty"] += list(zip(x1[first].cpu(), out[first].cpu(), sampler.spread(several).cpu(), *several[:2].cpu()))
 
 
 def translate_files(files, model, state, c, how, device):
     """Translate all files, those of one working shape together; returns the exit status."""
-    waiting, bad, done, start, shown = {}, 0, 0, time.time(), []
+    waiting, bad, done, start = {}, 0, 0, time.time()
+    shown = {name: [] for name in ("names", "sources", *PICTURES)}  # rows of the pictures
 
     def flush(shape):
         nonlocal done
         batch = waiting.pop(shape)
-        results = translate_batch(batch, model, state, c, how, device)
-        shown.extend(results[:8 - len(shown)] if c.compare else [])
+        translate_batch(batch, model, state, c, how, device, shown)
         done += len(batch)
         if len(files) > 1:
             data.progress(done, len(files) - bad, start, "translating")
@@ -173,11 +203,24 @@ def translate_files(files, model, state, c, how, device):
             flush(shape)
     for shape in list(waiting):
         flush(shape)
-    if shown:
-        data.figure(c.compare, [(x, out, (out - x) / 2) for _, x, out in shown], ["source", "translation", "difference / 2\n(grey: none)"], [name[:24] for name, *_ in shown])
+    if shown["names"]:
+        draw_pictures(c, shown)
     if bad:
         print(f"{bad} of {len(files)} images could not be read; the others are done", file=sys.stderr)
     return 2 if bad else 0
+
+
+def draw_pictures(c, shown):
+    """The pictures that were asked for, from their rows."""
+    if c.compare:
+        data.figure(c.compare, shown["compare"], ["source", "translation", "difference / 2\n(grey: none)"], shown["names"])
+    if c.trajectory:
+        film.strip(c.trajectory, shown["trajectory"], shown["sources"], c.target)
+    if c.uncertainty:
+        top = max(spread.max().item() for _, _, spread, *_ in shown["uncertainty"])
+        rows = [(x, out, spread / max(top, 1e-9) * 2 - 1, *two) for x, out, spread, *two in shown["uncertainty"]]
+        columns = ["source", "translation", f"standard deviation\n(white: {top:.2g})", "a sample", "another"]
+        data.figure(c.uncertainty, rows, columns, shown["names"])
 
 
 # ---------------------------------------------------------------- no arguments: held-out simulated heads
@@ -244,7 +287,7 @@ def main(argv=None):
 
 def evaluations(how):
     """Network evaluations of one translation."""
-    leg = how["steps"] * sampler.EVALUATIONS[how["solver"]]
+    leg = sampler.EVALUATIONS[how["solver"]](how["steps"])
     return leg * (1 if how["guidance"] == 1 else 2) + leg * (how["x0"] == "noise")
 
 

@@ -8,10 +8,11 @@ import torch
 from gaussians import covariance, gaussian_bridge
 
 from minimedshift.flow import EDGE
-from minimedshift.sampler import SOLVERS, Velocity, adaptive, decode, encode, grid, last, translate
+from minimedshift.model import Shape, UNet
+from minimedshift.sampler import SOLVERS, Velocity, adaptive, decode, encode, grid, last, reversible, translate
 
 
-@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("fireflow", 2)])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_order_of_convergence_in_both_directions(solver, order, reverse):
     """dx/dt = x cos t, so x(t) = x(0) exp(sin t)."""
@@ -24,8 +25,59 @@ def test_order_of_convergence_in_both_directions(solver, order, reverse):
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.2)
 
 
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("fireflow", 2)])
+def test_order_of_convergence_of_a_translation_between_gaussians(solver, order):
+    """Two legs, two labels, a grid that is denser near the image; the reference is the formula."""
+    x1 = torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * SPREADS[0] + MEANS[0]
+    _, expected = gaussian_translation(x1, 0.3, 0.97)
+    errors = []
+    for n in (20, 40):
+        out = translate(gaussian, x1, 0, 1, 0.3, steps=n, solver=solver, end=0.97)
+        errors.append((out - expected).square().mean().sqrt())
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.35)
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("fireflow", 2)])
+def test_a_reversible_solver_keeps_the_order_and_comes_back_exactly(solver, order):
+    """dx/dt = x cos t again: the error falls at least as fast as the solver's own, and undo returns the start to float precision."""
+    errors, start = [], torch.tensor([1.0, -0.3, 2.0], dtype=torch.float64)
+    v = lambda x, t: x * math.cos(t)
+    for n in (16, 32):
+        times = [i / n for i in range(n + 1)]
+        *_, (t, pair) = reversible(v, (start, start), times, SOLVERS[solver])
+        back = list(reversible(v, pair, times, SOLVERS[solver], undo=True))
+        errors.append((pair[0] - start * math.exp(math.sin(1))).abs().max())
+        assert t == 1 and [t for t, _ in back] == times[::-1]
+        for x in back[-1][1]:
+            torch.testing.assert_close(x, start, rtol=1e-13, atol=1e-13)
+    assert math.log2(errors[0] / errors[1]) > order - 0.2
+
+
+def test_a_network_takes_an_image_to_another_label_and_back_exactly_if_the_pair_is_kept():
+    """Few and long steps through a network with random weights: no ordinary solver finds the way back."""
+    torch.manual_seed(0)
+    model = UNet(Shape(num_domains=2, widths=(32,), blocks=(1,))).eval()
+    for weights in model.parameters():
+        if not weights.any():  # those that start at zero, so that an untrained network does nothing
+            torch.nn.init.normal_(weights, std=0.05)
+    x1, times = torch.randn(2, 1, 16, 16), grid(0.1, 3, 0.97)
+    source, target = Velocity(model, 0), Velocity(model, 1)
+    with torch.inference_mode():
+        pair = last(reversible(source, (x1, x1), times))
+        there = last(reversible(target, pair, times[::-1]))
+        error = lambda pair: undone(source, target, pair, times).sub(x1).norm() / x1.norm()
+        assert there[0].sub(x1).norm() > 0.1 * x1.norm()
+        assert error(there) < 1e-5 < 1e-4 < error((there[0], there[0]))
+
+
+def undone(source, target, pair, times):
+    """The image from which two reversible legs, to the target and before that from the source, have led to a pair."""
+    pair = last(reversible(target, pair, times[::-1], undo=True))
+    return last(reversible(source, pair, times, undo=True))[0]
+
+
 def test_solvers_yield_the_whole_trajectory():
-    for solver in (SOLVERS["euler"], SOLVERS["heun"], adaptive):
+    for solver in (SOLVERS["euler"], SOLVERS["heun"], SOLVERS["fireflow"], adaptive):
         steps = list(solver(lambda x, t: torch.ones_like(x), torch.zeros(2), [0.0, 0.25, 1.0]))
         assert steps[0][0] == 0.0 and steps[-1][0] == 1.0
         assert all(x[0].item() == pytest.approx(t) for t, x in steps)
@@ -58,13 +110,17 @@ def gaussian(x, t, y):
 gaussian.shape = SimpleNamespace(num_domains=2, score=0.0)
 
 
-@pytest.mark.parametrize("tau, end", [(0.0, 1.0), (0.45, 1.0), (0.8, 1.0), (0.1, 0.97)])
-def test_translation_between_gaussians_is_the_known_map(tau, end):
-    """A Gaussian flow is affine: (xt - t m) / S(t) stays the same, with S^2 = t^2 s^2 + (1 - t)^2; two legs compose."""
-    x1 = torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(0)) * SPREADS[0] + MEANS[0]
+def gaussian_translation(x1, tau, end):
+    """z at tau and the translation from label 0 to 1: (xt - t m) / S(t) stays the same on each leg, with S^2 = t^2 s^2 + (1 - t)^2."""
     S = lambda t, y: math.sqrt(t**2 * SPREADS[y] ** 2 + (1 - t) ** 2)
     z = tau * MEANS[0] + S(tau, 0) / S(end, 0) * (x1 - end * MEANS[0])
-    expected = end * MEANS[1] + S(end, 1) / S(tau, 1) * (z - tau * MEANS[1])
+    return z, end * MEANS[1] + S(end, 1) / S(tau, 1) * (z - tau * MEANS[1])
+
+
+@pytest.mark.parametrize("tau, end", [(0.0, 1.0), (0.45, 1.0), (0.8, 1.0), (0.1, 0.97)])
+def test_translation_between_gaussians_is_the_known_map(tau, end):
+    x1 = torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(0)) * SPREADS[0] + MEANS[0]
+    z, expected = gaussian_translation(x1, tau, end)
     torch.testing.assert_close(encode(gaussian, x1, 0, tau, steps=100, end=end), z, atol=2e-3, rtol=0)
     torch.testing.assert_close(translate(gaussian, x1, 0, 1, tau, steps=100, end=end), expected, atol=5e-3, rtol=0)
 

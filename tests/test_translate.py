@@ -4,7 +4,6 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 
 import translate
-from minimedshift import checkpoint, phantom, run, sampler
+from minimedshift import checkpoint, domain, phantom, run, sampler
 from minimedshift.model import Shape, UNet
 
 ROOT = Path(translate.__file__).parent
@@ -117,7 +116,8 @@ def test_colours_become_their_luminance_for_a_grey_network(tmp_path, net):
     (dict(checkpoint="a.png"), "a.png"), (dict(input="none.png"), "no such file"), (dict(output="there.png"), "--overwrite"), (dict(output="b.xyz"), "ends in"),
     (dict(output="folder"), "name the file"), (dict(input="folder"), "is a file"), (dict(input="folder", output="folder/sub"), "inside"),
     (dict(input="empty", output="new"), "no image files"), (dict(input="folder", output="folder"), "would be replaced"),
-    (dict(compare="there.png"), "would be replaced"), (dict(compare="b.png"), "choose another"), (dict(output="a.png/b.png"), "cannot be made"),
+    (dict(compare="there.png"), "would be replaced"), (dict(trajectory="there.png"), "would be replaced"), (dict(trajectory="c.png", uncertainty="c.png"), "choose another"),
+    (dict(samples="1", uncertainty="c.png"), "--samples"), (dict(samples="4"), "--uncertainty"), (dict(compare="b.png"), "choose another"), (dict(output="a.png/b.png"), "cannot be made"),
     (dict(input="deep.png", output="deep.jpg"), "JPEG cannot hold"), (dict(output=None), "OUTPUT"), (dict(wrong="1"), "--wrong")])
 def test_a_mistake_is_one_sentence_and_changes_nothing(tmp_path, net, monkeypatch, capsys, change, word):
     monkeypatch.chdir(tmp_path)
@@ -212,25 +212,48 @@ def test_a_file_is_translated_the_same_in_any_company(tmp_path, net, monkeypatch
         same(tmp_path / "out" / f"{i}.bmp", tmp_path / "alone.bmp")
 
 
-def test_the_source_is_inferred_where_the_answer_is_known():
-    """Domains of a single image c_y each: the exact velocity is (c_y - x) / (1 - t), and the label is that of the nearest c_y."""
-    c = torch.tensor([-.8, -.2, .3, .9])
-    model = lambda x, t, y: (c[y].view(-1, 1, 1, 1) - x) / (1 - t).view(-1, 1, 1, 1)
-    model.shape = SimpleNamespace(num_domains=4, score=0.0)
-    wanted = torch.tensor([2, 0, 3, 1, 1])
-    x1 = c[wanted].view(-1, 1, 1, 1) + .1 * torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(translate.infer_source(model, x1, seed=0), wanted)
-
-
 def test_auto_says_what_it_took_and_uses_it(tmp_path, net, monkeypatch, capsys):
-    used = []
-    monkeypatch.setattr(translate, "infer_source", lambda model, x1, seed, colour: torch.full((len(x1),), 3))
+    used, labels = [], iter([[3, 2, False], [3, 1, True]])
+    monkeypatch.setattr(domain, "judge", lambda shares, H, W: [torch.tensor([value]) for value in next(labels)])
     monkeypatch.setattr(sampler, "translate", lambda model, x1, y_source, y_target, **how: used.append((y_source.tolist(), y_target, how)) or x1)
     Image.fromarray(picture(20, 20)).save(tmp_path / "a.png")
-    assert here(tmp_path / "a.png", tmp_path / "b.png", "--source", "auto", "--target", "real-low", "--checkpoint", net, "--tau", 0.25, "--steps", 7) == 0
-    assert "a.png: taken for real-normal" in capsys.readouterr().out
+    line = (tmp_path / "a.png", tmp_path / "b.png", "--source", "auto", "--target", "real-low", "--checkpoint", net, "--tau", 0.25, "--steps", 7)
+    assert here(*line) == 0
+    assert "a.png: taken for real-normal\n" in capsys.readouterr().out
     used[0][2].pop("generator")
     assert used == [([3], 2, dict(tau=.25, guidance=2., steps=7, solver="heun", end=1.0, colour=0.0, x0="noise"))]
+    assert here(*line, "--overwrite") == 0
+    assert "a.png: taken for real-normal, but synthetic-high is close\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", ["auto", "real-normal"])
+@pytest.mark.parametrize("off_domain", [False, True])
+def test_a_picture_far_from_every_domain_is_warned_of_in_one_line(tmp_path, net, monkeypatch, capsys, source, off_domain):
+    """Only the far label is asked about first where it is named; the exit status stays."""
+    asked, known = [], torch.full((1, 3), 0.5)
+
+    def unexplained(model, x1, labels, seed, colour, draws):
+        asked.append(list(labels))
+        rows = [known + 9 if off_domain or y != 3 else known for y in labels]
+        return torch.stack(rows, 1)
+
+    monkeypatch.setattr(domain, "unexplained", unexplained)
+    Image.fromarray(picture(20, 20)).save(tmp_path / "a.png")
+    assert here(tmp_path / "a.png", tmp_path / "b.png", "--source", source, "--target", "real-low", "--checkpoint", net) == 0
+    err = capsys.readouterr().err
+    assert err.count("\n") == off_domain and ("a.png looks like no domain" in err) == off_domain
+    assert asked == {"auto": [[0, 1, 2, 3, 4]], "real-normal": [[3], [0, 1, 2, 3, 4]][:1 + off_domain]}[source]
+
+
+def test_a_film_and_an_uncertainty_are_drawn_by_the_users_own_command(tmp_path, net):
+    (tmp_path / "in").mkdir()
+    for i, shape in enumerate([(20, 20), (16, 40), (20, 20)]):
+        Image.fromarray(picture(*shape, seed=i)).save(tmp_path / "in" / f"{i}.png")
+    done = command(tmp_path / "in", tmp_path / "out", "--source", "auto", "--target", "real-low", "--checkpoint", net, "--steps", 3,
+                   "--solver", "fireflow", "--trajectory", tmp_path / "film.png", "--uncertainty", tmp_path / "spread.png", "--samples", 3)
+    assert done.returncode == 0 and done.stdout.count("taken for") == 3 and "3 fireflow steps" in done.stdout
+    film, spread = Image.open(tmp_path / "film.png"), Image.open(tmp_path / "spread.png")
+    assert film.width > 1.8 * film.height and spread.size > (5 * 160, 3 * 160)  # 7 states and 5 pictures, 3 rows
 
 
 def test_evaluations_are_those_the_sampler_makes(net):

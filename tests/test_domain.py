@@ -1,0 +1,61 @@
+"""Which domain an image is from, where the answer is known: domains of one image each, and Gaussian noise of known power."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minimedshift import domain
+from minimedshift.flow import draw_noise
+
+
+@pytest.mark.parametrize("H, W, count", [(64, 64, 5), (64, 80, 5), (16, 16, 3), (20, 48, 3)])
+def test_octaves_hold_every_frequency_up_to_nyquist_once(H, W, count):
+    masks = domain.octaves(H, W)
+    ky, kx = torch.meshgrid(torch.fft.fftfreq(H, 1 / H), torch.fft.fftfreq(W, 1 / W), indexing="ij")
+    k = torch.hypot(ky, kx)
+    assert len(masks) == count and torch.equal(masks.sum(0) == 1, k <= min(H, W) / 2) and masks.sum(0).max() == 1
+    assert all(k[mask].max() < 2 * k[mask].clamp(min=1).min() + 1e-3 for mask in masks[:-1])
+
+
+def single_images(c):
+    """A network that knows that domain y is the one image c_y: its velocity is (c_y - x) / (1 - t)."""
+    model = lambda x, t, y: (c[y] - x) / (1 - t).view(-1, 1, 1, 1)
+    model.shape = SimpleNamespace(num_domains=len(c), score=0.0)
+    return model
+
+
+def test_the_domain_is_found_and_every_other_image_is_far():
+    c = draw_noise((4, 1, 32, 32), torch.Generator().manual_seed(0), 1.0)
+    model, wanted = single_images(c), torch.tensor([2, 0, 3, 1, 1])
+    x1 = c[wanted] + 0.01 * draw_noise((5, 1, 32, 32), torch.Generator().manual_seed(1), 1.0)
+    shares = domain.unexplained(model, x1, range(4), colour=1.0)
+    label, second, close = domain.judge(shares, 32, 32)
+    assert torch.equal(label, wanted) and not close.any() and not (second == label).any() and not domain.far(shares).any()
+    assert domain.far(domain.unexplained(model, -x1, range(4), colour=1.0)).all()
+
+
+def test_domains_that_differ_in_the_power_of_their_noise_alone():
+    """Images are coloured noise of power a_y^2, so the network is E[x1 - x0 | xt] in closed form. Four times another's power is
+    told apart, the same power is close."""
+    power = torch.tensor([0.01, 0.04, 0.0401])
+
+    def model(x, t, y):
+        t, a = t.view(-1, 1, 1, 1), power[y].view(-1, 1, 1, 1)
+        return (t * a - (1 - t)) / (t**2 * a + (1 - t) ** 2) * x
+
+    noise = draw_noise((12, 1, 32, 32), torch.Generator().manual_seed(0), 1.0)
+    quiet = domain.unexplained(model, 0.01**0.5 * noise, range(3), colour=1.0)
+    loud = domain.unexplained(model, 0.04**0.5 * noise, range(3), colour=1.0)
+    label, _, close = domain.judge(quiet, 32, 32)
+    assert (label == 0).all() and not close.any()
+    label, second, close = domain.judge(loud, 32, 32)
+    assert (label > 0).all() and (second > 0).all() and close.all()
+    assert not domain.far(quiet).any() and domain.far(domain.unexplained(model, 5 * noise, range(3), colour=1.0)).all()
+
+
+def test_what_is_left_is_the_noise_itself_where_the_network_knows_nothing():
+    """v = x1, the mean of x1 - x0 where xt says nothing of x0: all noise is left, in every octave."""
+    x1 = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    shares = domain.unexplained(lambda x, t, y: x1, x1, [0], colour=1.0, draws=40)
+    torch.testing.assert_close(shares, torch.ones(3, 1, 4), atol=0.25, rtol=0)

@@ -53,7 +53,7 @@ class Config:
     lr: float = flag(0.02, "peak learning rate of the convolutions (Muon); the rest (AdamW) has a twentieth", "training")
     ema: float = flag(16.97, "exponent of the EMA profile: 16.97 averages about the last twentieth, 6.94 the last tenth", "training")
     seed: int = flag(0, "all randomness is a function of the seed and the step", "training")
-    tau: float = flag(0.4, "how far back a translation goes: near 1 keeps structure, near 0 favours realism", "translation")
+    tau: float = flag(0.3, "how far back a translation goes: near 1 keeps structure, near 0 favours realism", "translation")
     guidance: float = flag(1.0, "guidance scale of the forward leg; 1 is none", "translation")
     end: float = flag(0.97, "time at which an image is taken to be: 1 is the paper's; below 1, faint detail passes untouched", "translation")
     solver_steps: int = flag(5, "solver steps of each leg", "translation")

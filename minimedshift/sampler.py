@@ -186,7 +186,7 @@ def decode(model, z, y, tau=0.0, guidance=1.0, steps=5, solver="heun", end=0.97,
 
 
 @torch.inference_mode()
-def trajectory(model, x1, y_source, y_target, tau=0.4, guidance=1.0, steps=5, solver="heun", end=0.97, colour=0.0, x0="noise", generator=None):
+def trajectory(model, x1, y_source, y_target, tau=0.3, guidance=1.0, steps=5, solver="heun", end=0.97, colour=0.0, x0="noise", generator=None):
     """Carry images x1 (B, C, H, W) in [-1, 1] from domain y_source to y_target (ints or (B,)). tau near 1 keeps structure,
     tau near 0 favours realism. `steps` are for each leg. Yields every (t, xt): x1 at t = end, down to z at tau, up to the translation.
     Not clipped. Raises ValueError as `grid` does, KeyError for an unknown solver.
@@ -209,7 +209,7 @@ def translate(model, x1, y_source, y_target, *settings, **how):
 
 
 @torch.inference_mode()
-def samples(model, x1, y_source, y_target, count, tau=0.4, guidance=1.0, steps=5, solver="heun", end=0.97, colour=0.0, generator=None):
+def samples(model, x1, y_source, y_target, count, tau=0.3, guidance=1.0, steps=5, solver="heun", end=0.97, colour=0.0, generator=None):
     """`count` stochastic translations of each image x1 (B, C, H, W): (count, B, C, H, W). z at tau goes on to s = FRESH tau by fresh noise,
 
         xs = s/tau z + sqrt((1 - s)^2 - (s/tau)^2 (1 - tau)^2) e        e as the noise of the training, of `colour`

@@ -140,7 +140,7 @@ def main(argv=None):
             model=model.state_dict(), ema=ema.mean, optimizer=[optimizer.state_dict() for optimizer in optimizers]))
 
     # ---- loop
-    steps = batches(dataset, config, device, first)
+    steps = batches(dataset, config, device, first, dtype)
     stopping = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stopping.append(True))  # finish the step, save, stop

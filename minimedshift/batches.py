@@ -64,9 +64,9 @@ def draw(dataset, config, step, device):
     return x0, x1, y, hidden, t, e
 
 
-def batches(dataset, config, device, first=0):
-    """The Steps `first` to config.steps. On CUDA each is made a step ahead, in a thread and on a stream of its own."""
-    semidiscrete = Semidiscrete(*learn_potentials(dataset, config, device)) if config.coupling == "semidiscrete" else None
+def batches(dataset, config, device, first=0, dtype=torch.float32):
+    """The Steps `first` to config.steps; dtype is the number format of the network's arithmetic. On CUDA each is made a step ahead, in a thread and on a stream of its own."""
+    semidiscrete = Semidiscrete(*learn_potentials(dataset, config, device), dtype) if config.coupling == "semidiscrete" else None
     keep, eps = int(config.coupling_labels == "keep"), 2 * config.sigma**2
     window = lambda start: [torch.cat(parts) for parts in zip(*(draw(dataset, config, start + k, device) for k in range(config.ot_batch)))]
     if config.entropy:

@@ -26,6 +26,7 @@ from .ops import row_lse, row_lse_dot, scores
 
 COUPLINGS = ("independent", "sinkhorn", "exact", "semidiscrete")
 DENSE = 4096  # up to so many images the costs are stored, beyond they are computed whenever they are needed
+CLOSEST = 4  # images that are compared again in float32 after a look in bfloat16
 TRIALS = 40  # fresh noises for each image, to see how evenly the images are picked
 ITERATIONS = 100  # of Sinkhorn, the first half of them while eps shrinks
 
@@ -90,7 +91,7 @@ def solve(x0, x1, y, eps, iterations=ITERATIONS):
     count = torch.zeros(len(y), device=y.device).index_add_(0, y, torch.ones(len(y), device=y.device))[y]  # of i's label
     if len(a) <= DENSE:
         matrix = scores(a, b, y, y)
-        rows, columns, blocks = partial(row_lse, matrix), partial(row_lse, matrix.T), lambda: [matrix]
+        rows, columns, blocks = partial(row_lse, matrix), partial(row_lse, matrix.T.contiguous()), lambda: [matrix]
     else:
         rows, columns = partial(row_lse_dot, a, b, y, y), partial(row_lse_dot, b, a, y, y)
         blocks = lambda: (scores(part, b, label, y) for part, label in zip(a.split(DENSE**2 // len(a)), y.split(DENSE**2 // len(a))))
@@ -202,12 +203,14 @@ class Semidiscrete:
 
     images: one (N, ...) array or tensor a label; g: one (N,) potential each, from `learn_potentials`. All are held on the
     device, in float32. arXiv:2509.25519; there the potential is g_j + ||x_j||^2 / 2. To ignore labels, give one group of all
-    images, and `labels` (N,), theirs, on the host.
+    images, and `labels` (N,), theirs, on the host. dtype: number format of a first, quick look at all images; with bfloat16 the best
+    CLOSEST are compared again in float32.
     """
 
-    def __init__(self, images, g, device="cpu", labels=None):
+    def __init__(self, images, g, device="cpu", labels=None, dtype=torch.float32):
         self.labels = labels
         self.images = [torch.tensor(np.asarray(x), device=device).float() for x in images]
+        self.rows = [x.flatten(1).to(dtype) for x in self.images]
         self.g = [torch.as_tensor(z, device=device) for z in g]
         self.centre = [x.mean(0) for x in self.images]
         self.square = [x.square().flatten(1).sum(1).mean() for x in self.images]
@@ -220,12 +223,22 @@ class Semidiscrete:
         for label in y.unique().tolist():
             rows = (y == label).nonzero()[:, 0].to(x0.device, non_blocking=True)
             mine, images = x0[rows], self.images[label]
-            j[rows] = (mine.flatten(1) @ images.flatten(1).T + self.g[label]).argmax(1)
+            j[rows] = self.best(mine.flatten(1), label)
             x1[rows] = images[j[rows]]
             independent = independent + (mine.square().sum() + len(rows) * self.square[label] - 2 * (mine * self.centre[label]).sum())
         zero = torch.zeros((), device=x0.device)
         y = y if self.labels is None else self.labels[j.cpu()]
         return x1, y, Plan(j, zero, (x1 - x0).square().sum() / independent, zero)
+
+    def best(self, x0, label):
+        """argmax_j <x0, x_j> + g_j among the images of one label: x0 (n, d) -> (n,)."""
+        rows, g = self.rows[label], self.g[label]
+        scores = (x0.to(rows.dtype) @ rows.T).float() + g
+        if rows.dtype == torch.float32:
+            return scores.argmax(1)
+        closest = scores.topk(min(CLOSEST, len(rows)), 1).indices  # (n, k)
+        exact = torch.einsum("nd,nkd->nk", x0, self.images[label].flatten(1)[closest]) + g[closest]
+        return closest.gather(1, exact.argmax(1, keepdim=True))[:, 0]
 
 
 def learn_potentials(x, weight=None, noises=200, batch=512, rank=256, seed=0, device="cpu"):

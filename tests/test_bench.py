@@ -85,9 +85,13 @@ def test_a_quick_bench_measures_every_part(tmp_path):
 
 @pytest.mark.slow
 def test_every_coupling_takes_under_two_percent_of_a_training_step(tmp_path):
+    """Of a float32 step, as the plans are made in float32; the default one also of a step in bfloat16, where that is what this CPU trains in."""
     done = subprocess.run([sys.executable, "-m", "minimedshift.bench", "--only", "couplings", "--device", "cpu", "--out", str(tmp_path)], cwd=ROOT,
                           capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "% of a step" in done.stdout, done.stderr
     found = json.loads((tmp_path / "bench.json").read_text())["couplings"]
-    step = found["training step"]["fastest_ms"]  # the fastest of both: what else runs on this machine is not what is tested
-    assert all(found[name]["fastest_ms"] / (found[name]["fastest_ms"] + step) < .02 for name in ("independent", "sinkhorn", "exact", "semidiscrete")), found
+    fastest = lambda name: found[name]["fastest_ms"]  # of both: what else runs on this machine is not what is tested
+    step = fastest("training step")
+    plain = fastest("training step, float32" if "training step, float32" in found else "training step")
+    assert fastest("semidiscrete") / (fastest("semidiscrete") + step) < .02, found
+    assert all(fastest(name) / (fastest(name) + plain) < .02 for name in ("independent", "sinkhorn", "exact")), found

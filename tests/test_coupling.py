@@ -165,6 +165,14 @@ def test_semidiscrete_in_one_dimension_cuts_the_noise_into_quantiles():
     assert plan.cost == pytest.approx(((x1 - x0) ** 2).mean().item() / (x0[:, None] - images).square().mean().item(), rel=1e-4)
 
 
+def test_a_quick_look_in_bfloat16_picks_the_same_images():
+    images = .5 * draw_noise((500, 1, 32, 32), seeded(), 1.)
+    x0, y, g = draw_noise((2000, 1, 32, 32), seeded(1), 1.), torch.zeros(2000, dtype=torch.long), torch.randn(500, generator=seeded(2))
+    slow, quick = (Semidiscrete([images], [g], dtype=dtype).pick(x0, y)[2].index for dtype in (torch.float32, torch.bfloat16))
+    alone = (x0.flatten(1).bfloat16() @ images.flatten(1).bfloat16().T + g).argmax(1)
+    assert torch.equal(slow, quick) and not torch.equal(slow, alone)  # a look alone would err
+
+
 @pytest.mark.parametrize("colour", [0., 1.])
 def test_semidiscrete_picks_every_image_about_equally_often(colour):
     """On real noise of the training's colour, though what learns the potentials sees Gaussian scores alone."""

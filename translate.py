@@ -43,12 +43,12 @@ class Config:
     device: str = flag("auto", "where to compute", "machine", choices=("auto", "cuda", "mps", "cpu"))
     overwrite: bool = flag(False, "replace existing files", "files")
     compare: str = flag(None, "also write this picture: source | translation | difference, of the first 8 images", "files")
-    trajectory: str = flag(None, "also write this picture: the first 8 images on their way to tau and up again, t under each state", "files")
-    uncertainty: str = flag(None, "also write this picture: source | translation | where --samples translations from fresh noise differ, of the first 8 images", "files")
-    samples: int = flag(None, "translations of each image behind --uncertainty (default: 8)", "files", kind=int)
+    trajectory: str = flag(None, "also write this picture: the first 8 images on their way to tau and up again", "files")
+    uncertainty: str = flag(None, "also write this picture: where --samples translations differ; no error map", "files")
+    samples: int = flag(None, "translations of an image behind --uncertainty (default: 8)", "files", kind=int)
 
 
-PICTURES, ROWS = ("compare", "trajectory", "uncertainty"), 8  # that are drawn if asked for, and of how many images
+PICTURES = ("compare", "trajectory", "uncertainty")  # drawn if asked for
 
 
 # ---------------------------------------------------------------- flags and files, checked before any work
@@ -57,7 +57,8 @@ def check_flags(c):
     for name, good, allowed in (("tau", c.tau is None or 0 <= c.tau < 1, "at least 0 and below 1"),
                                 ("guidance", c.guidance is None or abs(c.guidance) < 1000, "a number, 1 for none"),
                                 ("end", c.end is None or 0 < c.end <= 1, "above 0 and at most 1"),
-                                ("steps", c.steps is None or c.steps >= 1, "at least 1"), ("samples", c.samples is None or c.samples >= 2, "at least 2"),
+                                ("steps", c.steps is None or c.steps >= 1, "at least 1"),
+                                ("samples", c.samples is None or c.samples >= 2, "at least 2"),
                                 ("batch_size", c.batch_size >= 0, "at least 0")):
         if not good:
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)} is not allowed: it must be {allowed}")
@@ -92,7 +93,7 @@ def plan_files(c):
     for name in PICTURES:
         if picture := getattr(c, name):
             if Path(picture).resolve() in taken:
-                raise UserError(f"--{name} {picture} is also one of the images, or another picture: choose another name")
+                raise UserError(f"--{name} {picture} is also another picture or image: choose another name")
             taken.add(Path(picture).resolve())
             outputs.append(Path(picture))
     for path in outputs:
@@ -112,75 +113,36 @@ def plan_files(c):
     return files
 
 
-# ---------------------------------------------------------------- the source domain
-
-def source_labels(x1, names, model, state, c):
-    """The source label of each image x1 (B, C, H, W), as given or inferred and then told; what looks like no domain is warned of."""
-    domains, colour = state["domains"], state["config"].get("colour", 0.0)
-    look = lambda x, labels, draws: in_batches(lambda part: domain.unexplained(model, part, labels, c.seed, colour, draws), x, len(x))
-    every, strange = range(len(domains)), torch.ones(len(x1), dtype=torch.bool, device=x1.device)
-    if c.source == "auto":
-        shares = look(x1, every, 8)
-        labels, seconds, close = domain.judge(shares, *x1.shape[-2:])
-        for name, y, second, unsure in zip(names, labels.tolist(), seconds.tolist(), close.tolist()):
-            print(f"{name}: taken for {domains[y]}" + (f", but {domains[second]} is close" if unsure else "")
-                  + (", which is the target too" if domains[y] == c.target else ""))
-    else:
-        labels = torch.full((len(x1),), domains.index(c.source), device=x1.device)
-        if state["translate"]["x0"] == "image":  # such a network has seen no noise
-            return labels
-        strange = domain.far(look(x1, [domains.index(c.source)], 2))  # a glance; those that stand out are looked at closely
-        if not strange.any():
-            return labels
-        shares = look(x1[strange], every, 8)
-    for i, far in zip(strange.nonzero().flatten().tolist(), domain.far(shares).tolist()):
-        if far:
-            print(f"warning: {names[i]} looks like no domain of this network: its translation means little", file=sys.stderr)
-    return labels
-
-
 # ---------------------------------------------------------------- files in, files out
 
-def translate_batch(items, model, state, c, how, device, shown):
-    """Translate [(input, output, x, info)] of one working shape and write them; what pictures need of the first ones goes into `shown`."""
+def translate_batch(items, model, state, c, how, device, pictures):
+    """Translate [(input, output, x, info)] of one working shape, write them and add them to `pictures`."""
     channels, domains = state["image"]["channels"], state["domains"]
     full = [data.channels_to(x, channels)[None] for _, _, x, _ in items]  # on the host: together they may be large
     shape = working_shape(*full[0].shape[-2:], state["image"]["size"], model.stride)
     x1 = torch.cat([resize(x.to(device), shape) for x in full])
-    y_source = source_labels(x1, [path for path, *_ in items], model, state, c)
+    y_source = domain.sources(x1, [path for path, *_ in items], model, state, c.source, c.target, c.seed)
     y_target, draw = torch.full_like(y_source, domains.index(c.target)), torch.Generator(device).manual_seed(c.seed)
     one = lambda i: sampler.translate(model, x1[i], y_source[i], y_target[i], **how, generator=draw)
     out = in_batches(one, torch.arange(len(x1), device=device), len(x1))
-    first = slice(0, ROWS - len(shown["names"]))
-    shown["names"] += [source.name[:24] for source, *_ in items[first]]
+    changed = []
     for (source, path, x, info), large, small, new in zip(items, full, x1, out):
         if large.shape[-2:] != shape:
             new = carry(large.to(device), small[None], new[None])[0]
         data.write_image(path, new, info)
-        if len(shown["compare"]) < len(shown["names"]):
-            new = new.clamp(-1, 1).cpu()
-            shown["compare"].append((large[0], new, (new - large[0]) / 2))
-    labels = y_source[first], y_target[first]
-    if c.trajectory and len(x1[first]):
-        draw.manual_seed(c.seed)
-        states = list(sampler.trajectory(model, x1[first], *labels, **how, generator=draw))
-        shown["sources"] += [domains[y] for y in labels[0].tolist()]
-        shown["trajectory"] += [[(t, xt[i].cpu()) for t, xt in states] for i in range(len(x1[first]))]
-    if c.uncertainty and len(x1[first]):
-        how = {name: value for name, value in how.items() if name != "x0"}
-        several = sampler.samples(model, x1[first], *labels, c.samples or 8, **how, generator=draw).clamp(-1, 1)  # (K, n, C, H, W)
-        shown["uncertainty"] += list(zip(x1[first].cpu(), out[first].cpu(), sampler.spread(several).cpu(), *several[:2].cpu()))
+        changed.append((source.name, large[0], new.clamp(-1, 1).cpu()))
+    pictures.add(changed, x1, y_source, y_target, out)
 
 
 def translate_files(files, model, state, c, how, device):
     """Translate all files, those of one working shape together; returns the exit status."""
     waiting, bad, done, start = {}, 0, 0, time.time()
-    shown = {name: [] for name in ("names", "sources", *PICTURES)}  # rows of the pictures
+    pictures = film.Pictures(c, model, how, state["domains"])
 
     def flush(shape):
         nonlocal done
         batch = waiting.pop(shape)
-        translate_batch(batch, model, state, c, how, device, shown)
+        translate_batch(batch, model, state, c, how, device, pictures)
         done += len(batch)
         if len(files) > 1:
             data.progress(done, len(files) - bad, start, "translating")
@@ -203,24 +165,10 @@ def translate_files(files, model, state, c, how, device):
             flush(shape)
     for shape in list(waiting):
         flush(shape)
-    if shown["names"]:
-        draw_pictures(c, shown)
+    pictures.write()
     if bad:
         print(f"{bad} of {len(files)} images could not be read; the others are done", file=sys.stderr)
     return 2 if bad else 0
-
-
-def draw_pictures(c, shown):
-    """The pictures that were asked for, from their rows."""
-    if c.compare:
-        data.figure(c.compare, shown["compare"], ["source", "translation", "difference / 2\n(grey: none)"], shown["names"])
-    if c.trajectory:
-        film.strip(c.trajectory, shown["trajectory"], shown["sources"], c.target)
-    if c.uncertainty:
-        top = max(spread.max().item() for _, _, spread, *_ in shown["uncertainty"])
-        rows = [(x, out, spread / max(top, 1e-9) * 2 - 1, *two) for x, out, spread, *two in shown["uncertainty"]]
-        columns = ["source", "translation", f"standard deviation\n(white: {top:.2g})", "a sample", "another"]
-        data.figure(c.uncertainty, rows, columns, shown["names"])
 
 
 # ---------------------------------------------------------------- no arguments: held-out simulated heads
@@ -263,11 +211,15 @@ def main(argv=None):
         if getattr(c, name) not in allowed + [None]:
             raise UserError(f"--{name} {getattr(c, name)} is not a domain of {c.checkpoint}: choose from {', '.join(allowed)}")
     if state["translate"]["x0"] == "image":
-        for name, given in (("--tau", c.tau is not None), ("--end", c.end is not None), ("--source auto", c.source == "auto"), ("--solver sde", c.solver == "sde")):
+        for name, given in (("--tau", c.tau is not None), ("--end", c.end is not None),
+                            ("--source auto", c.source == "auto"), ("--solver sde", c.solver == "sde"),
+                            ("--uncertainty", c.uncertainty)):
             if given:
                 raise UserError(f"{name} has no meaning for {c.checkpoint}, which goes from image to image directly (--x0 image)")
     if c.solver == "sde" and not (state["shape"]["score"] or (state["config"]["coupling"] == "independent" and state["config"]["sigma"] == 0)):
         raise UserError(f"--solver sde needs a score, and {c.checkpoint} has none: train with --score, or with --coupling independent and --sigma 0")
+    if c.uncertainty and state["config"]["sigma"]:
+        raise UserError(f"--uncertainty needs a network trained with --sigma 0, and {c.checkpoint} is not")
     if not c.input and state["config"].get("data"):
         raise UserError("this network was trained on your own images: give INPUT, OUTPUT, --source and --target")
     files = plan_files(c) if c.input else []

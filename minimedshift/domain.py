@@ -1,18 +1,20 @@
-"""Which domain an image is from, and whether from any: how much of the noise laid over it each label explains."""
+"""Which domain an image is from, and whether from any: how much of noise laid over it each label explains."""
 
 import math
+import sys
 
 import torch
 
+from .evaluate import in_batches
 from .flow import draw_noise, tint
 
-TIMES = (0.9, 0.99)  # between which noise is laid over the image: so little that its own noise is still visible
-CLOSE = 0.005        # labels are close where what they leave unexplained differs by less than half a percent
-FAR = 2.0            # an image is far from a domain that leaves more than this unexplained in some octave
+TIMES = (0.9, 0.99)  # between which noise is laid over the image: so little that its own stays visible
+CLOSE = 0.005  # labels are close where what they leave unexplained differs by less than half a percent
+FAR = 2.0      # an image is far from a domain that leaves more than this unexplained in some octave
 
 
 def octaves(H, W, device="cpu"):
-    """Masks (O, H, W) of spatial frequencies: below 2 periods per frame, 2 to 4, 4 to 8 and so on up to Nyquist."""
+    """Masks (O, H, W) of spatial frequencies: below 2 periods per frame, 2 to 4 and so on up to Nyquist."""
     k = torch.hypot(*torch.meshgrid(torch.fft.fftfreq(H, 1 / H), torch.fft.fftfreq(W, 1 / W), indexing="ij"))
     nyquist = min(H, W) / 2
     octave = k.clamp(min=1).log2().floor().clamp(max=math.floor(math.log2(nyquist)) - 1)
@@ -22,12 +24,12 @@ def octaves(H, W, device="cpu"):
 
 @torch.inference_mode()
 def unexplained(model, x1, labels, seed=0, colour=0.0, draws=8):
-    """Share of the noise that the network does not find in images x1 (B, C, H, W) under each of L labels: (B, L, O).
+    """Share of the noise that L labels leave unexplained in images x1 (B, C, H, W), by octave: (B, L, O).
 
-        mean over an octave of  |F[v(xt, t, y) - (x1 - x0)]|^2 / E |F[x0]|^2        F: Fourier transform in space
+        mean over an octave of  |F[v(xt, t, y) - (x1 - x0)]|^2 / E |F[x0]|^2        F: Fourier, in space
 
-    and over `draws` fixed pairs of t and x0, the same for all (diffusion classifier, arXiv:2303.16203, an octave each).
-    It is |F[x0 - E[x0 | xt]]|^2 / t^2: a right network leaves less than 1 / t^2 in images of its domain.
+    and over `draws` fixed pairs of t and x0, the same for all (a diffusion classifier, arXiv:2303.16203).
+    A right network has |F[x0 - E[x0 | xt]]|^2 / t^2 here: less than 1 / t^2 in images of its domain.
     colour is that of the training.
     """
     H, W = x1.shape[-2:]
@@ -48,10 +50,10 @@ def unexplained(model, x1, labels, seed=0, colour=0.0, draws=8):
 
 
 def judge(shares, H, W):
-    """Label, runner-up and whether the two are close, each (B,), from what L labels leave `unexplained` (B, L, O).
+    """Label, runner-up and whether the two are close, each (B,), from `unexplained` shares (B, L, O).
 
-    The label has the smallest sum over octaves of n log(share), n frequencies each: the likelihood of a Gaussian error
-    of unknown variance. (The errors' own sum is that of coarse detail, in which doses do not differ.)
+    The label has the smallest sum over octaves of n log(share), n frequencies each: the likelihood of a
+    Gaussian error of unknown variance. (The errors' own sum is that of coarse detail: it tells no doses.)
     """
     n = octaves(H, W, shares.device).sum((1, 2))
     score = (n / n.sum() * shares.log()).sum(-1)  # (B, L)
@@ -60,5 +62,38 @@ def judge(shares, H, W):
 
 
 def far(shares):
-    """Whether every label leaves more than FAR `unexplained` (B, L, O) in some octave: (B,) bool."""
+    """Whether each label leaves more than FAR in some octave, from `unexplained` (B, L, O): (B,) bool."""
     return shares.amax(2).amin(1) > FAR
+
+
+def sources(x1, names, model, state, source, target, seed):
+    """Source labels (B,) of images x1 (B, C, H, W): `source`, or if that is "auto" inferred and told.
+
+    What looks like no domain is warned of on stderr. A given label costs two evaluations an image, "auto"
+    eight for each domain.
+    """
+    domains, colour = state["domains"], state["config"].get("colour", 0.0)
+    every, strange = range(len(domains)), torch.ones(len(x1), dtype=torch.bool, device=x1.device)
+
+    def look(x, labels, draws):
+        return in_batches(lambda part: unexplained(model, part, labels, seed, colour, draws), x, len(x))
+
+    if source == "auto":
+        shares = look(x1, every, 8)
+        labels, *second = judge(shares, *x1.shape[-2:])
+        for name, y, other, close in zip(names, labels.tolist(), *(each.tolist() for each in second)):
+            print(f"{name}: taken for {domains[y]}" + (f", but {domains[other]} is close" if close else "")
+                  + (", which is the target too" if domains[y] == target else ""))
+    else:
+        labels = torch.full((len(x1),), domains.index(source), device=x1.device)
+        if state["translate"]["x0"] == "image":  # such a network has seen no noise
+            return labels
+        strange = far(look(x1, [domains.index(source)], 2))  # at a glance; these under all labels again
+        if not strange.any():
+            return labels
+        shares = look(x1[strange], every, 8)
+    for i, is_far in zip(strange.nonzero().flatten().tolist(), far(shares).tolist()):
+        if is_far:
+            says = "looks like no domain of this network: its translation means little"
+            print(f"warning: {names[i]} {says}", file=sys.stderr)
+    return labels

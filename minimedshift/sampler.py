@@ -17,7 +17,6 @@ import torch
 
 from .flow import direct_label, draw_noise, velocity_and_score
 from .machine import has_bfloat16
-from .metrics import low_pass
 
 
 class Velocity:
@@ -94,8 +93,10 @@ def heun(v, x, times):
 
 
 def fireflow(v, x, times):
-    """x <- x + h v(x + h/2 v_before, t + h/2): second order, one evaluation a step and one more at the start (arXiv:2412.07517, Algorithm 1).
-    v_before is the midpoint velocity of the step before, v(x, t) in the first: it serves one leg, one label, one direction. Yields (t, xt)."""
+    """x <- x + h v(x + h/2 v_before, t + h/2): second order, one evaluation a step, one more at the start.
+
+    v_before is the midpoint velocity of the step before, in the first step v(x, t) (arXiv:2412.07517). It is
+    dropped after a leg: under another label or in the other direction it is no guess. Yields (t, xt)."""
     yield times[0], x
     midpoint = v(x, times[0])
     for t, after in zip(times[:-1], times[1:]):
@@ -136,9 +137,10 @@ def adaptive(v, x, times, tolerance=1e-3):
         h *= min(5, max(0.2, 0.9 * max(error, 1e-9) ** (-1 / 3)))
 
 
-FRESH = 0.75  # share of tau from which `samples` start on their way up
 SOLVERS = {"euler": euler, "heun": heun, "fireflow": fireflow, "sde": sde}
-EVALUATIONS = {"euler": lambda n: n, "heun": lambda n: 2 * n, "fireflow": lambda n: n + 1, "sde": lambda n: n}  # of a leg of n steps, without guidance
+# network evaluations of a leg of n steps, without guidance
+EVALUATIONS = {"euler": lambda n: n, "heun": lambda n: 2 * n, "fireflow": lambda n: n + 1,
+               "sde": lambda n: n}
 
 
 def last(trajectory):
@@ -149,13 +151,13 @@ def last(trajectory):
 
 
 def reversible(v, pair, times, solver=heun, undo=False, keep=0.999):
-    """Any explicit solver made exactly reversible: it carries a pair (y, z), both the image at the start   (arXiv:2410.11648)
+    """Any explicit solver made exactly reversible: it carries a pair (y, z), both the image at the start.
 
-        y' = keep y + (1 - keep) z + step(z, t, t')          z' = z - step(y', t', t)          t' the time after t
+        y' = keep y + (1 - keep) z + step(z, t, t')        z' = z - step(y', t', t)        arXiv:2410.11648
 
-    step(x, t, t') is what `solver` adds to x on its way from t to t'. The order stays the solver's, the evaluations double.
-    undo=True goes the same `times` from their last to their first: it returns the pair that they began with, up to rounding.
-    One image is not enough for that: what says where y and z differ is lost. Yields (t, (y, z)), the start too.
+    step(x, t, t') is what `solver` adds to x from t to t'. It keeps the order and doubles the evaluations.
+    undo=True goes the same `times` from their last to their first and ends, up to rounding, where they began.
+    From one image alone it does not: how y and z differ is lost. Yields (t, (y, z)).
     """
     step = lambda x, t, after: last(solver(v, x, [t, after])) - x
     y, z = pair
@@ -186,16 +188,18 @@ def decode(model, z, y, tau=0.0, guidance=1.0, steps=5, solver="heun", end=0.97,
 
 
 @torch.inference_mode()
-def trajectory(model, x1, y_source, y_target, tau=0.3, guidance=1.0, steps=5, solver="heun", end=0.97, colour=0.0, x0="noise", generator=None):
-    """Carry images x1 (B, C, H, W) in [-1, 1] from domain y_source to y_target (ints or (B,)). tau near 1 keeps structure,
-    tau near 0 favours realism. `steps` are for each leg. Yields every (t, xt): x1 at t = end, down to z at tau, up to the translation.
-    Not clipped. Raises ValueError as `grid` does, KeyError for an unknown solver.
+def trajectory(model, x1, y_source, y_target, tau=0.3, guidance=1.0, steps=5, solver="heun", end=0.97,
+               colour=0.0, x0="noise", generator=None):
+    """Carry images x1 (B, C, H, W) in [-1, 1] from domain y_source to y_target (ints or (B,)): yields every
+    (t, xt) from x1 at t = end down to z at tau and up to the translation at t = end, not clipped. tau near 1
+    keeps structure, tau near 0 favours realism. `steps` are for each leg. Raises what `encode` raises.
 
-    A network trained with --x0 image goes from domain to domain directly: one leg, from t = 0 to 1, whatever tau and end.
+    A network trained with --x0 image goes from domain to domain directly: one leg, t = 0 to 1.
     """
     solve, xt, times = SOLVERS[solver], x1, grid(tau, steps, end, solver)
     if x0 == "image":
-        y_target, times = direct_label(y_source, y_target, math.isqrt(model.shape.num_domains)), grid(0.0, steps, 1.0, solver)
+        y_target = direct_label(y_source, y_target, math.isqrt(model.shape.num_domains))
+        times = grid(0.0, steps, 1.0, solver)
     else:
         for t, xt in solve(Velocity(model, y_source, 1.0, colour, generator), x1, times):
             if t != times[-1]:  # z is where the next leg starts
@@ -204,29 +208,5 @@ def trajectory(model, x1, y_source, y_target, tau=0.3, guidance=1.0, steps=5, so
 
 
 def translate(model, x1, y_source, y_target, *settings, **how):
-    """The last picture of a `trajectory`, which takes the same arguments: the translations (B, C, H, W), not clipped."""
+    """The translations (B, C, H, W), not clipped: the end of a `trajectory` with the same arguments."""
     return last(trajectory(model, x1, y_source, y_target, *settings, **how))
-
-
-@torch.inference_mode()
-def samples(model, x1, y_source, y_target, count, tau=0.3, guidance=1.0, steps=5, solver="heun", end=0.97, colour=0.0, generator=None):
-    """`count` stochastic translations of each image x1 (B, C, H, W): (count, B, C, H, W). z at tau goes on to s = FRESH tau by fresh noise,
-
-        xs = s/tau z + sqrt((1 - s)^2 - (s/tau)^2 (1 - tau)^2) e        e as the noise of the training, of `colour`
-
-    which has the image's share and the noise's variance that the bridge has at s (sigma = 0 alone), and is translated from there: what
-    changes from sample to sample is what z at s does not fix. Raises what `trajectory` raises.
-    """
-    z, s = encode(model, x1, y_source, tau, steps, solver, end, colour, generator), FRESH * tau
-    spread = math.sqrt((1 - s) ** 2 - (FRESH * (1 - tau)) ** 2)
-    out = []
-    for _ in range(count):
-        xs = FRESH * z + spread * draw_noise(z.shape, generator, colour, z.device)
-        out.append(decode(model, xs, y_target, s, guidance, steps, solver, end, colour, generator))
-    return torch.stack(out)
-
-
-def spread(several):
-    """Where K translations (K, B, C, H, W) differ: the standard deviation of each pixel over them, without detail finer than 1.5 pixels
-    (noise differs everywhere): (B, C, H, W)."""
-    return torch.stack([low_pass(x) for x in several]).std(0)

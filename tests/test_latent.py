@@ -36,17 +36,19 @@ def save_checkpoint(path, **config):
     model = UNet(Shape(stem=4, widths=(16,), blocks=(1,), head=16))
     config = dict(data=None, valid_heads=4, seed=0) | config
     how = dict(tau=0.4, guidance=1.0, steps=1, solver="euler", end=0.97, colour=1.0, x0="noise")
-    checkpoint.save(path, dict(config=config, shape=asdict(model.shape), domains=list(phantom.DOMAINS), step=3,
-                               translate=how, image=dict(size=16, channels=1, range=[-1.0, 1.0]),
-                               model=model.state_dict(), ema=model.state_dict()))
+    image, weights = dict(size=16, channels=1, range=[-1.0, 1.0]), model.state_dict()
+    domains = list(phantom.DOMAINS)
+    checkpoint.save(path, dict(config=config, shape=asdict(model.shape), domains=domains, step=3, image=image,
+                               translate=how, model=weights, ema=weights))
     return str(path)
 
 
 def test_the_command_leaves_one_figure(tmp_path):
     net = save_checkpoint(tmp_path / "checkpoint.pt")
     env = {**os.environ, "MINIMEDSHIFT_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run([sys.executable, "-m", "minimedshift.latent", "--checkpoint", net], capture_output=True,
-                          env=env, cwd=Path(latent.__file__).parents[1], text=True, timeout=300)
+    line = [sys.executable, "-m", "minimedshift.latent", "--checkpoint", net]
+    root = Path(latent.__file__).parents[1]
+    done = subprocess.run(line, capture_output=True, env=env, cwd=root, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("domain told") == 11 and "tau 1.0" in done.stdout
     assert Image.open(tmp_path / "latent.png").width > 400

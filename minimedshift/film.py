@@ -106,7 +106,7 @@ def strip(path, films, sources, target):
     shown, z = down + up, len(down)
     colours = [BLUE] * z + [GREY if down else BLUE] + [ORANGE] * (len(up) - 1)
     rows, columns = len(films), len(shown)
-    sheet = Figure(figsize=(1.5 * columns, 1.75 * rows + 0.2), dpi=110, layout="constrained")
+    sheet = Figure(figsize=(1.5 * columns, 1.85 * rows + 0.2), dpi=110, layout="constrained")
     for row, line in enumerate(sheet.subplots(rows, columns, squeeze=False)):
         titles = [""] * columns
         titles[z // 2], titles[(z + columns) // 2] = "encode →", "translate →"

@@ -11,45 +11,46 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from . import UserError, evaluate, flag, parse, run, sampler, simulated, whole
+from . import UserError, domain, evaluate, flag, parse, run, sampler, simulated, whole
 from .checkpoint import load_model
 from .machine import pick_device
-
-TAUS = [i / 10 for i in range(11)]
 
 
 @dataclass(frozen=True)
 class Config:
     checkpoint: str = flag("out/checkpoint.pt", "trained network; its EMA weights are used", "what")
-    out: str = flag("", "the picture, a .png file (default: latent.png, beside the checkpoint)", "run")
+    out: str = flag("", "picture, a .png file (default: latent.png, beside the checkpoint)", "run")
     device: str = flag("auto", "where to compute", "run", ("auto", "cuda", "mps", "cpu"))
 
 
-def probe(z, ridge=0.01):
-    """Share of z (N, D, F), N heads in D domains, whose domain a linear probe of the other half tells.
+def features(z):
+    """What the probe sees of z (N, D, C, H, W): pixels and, for doses, log powers by octave, (N, D, F)."""
+    power = torch.fft.fft2(z).abs().square()
+    octaves = [power[..., mask].mean((2, 3)).log() for mask in domain.octaves(*z.shape[-2:])]
+    parts = [part - part.mean((0, 1)) for part in (z.flatten(2), torch.stack(octaves, 2))]
+    return torch.cat([part / part.square().sum(2).mean().sqrt() for part in parts], 2).double()
 
-    Ridge regression on one-hot labels Y: scores = (z - m) Z^T (Z Z^T + ridge tr(Z Z^T) / n I)^-1 Y, centred.
+
+def probe(x, ridge=1.0):
+    """Share of x (N, D, F), N heads in D domains, whose domain a linear probe of other heads tells.
+
+    Ridge regression on one-hot labels Y: scores = x X^T (X X^T + ridge tr(X X^T) / n I)^-1 Y, all centred.
     """
-    (_, D, F), right = z.shape, []
-    for half in (0, 1):
-        train, test = z[half::2].reshape(-1, F).double(), z[1 - half::2].reshape(-1, F).double()
-        mean, n = train.mean(0), len(train)
-        Y = torch.eye(D, dtype=torch.float64).repeat(n // D, 1) - 1 / D
-        gram = (train - mean) @ (train - mean).T
-        gram += ridge * gram.trace() / n * torch.eye(n, dtype=torch.float64)
-        scores = (test - mean) @ (train - mean).T @ torch.linalg.solve(gram, Y)
-        right.append(scores.argmax(1) == torch.arange(D).repeat(len(test) // D))
+    right, Y = [], torch.eye(x.shape[1], dtype=x.dtype) - 1 / x.shape[1]  # (D, D)
+    for train, test in ((x[::2], x[1::2]), (x[1::2], x[::2])):
+        X, n = (train - train.mean((0, 1))).flatten(0, 1), train[..., 0].numel()
+        gram = X @ X.T + ridge * X.square().sum() / n * torch.eye(n, dtype=x.dtype)
+        scores = (test - train.mean((0, 1))) @ X.T @ torch.linalg.solve(gram, Y.repeat(len(train), 1))
+        right.append(scores.argmax(2) == torch.arange(x.shape[1]))
     return torch.cat(right).double().mean().item()
 
 
 def same_head(z):
-    """Share of z (N, D, F) whose nearest neighbour in another domain is the same head, over all pairs."""
-    (N, D, _), right = z.shape, []
-    for s in range(D):
-        for t in range(D):
-            if s != t:
-                right.append(torch.cdist(z[:, s].double(), z[:, t].double()).argmin(1) == torch.arange(N))
-    return torch.cat(right).double().mean().item()
+    """Share of z (N, D, ...) whose nearest neighbour in another domain is the same head, over all pairs."""
+    (N, D), flat = z.shape[:2], z.flatten(0, 1).flatten(1).double()
+    nearest = torch.cdist(flat, flat).view(N, D, N, D).argmin(2)  # (N, D, D): of each z, in each domain
+    right = (nearest == torch.arange(N).view(N, 1, 1))[:, ~torch.eye(D, dtype=torch.bool)]
+    return right.double().mean().item()
 
 
 def main(argv=None):
@@ -59,30 +60,29 @@ def main(argv=None):
         raise UserError(f"--out {path}: name a .png file in a folder that exists")
     device = pick_device(c.device)
     model, state = load_model(c.checkpoint, device)
-    how, config = state["translate"], state["config"]
+    how, config, size = state["translate"], state["config"], state["image"]["size"]
     if config.get("data") or how["x0"] == "image" or config["valid_heads"] < 2:
         raise UserError(f"{c.checkpoint}: needs a flow from noise, and two simulated validation heads")
-    D, N, size = len(state["domains"]), config["valid_heads"], state["image"]["size"]
-    images = simulated.paired_heads(size, N, "valid", config["seed"], decoys=simulated.DECOYS).images
-    images = images[:, [simulated.phantom.DOMAINS.index(name) for name in state["domains"]]]
-    found = []
-    for tau in TAUS:
-        z = [evaluate.load(images[:, y], device) for y in range(D)]
+    N, D = config["valid_heads"], len(state["domains"])
+    pairs = simulated.paired_heads(size, N, "valid", config["seed"], decoys=simulated.DECOYS)
+    columns = [simulated.phantom.DOMAINS.index(name) for name in state["domains"]]
+    found = {i / 10: None for i in range(11)}  # tau: (domain told, same head)
+    for tau in found:
+        z = [evaluate.load(pairs.images[:, column], device) for column in columns]
         if tau < how["end"]:  # from `end` on, z is the image
             leg = tau, how["steps"], how["solver"], how["end"], how["colour"]
             z = [evaluate.in_batches(lambda x1: sampler.encode(model, x1, y, *leg), z[y]) for y in range(D)]
-        z = torch.stack(z, 1).flatten(2).cpu()  # (N, D, C H W)
-        found.append((probe(z), same_head(z)))
-        print("tau {:.1f}: domain told {:.1%}, same head {:.1%}".format(tau, *found[-1]), flush=True)
+        z = torch.stack(z, 1).cpu()  # (N, D, C, H, W)
+        found[tau] = probe(features(z)), same_head(z)
+        print("tau {:.1f}: domain told {:.1%}, same head {:.1%}".format(tau, *found[tau]), flush=True)
     axes = Figure(figsize=(6, 4), layout="constrained").subplots()
-    for name, values, chance in zip(("probe tells the domain", "same head"), zip(*found), (1 / D, 1 / N)):
-        line, = axes.plot(TAUS, values, "o-", label=f"{name} (dotted: chance, {chance:.1%})")
+    for name, values, chance in zip(("domain told", "same head"), zip(*found.values()), (1 / D, 1 / N)):
+        line, = axes.plot(list(found), values, "o-", label=f"{name} (dotted: chance, {chance:.1%})")
         axes.axhline(chance, color=line.get_color(), linestyle=":")
     axes.set(xlabel="tau (1: the image)", ylim=(0, 1.05), title=f"z of {N} simulated validation heads")
-    axes.legend()
+    axes.legend(title=f"EMA weights of step {state['step']}")
     with whole(path) as work:
         axes.figure.savefig(work, dpi=110)
-    print(f"{path}: {N} simulated validation heads, EMA weights of step {state['step']}")
 
 
 if __name__ == "__main__":

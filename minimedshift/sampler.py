@@ -96,7 +96,7 @@ def fireflow(v, x, times):
     """x <- x + h v(x + h/2 v_before, t + h/2): second order, one evaluation a step, one more at the start.
 
     v_before is the midpoint velocity of the step before, in the first step v(x, t) (arXiv:2412.07517). It is
-    dropped after a leg: under another label or in the other direction it is no guess. Yields (t, xt)."""
+    dropped after a leg: under another label or the other way it is no good guess. Yields (t, xt)."""
     yield times[0], x
     midpoint = v(x, times[0])
     for t, after in zip(times[:-1], times[1:]):
@@ -194,13 +194,14 @@ def trajectory(model, x1, y_source, y_target, tau=0.3, guidance=1.0, steps=5, so
     (t, xt) from x1 at t = end down to z at tau and up to the translation at t = end, not clipped. tau near 1
     keeps structure, tau near 0 favours realism. `steps` are for each leg. Raises what `encode` raises.
 
-    A network trained with --x0 image goes from domain to domain directly: one leg, t = 0 to 1.
+    A network trained with --x0 image goes from domain to domain directly: one leg, t = 0 to 1, whatever tau.
     """
-    solve, xt, times = SOLVERS[solver], x1, grid(tau, steps, end, solver)
+    solve, xt = SOLVERS[solver], x1
     if x0 == "image":
         y_target = direct_label(y_source, y_target, math.isqrt(model.shape.num_domains))
         times = grid(0.0, steps, 1.0, solver)
     else:
+        times = grid(tau, steps, end, solver)
         for t, xt in solve(Velocity(model, y_source, 1.0, colour, generator), x1, times):
             if t != times[-1]:  # z is where the next leg starts
                 yield t, xt

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minimedshift import domain
-from minimedshift.flow import draw_noise
+from minimedshift import domain, phantom
+from minimedshift.flow import draw_noise, tint
 
 
 @pytest.mark.parametrize("H, W, count", [(64, 64, 5), (64, 80, 5), (16, 16, 3), (20, 48, 3)])
@@ -54,6 +54,27 @@ def test_domains_that_differ_in_the_power_of_their_noise_alone():
     assert (label > 0).all() and (second > 0).all() and close.all()
     assert not domain.far(quiet).any() and not domain.far(loud).any()
     assert domain.far(domain.unexplained(model, 5 * noise, range(3), colour=1.0)).all()
+
+
+def test_a_simulated_head_is_known_and_its_negative_and_a_texture_are_far():
+    """Domains of one head's noise-free pictures with white noise on them: E[x1 - x0 | xt] is a formula."""
+    head, noise = phantom.Head(3), torch.tensor([0.08, 0.03, 0.06, 0.03, 0.02])
+    c = torch.stack([phantom.render(head, name, 32, noise=False) for name in phantom.DOMAINS])
+    delta = torch.zeros(1, 1, 32, 32)
+    delta[..., 0, 0] = 1
+    power = torch.fft.fft2(tint(delta, 1.0)).abs().square()  # of x0
+
+    def model(x, t, y):
+        t, a = t.view(-1, 1, 1, 1), noise[y].view(-1, 1, 1, 1) ** 2
+        known = (t * a - (1 - t) * power) / (t**2 * a + (1 - t) ** 2 * power)
+        return c[y] + torch.fft.ifft2(known * torch.fft.fft2(x - t * c[y])).real
+
+    draw = torch.Generator().manual_seed(0)
+    x1 = c + noise.view(-1, 1, 1, 1) * torch.randn(c.shape, generator=draw)
+    shares = domain.unexplained(model, x1, range(5), colour=1.0)
+    assert domain.judge(shares, 32, 32)[0].tolist() == [0, 1, 2, 3, 4] and not domain.far(shares).any()
+    for strange in (-x1, torch.rand(5, 1, 32, 32, generator=draw) * 2 - 1):
+        assert domain.far(domain.unexplained(model, strange, range(5), colour=1.0)).all()
 
 
 def test_what_is_left_is_the_noise_itself_where_the_network_knows_nothing():

@@ -18,7 +18,7 @@ def cloud(heads, domains, noise, N=40, D=4, F=200):
     """z = heads * (its own vector) + domains * (its domain's vector) + noise, each of unit variance."""
     draw = torch.Generator().manual_seed(0)
     person, domain, rest = (torch.randn(*shape, F, generator=draw) for shape in ((N, 1), (1, D), (N, D)))
-    return heads * person + domains * domain + noise * rest
+    return (heads * person + domains * domain + noise * rest).double()
 
 
 def test_a_shared_latent_hides_the_domain_and_keeps_the_head():
@@ -30,6 +30,12 @@ def test_a_latent_of_domains_and_one_that_has_forgotten_all_are_told_apart():
     apart, forgotten = cloud(heads=1, domains=1, noise=0.1), cloud(heads=0, domains=0, noise=1)
     assert latent.probe(apart) == 1
     assert latent.probe(forgotten) == pytest.approx(1 / 4, abs=0.12) and latent.same_head(forgotten) < 0.12
+
+
+def test_domains_that_differ_in_the_power_of_their_noise_alone_are_told_apart():
+    z = torch.randn(40, 2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    z[:, 1] *= 1.3
+    assert latent.probe(z.flatten(2).double()) < 0.7 and latent.probe(latent.features(z)) > 0.95
 
 
 def save_checkpoint(path, **config):

@@ -9,7 +9,7 @@ from gaussians import covariance, gaussian_bridge
 
 from minimedshift.flow import EDGE
 from minimedshift.model import Shape, UNet
-from minimedshift.sampler import SOLVERS, Velocity, adaptive, decode, encode, grid, last, reversible, translate
+from minimedshift.sampler import SOLVERS, Velocity, adaptive, decode, encode, grid, last, reversible, trajectory, translate
 
 
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("fireflow", 2)])
@@ -129,6 +129,16 @@ def test_there_and_back_is_the_identity_up_to_the_solver():
     x1 = torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(0)) * 0.4 + 0.5
     errors = [(translate(gaussian, x1, 0, 0, 0.2, steps=n) - x1).abs().max().item() for n in (20, 40)]
     assert errors[1] < 1e-3 and errors[1] < errors[0] / 3
+
+
+def test_a_trajectory_goes_down_to_z_and_up_to_the_translation():
+    x1 = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    how = dict(tau=0.3, steps=4, solver="fireflow", end=0.97)
+    states, down = list(trajectory(gaussian, x1, 0, 1, **how)), grid(0.3, 4, 0.97)
+    assert [t for t, _ in states] == down + down[-2::-1]
+    assert torch.equal(states[0][1], x1) and torch.equal(states[4][1], encode(gaussian, x1, 0, **how))
+    assert torch.equal(states[-1][1], translate(gaussian, x1, 0, 1, **how))
+    assert torch.equal(states[-1][1], decode(gaussian, states[4][1], 1, **how))
 
 
 def test_guidance_extrapolates_from_the_null_label_and_is_counted():

@@ -9,7 +9,8 @@ from gaussians import covariance, gaussian_bridge
 
 from minimedshift.flow import EDGE
 from minimedshift.model import Shape, UNet
-from minimedshift.sampler import SOLVERS, Velocity, adaptive, decode, encode, grid, last, reversible, trajectory, translate
+from minimedshift.sampler import (SOLVERS, Velocity, adaptive, decode, encode, grid, last, reversible,
+                                  trajectory, translate)
 
 
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("fireflow", 2)])
@@ -28,7 +29,8 @@ def test_order_of_convergence_in_both_directions(solver, order, reverse):
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("fireflow", 2)])
 def test_order_of_convergence_of_a_translation_between_gaussians(solver, order):
     """Two legs, two labels, a grid that is denser near the image; the reference is the formula."""
-    x1 = torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * SPREADS[0] + MEANS[0]
+    draw = torch.Generator().manual_seed(0)
+    x1 = torch.randn(64, 1, 2, 2, generator=draw, dtype=torch.float64) * SPREADS[0] + MEANS[0]
     _, expected = gaussian_translation(x1, 0.3, 0.97)
     errors = []
     for n in (20, 40):
@@ -39,7 +41,7 @@ def test_order_of_convergence_of_a_translation_between_gaussians(solver, order):
 
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("fireflow", 2)])
 def test_a_reversible_solver_keeps_the_order_and_comes_back_exactly(solver, order):
-    """dx/dt = x cos t again: the error falls at least as fast as the solver's own, and undo returns the start to float precision."""
+    """dx/dt = x cos t again: the error falls as fast as the solver's own at least; undo finds the start."""
     errors, start = [], torch.tensor([1.0, -0.3, 2.0], dtype=torch.float64)
     v = lambda x, t: x * math.cos(t)
     for n in (16, 32):
@@ -71,7 +73,7 @@ def test_a_network_takes_an_image_to_another_label_and_back_exactly_if_the_pair_
 
 
 def undone(source, target, pair, times):
-    """The image from which two reversible legs, to the target and before that from the source, have led to a pair."""
+    """The image from which a reversible leg of the source and one of the target have led to a pair."""
     pair = last(reversible(target, pair, times[::-1], undo=True))
     return last(reversible(source, pair, times, undo=True))[0]
 
@@ -111,7 +113,7 @@ gaussian.shape = SimpleNamespace(num_domains=2, score=0.0)
 
 
 def gaussian_translation(x1, tau, end):
-    """z at tau and the translation from label 0 to 1: (xt - t m) / S(t) stays the same on each leg, with S^2 = t^2 s^2 + (1 - t)^2."""
+    """z at tau and the translation 0 -> 1: each leg keeps (xt - t m) / S(t), S^2 = t^2 s^2 + (1 - t)^2."""
     S = lambda t, y: math.sqrt(t**2 * SPREADS[y] ** 2 + (1 - t) ** 2)
     z = tau * MEANS[0] + S(tau, 0) / S(end, 0) * (x1 - end * MEANS[0])
     return z, end * MEANS[1] + S(end, 1) / S(tau, 1) * (z - tau * MEANS[1])

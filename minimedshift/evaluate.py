@@ -544,7 +544,10 @@ def main(argv=None):
         methods += learned_rivals(c.rivals, list(dataset.domains), device, state["translate"]["end"])
     methods += with_network(model, state["translate"])
     out = Path(c.out) if c.out else Path(c.checkpoint).parent / "evaluation"
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made ({error.strerror})") from None
 
     if features is None:
         phase("training a small network of features, for realism")

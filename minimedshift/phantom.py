@@ -692,8 +692,12 @@ def main(argv=None):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     argv = sys.argv[1:] if argv is None else argv
-    if len(argv) != 1 or argv[0].startswith("-"):
-        print("usage: python -m minimedshift.phantom FILE.png", file=sys.stderr)
+    usage = "usage: python -m minimedshift.phantom FILE.png"
+    if argv in (["-h"], ["--help"]):
+        print(usage)
+        return 0
+    if len(argv) != 1 or not argv[0].lower().endswith(".png"):
+        print(usage, file=sys.stderr)
         return 2
     own = [Head(seed, domain) for seed, domain in zip((2, 4, 1, 1, 4), DOMAINS)]
     rows = [("a head of each\ndomain's own", own), ("one head\nin all domains", [Head(37)] * 5)]
@@ -704,7 +708,12 @@ def main(argv=None):
             ax.set(xticks=[], yticks=[], title="" if i else domain)
         line[0].set_ylabel(title)
     figure.supxlabel("Every picture is simulated, those of the real domains too.", fontsize=10)
-    figure.savefig(argv[0], dpi=100, pil_kwargs=dict(optimize=True))
+    try:
+        figure.savefig(argv[0], dpi=100, pil_kwargs=dict(optimize=True))
+    except OSError as error:
+        print(f"error: {argv[0]} cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
+    print(f"{argv[0]} written")
     return 0
 
 

@@ -199,7 +199,10 @@ def load_features(path):
         raise UserError(f"--features {path}: it has no function features(x) that returns (B, D)")
 
     def features(x):
-        found = module.features(x)
+        try:
+            found = module.features(x)
+        except Exception as error:  # anything can go wrong in a user's function
+            raise UserError(f"--features {path}: {type(error).__name__} in features(x) of {tuple(x.shape)}: {error}") from None
         if not torch.is_tensor(found) or found.ndim != 2 or len(found) != len(x):
             shape = tuple(found.shape) if torch.is_tensor(found) else type(found).__name__
             raise UserError(f"--features {path}: features(x) of {len(x)} images must be a tensor ({len(x)}, D), found {shape}")

@@ -163,6 +163,14 @@ def test_a_mistake_is_a_sentence(network, monkeypatch, flags, says):
     assert "\n" not in str(error.value)
 
 
+def test_an_output_that_is_a_file_is_a_sentence(network, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIMEDSHIFT_CACHE", str(network / "cache"))
+    (tmp_path / "there").write_text("kept")
+    with pytest.raises(UserError, match="--out .* cannot be made"):
+        evaluate.main(["--checkpoint", str(network / "checkpoint.pt"), "--heads", "4", "--valid-heads", "4", "--out", str(tmp_path / "there")])
+    assert (tmp_path / "there").read_text() == "kept"
+
+
 # ---------------------------------------------------------------- folders
 
 def write(folder, names, bright, seed=0):

@@ -290,3 +290,10 @@ def test_speed():
         for d in ("synthetic-low", "real-exposure"):
             render([Head(i) for i in range(count)], d, size)
         assert 2 * count / (time.perf_counter() - start) > wanted
+
+
+@pytest.mark.parametrize("argv, status, says", [([], 2, "usage"), (["a.xyz"], 2, "usage"), (["/no/such/folder/a.png"], 2, "cannot be written"), (["--help"], 0, "usage")])
+def test_the_drawing_command_ends_in_a_sentence(argv, status, says, capsys):
+    assert phantom.main(argv) == status
+    out, err = capsys.readouterr()
+    assert says in (err if status else out) and len((out + err).strip().splitlines()) == 1

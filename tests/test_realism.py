@@ -145,3 +145,11 @@ def test_a_wrong_feature_file_is_a_sentence(tmp_path, code, says):
     with pytest.raises(UserError, match=says) as error:
         realism.load_features(path)(torch.ones(3, 2, 4, 4))
     assert "\n" not in str(error.value)
+
+
+def test_a_function_of_features_that_fails_is_a_sentence(tmp_path):
+    file = tmp_path / "f.py"
+    file.write_text("def features(x):\n    return x @ x.flatten()\n")
+    with pytest.raises(UserError, match="RuntimeError in features") as error:
+        realism.load_features(str(file))(torch.zeros(2, 1, 4, 4))
+    assert str(file) in str(error.value)

@@ -65,7 +65,8 @@ def draw(dataset, config, step, device):
 
 
 def batches(dataset, config, device, first=0, dtype=torch.float32):
-    """The Steps `first` to config.steps; dtype is the number format of the network's arithmetic. On CUDA each is made a step ahead, in a thread and on a stream of its own."""
+    """The Steps `first` to config.steps; dtype is the number format of the network's arithmetic. On CUDA each is made a step ahead, in a
+    thread and on a stream of its own."""
     semidiscrete = Semidiscrete(*learn_potentials(dataset, config, device), dtype) if config.coupling == "semidiscrete" else None
     keep, eps = int(config.coupling_labels == "keep"), 2 * config.sigma**2
     window = lambda start: [torch.cat(parts) for parts in zip(*(draw(dataset, config, start + k, device) for k in range(config.ot_batch)))]
@@ -113,8 +114,9 @@ def learn_potentials(dataset, config, device):
     folder = data.cached(None, "potentials", content, build)
     found = [np.load(folder / f"{i}.npy") for i in range(len(groups))]
     share = np.concatenate([each[1] for each in found])
-    print(f"semidiscrete: each image should be picked {plans.TRIALS} times in a test, and is {plans.TRIALS * share.min():.0f} to {plans.TRIALS * share.max():.0f} "
-          f"times; standard deviation {share.std():.2f} of the mean, where chance alone makes {plans.TRIALS**-.5:.2f}", flush=True)
+    chance = np.mean(1 / np.concatenate(weights)) / plans.TRIALS  # the variance of a count over its mean w TRIALS
+    print(f"semidiscrete: how often images are picked in a test, over how often they should be, is 1 with a standard deviation of {share.std():.2f}; "
+          f"chance alone makes {chance**.5:.2f}", flush=True)
     labels = None if config.coupling_labels == "keep" else torch.repeat_interleave(torch.tensor([len(images) for images in dataset.train]))
     return groups, [each[0] for each in found], device, labels
 

@@ -588,10 +588,11 @@ def heads_picture(path, methods, results, dataset, s, t, seed, stride, device, s
 
     The columns are MedShift's median head, the one at the edge of its worst tenth, and its worst.
     """
+    from . import tables
     from .carry import carry, resize, working_shape
     rows = results["main_pair"]["shared"]
-    ours = next(row for row in rows.values() if row["kind"] == "ours")
-    order = np.argsort(ours["E_heads"])
+    ours = next(name for name, row in rows.items() if row["kind"] == "ours")
+    order = np.argsort(rows[ours]["E_heads"])
     places = {"median head": .5, "90th percentile": .9, "worst head": 1.0}
     shown = {name: int(order[min(len(order) - 1, int(share * len(order)))]) for name, share in places.items()}
     people = [simulated.phantom.Head(simulated.first_seed(seed, "test") + i) for i in shown.values()]
@@ -605,9 +606,13 @@ def heads_picture(path, methods, results, dataset, s, t, seed, stride, device, s
             continue
         x = method.make(s, t)(q, rows[method.name]["setting"]).to(device)
         figure[method.name] = (x if x.shape == full.shape else carry(full, small, x)).clamp(-1, 1)
-    figure |= {"second exposure": draw(t, exposure=1), "simulated truth": truth}
-    labels = [f"{name}\n{rows[name]['structure']:.1f} dB" if name in rows else name for name in figure]
-    data.figure(path, [list(x.cpu()) for x in figure.values()], [f"{name}, head {i}" for name, i in shown.items()], labels, cell=size)
+    figure = {name: figure[name] for name in ("source", *(name for name, _ in tables.ordered(rows) if name in figure))}  # what sees pairs comes last
+    figure |= {"second exposure": draw(t, exposure=1), "truth, noise-free": truth}
+    labels = []
+    for name in figure:
+        seen = "\n(sees pairs)" if name in rows and rows[name]["kind"] == "ceiling" else ""
+        labels.append(f"{name}\n{rows[name]['structure']:.1f} dB, mean{seen}" if name in rows else name)
+    data.figure(path, [list(x.cpu()) for x in figure.values()], [f"{name} of {ours}: {i}" for name, i in shown.items()], labels, cell=size)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from . import whole
 
 KINDS = {"unpaired": "unpaired, no network", "learned": "unpaired, learned", "ours": "**MedShift**", "ceiling": "sees pairs", "bound": "bound"}
 ORDER = ("bound", "unpaired", "learned", "ours", "ceiling")
+FEW = 30  # pairs
 
 
 # ---------------------------------------------------------------- cells
@@ -64,9 +65,13 @@ def table(results):
         text += [f"Realism: distances to {results['references']} training images of the target, features from {results['features']}; the floor is the row of "
                  "the second exposure (of real pairs: real against real).", ""]
     names = {"shared": "heads of the population that all domains share", "own": f"heads of {results['source']}'s own population"}
+    if not results.get("simulated"):
+        names = {"shared": "images that are paired by file name"}
+        if results["heads"] < FEW:
+            text += [f"Only {results['heads']} pairs to test on: such numbers say little.", ""]
     for population, rows in results["main_pair"].items():
         text += [f"## {results['heads']} test heads: {names[population]}", ""]
-        text += structure_table(rows) + realism_table(rows) + physics_table(rows)
+        text += structure_table(rows) + realism_table(rows) + (physics_table(rows) if results.get("simulated") else [])
     for population, found in results["all_pairs"].items():
         text += [f"## All ordered pairs, {results['heads_each']} test heads each: {names[population] if population == 'shared' else 'each source its own population'}", ""]
         text += pairs_table(found["means"])
@@ -129,7 +134,8 @@ def pareto(path, results):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    kinds = {name: row["kind"] for name, row in results["main_pair"]["shared"].items()}
+    rows = results["main_pair"]["shared"]
+    kinds = {name: row["kind"] for name, row in rows.items()}
     used = dict.fromkeys(STYLES, 0)
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     for name, points in sorted(results["pareto"].items(), key=lambda item: ORDER.index(kinds[item[0]])):
@@ -137,10 +143,10 @@ def pareto(path, results):
         marker = markers[used[kinds[name]] % len(markers)]
         used[kinds[name]] += 1
         x, y = [point["structure"] for point in points], [1000 * point["kernel"] for point in points]
-        if name == "second exposure":
-            axes.plot([], [], " ", label=f"(second exposure: {x[0]:.0f} dB, {y[0]:.0f})")
+        if name in ("second exposure", "real against real"):  # at 0 but for chance: not on this axis
+            axes.plot([], [], " ", label=f"({name}: {x[0]:.0f} dB, {y[0]:.0f})")
             continue
-        knob = f", {points[0]['setting']:g} to {points[-1]['setting']:g}" if len(points) > 1 else ""
+        knob = f", {rows[name]['knob']} {points[0]['setting']:g} to {points[-1]['setting']:g}" if len(points) > 1 else ""
         axes.plot(x, y, marker=marker, color=colour, lw=1, ms=5, label=name + knob)
     lowest = min(point["structure"] for name, points in results["pareto"].items() if kinds[name] != "learned" for point in points)
     axes.set(xlabel="structure, dB (right: the same head)", ylabel="kernel distance x 1000 to the target's images (down: looks real)", yscale="log",
@@ -158,7 +164,7 @@ def joint(evaluations):
     """The README's first table: rows are methods, columns the population shifts. evaluations: results of one run a shift."""
     header = ["method", "kind"]
     for results in evaluations:
-        header += [f"S = {results['shift']:g}: gap closed (95%)", "source's own heads", "noise", "all pairs"]
+        header += [f"S = {results['shift']:g}: gap closed (95%)", "own heads", "noise", "all pairs"]
     lines = []
     for name, row in ordered(evaluations[0]["main_pair"]["shared"]):
         line = [name, KINDS[row["kind"]]]
@@ -168,6 +174,6 @@ def joint(evaluations):
             if shared is None:
                 line += ["-"] * 4
             else:
-                line += [gap(shared), gap(own), number(shared["noise"]), "-" if mean is None else percent(mean.get("gap_closed"))]
+                line += [gap(shared), percent(None if own is None else own["gap_closed"]), number(shared["noise"]), "-" if mean is None else percent(mean.get("gap_closed"))]
         lines.append(line)
     return "\n".join(markdown(header, lines))

@@ -4,6 +4,7 @@
     python train.py --data DIR         your own images, DIR/DOMAIN/*.png
     python train.py --resume           goes on where the last run stopped, exactly
 
+Ends with a student (student.py), which learns from the flow to translate in one evaluation.
 Leaves in out/: checkpoint.pt, log.csv, loss.png, samples.png, translations.png, report.json. Ctrl-C saves and stops.
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 
 from minimedshift import UserError, flag, parse, run
-from minimedshift import balance, checkpoint, data, evaluate, sampler, simulated
+from minimedshift import balance, checkpoint, data, evaluate, sampler, simulated, student
 from minimedshift.batches import batches, null_label
 from minimedshift.coupling import COUPLINGS
 from minimedshift.flow import loss as flow_loss
@@ -58,6 +59,11 @@ class Config:
     end: float = flag(0.97, "time at which an image is taken to be: 1 is the paper's; below 1, faint detail passes untouched", "translation")
     solver_steps: int = flag(5, "solver steps of each leg", "translation")
     solver: str = flag("heun", "ODE solver, or sde: a diffusion with the same images at every t", "translation", tuple(sampler.SOLVERS))
+    student: bool = flag(True, "at the end, teach a small local network to translate in one evaluation", "student")
+    student_images: int = flag(0, "training images of each domain that the flow translates for it; 0 is the preset's", "student")
+    student_steps: int = flag(0, "its optimizer steps, of 32 images each; 0 is the preset's", "student")
+    student_tau: float = flag(0.1, "tau of its lessons", "student")
+    student_end: float = flag(0.99, "end of its lessons, above student-tau and at most 1", "student")
     out: str = flag("out", "folder for everything the run leaves", "run")
     resume: bool = flag(False, "go on from OUT/checkpoint.pt, with the flags of that run", "run")
     overwrite: bool = flag(False, "start anew where OUT has a checkpoint", "run")
@@ -69,7 +75,9 @@ class Config:
 
 
 SCHEDULE = {"cpu": (1400, 16), "gpu": (40000, 64)}  # optimizer steps, images a step
-FREE = {"out", "resume", "overwrite", "device", "dtype", "compile", "cuda_graph", "evaluate", "check_data"}  # flags that may differ on --resume
+LESSONS = ("student_images", "student_steps", "student_tau", "student_end")
+FREE = {"out", "resume", "overwrite", "device", "dtype", "compile", "cuda_graph", "evaluate", "check_data", "student", *LESSONS}  # flags that may differ on --resume
+STUDENT = {"cpu": (300, 600), "gpu": (1000, 6000)}  # images of each domain, optimizer steps
 SAVE_EVERY = 120  # seconds
 
 
@@ -127,6 +135,8 @@ def main(argv=None):
     if config.cuda_graph:
         model.capture(config.batch_size, config.size, dtype)
     first = then["step"] if then else 0
+    same_lessons = then and all(then["config"].get(name) == getattr(config, name) for name in LESSONS)
+    taught = then.get("student") if same_lessons else None
     settings = dict(guidance=config.guidance, steps=config.solver_steps, solver=config.solver, end=config.end, colour=config.colour, x0=config.x0)
     print(f"{device.type}, {str(dtype)[6:]}, {str(memory)[6:]}, {config.preset} preset: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
           f"{domains} domains, {sum(map(len, dataset.train))} images of {config.size}x{config.size}, "
@@ -137,7 +147,7 @@ def main(argv=None):
             config=asdict(config), shape=asdict(shape), domains=list(dataset.domains), step=step,
             image=dict(size=config.size, channels=dataset.channels, range=[-1.0, 1.0]), translate=dict(tau=config.tau, **settings),
             machine=dict(dtype=str(dtype)[6:], memory_format=str(memory)[6:]),
-            model=model.state_dict(), ema=ema.mean, optimizer=[optimizer.state_dict() for optimizer in optimizers]))
+            model=model.state_dict(), ema=ema.mean, optimizer=[optimizer.state_dict() for optimizer in optimizers], student=taught))
 
     # ---- loop
     steps = batches(dataset, config, device, first, dtype)
@@ -171,19 +181,42 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     print(log.coupling(), flush=True)
 
-    # ---- report and pictures, from the EMA weights
+    # ---- the student, taught by the EMA weights
+    raw = {name: p.clone() for name, p in model.state_dict().items()}
     model.load_state_dict(ema.mean)
     model.eval()
+    if config.student and not taught:
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                taught = teach(model, dataset, config, dtype, device).state()
+        except KeyboardInterrupt:
+            print("\nstopped: the flow is saved, the same command with --resume teaches the student anew", flush=True)
+            return 130
+        model.load_state_dict(raw)
+        save(config.steps)
+        model.load_state_dict(ema.mean)
+
+    # ---- report and pictures
     if config.evaluate and dataset.test is not None:
         seconds = (log.column("seconds") or [0.0])[-1]
         with torch.compiler.set_stance("force_eager"):
-            report, pictures = evaluate.report(model, dataset, dict(tau=config.tau, **settings), device)
+            report, pictures = evaluate.report(model, dataset, dict(tau=config.tau, **settings), device, taught and student.restore(taught, device))
         evaluate.write_json(out / "report.json", dict(
             command=" ".join(["python", *sys.argv]), seed=config.seed, machine=machine(device), torch=torch.__version__, dtype=str(dtype)[6:], memory_format=str(memory)[6:],
             weights="EMA", steps=config.steps, training_seconds=seconds, coupling=log.means(), **report))
         evaluate.picture(out / "translations.png", dataset, report["main_pair"], pictures)
         print(f"{out}/: checkpoint.pt, log.csv, loss.png, samples.png, translations.png, report.json")
     return 0
+
+
+def teach(model, dataset, config, dtype, device):
+    """The student of a trained flow, with progress."""
+    def say(what):
+        start = time.time()
+        return lambda done, total: data.progress(done, total, start, what, "steps" if what == "the student learns" else "images")
+
+    how = dict(steps=config.solver_steps, solver="fireflow", end=config.student_end, colour=config.colour, x0=config.x0)
+    return student.teach(model, dataset, config.student_images, config.student_steps, config.student_tau, how, dtype, device, config.seed, say)
 
 
 @torch.no_grad()
@@ -208,6 +241,8 @@ def resolve(config):
     size, shape = PRESETS[preset]
     steps, batch = SCHEDULE[preset]
     config = replace(config, preset=preset, size=config.size or size, steps=config.steps or steps, batch_size=config.batch_size or batch)
+    images, lessons = STUDENT[preset]
+    config = replace(config, student_images=config.student_images or images, student_steps=config.student_steps or lessons)
     config = replace(config, ot_batch=config.ot_batch or {"independent": 1, "semidiscrete": 16}.get(config.coupling, 40 if config.x0 == "image" else 8))
     stride = shape.stem * 2 ** (len(shape.widths) - 1)
     for name, good, allowed in (("size", config.size >= 16 and config.size % stride == 0, f"at least 16 and divisible by {stride}"),
@@ -218,7 +253,10 @@ def resolve(config):
                                 ("steps", config.steps >= 1, "at least 1"), ("batch_size", config.batch_size >= 1, "at least 1"),
                                 ("lr", config.lr > 0, "above 0"), ("ema", config.ema >= 0, "at least 0"), ("seed", config.seed >= 0, "at least 0"),
                                 ("tau", 0 <= config.tau < config.end, f"at least 0 and below --end, {config.end}"),
-                                ("end", config.end <= 1, "at most 1"), ("solver_steps", config.solver_steps >= 1, "at least 1")):
+                                ("end", config.end <= 1, "at most 1"), ("student_images", config.student_images >= 1, "at least 0"),
+                                ("student_steps", config.student_steps >= 1, "at least 0"),
+                                ("student_tau", 0 <= config.student_tau < config.student_end, f"at least 0 and below --student-end, {config.student_end}"),
+                                ("student_end", config.student_end <= 1, "at most 1"), ("solver_steps", config.solver_steps >= 1, "at least 1")):
         if not good:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is not allowed: it must be {allowed}")
     plain = config.coupling == "independent"

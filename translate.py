@@ -2,7 +2,8 @@
 
 INPUT is an image or a folder of them (sub-folders are kept); OUTPUT gets the same names, sizes, modes and bit depths. Colour comes back grey
 from a network trained on grey images.
---source auto infers the domain of each image. Without arguments, held-out simulated heads are translated into a figure beside the checkpoint.
+--source auto infers the domain of each image. Where the checkpoint holds a student, it translates, in one evaluation; --method flow, or a
+flag of the flow such as --tau, takes the flow. Without arguments, held-out simulated heads are translated into a figure beside the checkpoint.
 
 An image is translated at the working size: its shorter side is brought to the size the network was trained at, so
 that the head is framed as in training. The change is then carried to full resolution: in every small window of the
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from minimedshift import UserError, data, domain, film, flag, metrics, parse, run, sampler, simulated
+from minimedshift import UserError, data, domain, film, flag, metrics, parse, run, sampler, simulated, student
 from minimedshift.carry import carry, resize, working_shape
 from minimedshift.checkpoint import load_model
 from minimedshift.evaluate import TAUS, in_batches, main_domains
@@ -33,12 +34,13 @@ class Config:
     source: str = flag(None, "domain of INPUT, or auto: inferred for each image", "what")
     target: str = flag(None, "domain to translate to", "what")
     checkpoint: str = flag("out/checkpoint.pt", "trained network; its EMA weights are used", "what")
+    method: str = flag(None, "who translates (default: the student, if there is one and no flag of the flow is given)", "how", choices=("student", "flow"))
     tau: float = flag(None, "how far back to go, at least 0 and below end: near 1 keeps structure, near 0 favours realism (default: the checkpoint's)", "how", kind=float)
     guidance: float = flag(None, "strength of the target label on the way forward; 1 is none (default: the checkpoint's)", "how", kind=float)
     steps: int = flag(None, "solver steps of each leg (default: the checkpoint's)", "how", kind=int)
     solver: str = flag(None, "ODE solver, or sde: a diffusion with the same images at every t (default: the checkpoint's)", "how", choices=tuple(sampler.SOLVERS))
     end: float = flag(None, "time at which an image is taken to be, above tau and at most 1 (default: the checkpoint's)", "how", kind=float)
-    seed: int = flag(0, "noise of --source auto and of --solver sde; else a translation has no randomness", "how")
+    seed: int = flag(0, "of all noise: what the student adds where the target has more, --source auto, --solver sde", "how")
     batch_size: int = flag(0, "images translated at once; 0: 16 on a CPU, 256 on a GPU; halved where memory does not do", "machine")
     device: str = flag("auto", "where to compute", "machine", choices=("auto", "cuda", "mps", "cpu"))
     overwrite: bool = flag(False, "replace existing files", "files")
@@ -48,6 +50,7 @@ class Config:
     samples: int = flag(None, "translations of an image behind --uncertainty (default: 8)", "files", kind=int)
 
 
+FLOW = ("tau", "guidance", "steps", "solver", "end", "trajectory", "uncertainty")  # flags that the student has no use for
 PICTURES = ("compare", "trajectory", "uncertainty")  # drawn if asked for
 
 
@@ -69,6 +72,16 @@ def check_flags(c):
             raise UserError(f"--{name} needs INPUT and OUTPUT")
     if c.samples and not c.uncertainty:
         raise UserError("--samples needs --uncertainty FILE, the picture that is drawn from them")
+
+
+def pick_method(c, state):
+    """"student" or "flow"."""
+    given = [name for name in FLOW if getattr(c, name) is not None]
+    if c.method == "student" and given:
+        raise UserError(f"--{given[0]} is a flag of the flow, the student has no use for it: leave it out, or say --method flow")
+    if c.method == "student" and not state.get("student"):
+        raise UserError(f"{c.checkpoint} has no student: `python train.py --resume` teaches one")
+    return c.method or ("student" if state.get("student") and not given else "flow")
 
 
 def plan_files(c):
@@ -115,7 +128,7 @@ def plan_files(c):
 
 # ---------------------------------------------------------------- files in, files out
 
-def translate_batch(items, model, state, c, how, device, pictures):
+def translate_batch(items, model, translator, state, c, how, device, pictures):
     """Translate [(input, output, x, info)] of one working shape, write them and add them to `pictures`."""
     channels, domains = state["image"]["channels"], state["domains"]
     full = [data.channels_to(x, channels)[None] for _, _, x, _ in items]  # on the host: together they may be large
@@ -123,7 +136,10 @@ def translate_batch(items, model, state, c, how, device, pictures):
     x1 = torch.cat([resize(x.to(device), shape) for x in full])
     y_source = domain.sources(x1, [path for path, *_ in items], model, state, c.source, c.target, c.seed)
     y_target, draw = torch.full_like(y_source, domains.index(c.target)), torch.Generator(device).manual_seed(c.seed)
-    one = lambda i: sampler.translate(model, x1[i], y_source[i], y_target[i], **how, generator=draw)
+    if translator:
+        one = lambda i: translator(x1[i], y_source[i], y_target[i], c.seed)
+    else:
+        one = lambda i: sampler.translate(model, x1[i], y_source[i], y_target[i], **how, generator=draw)
     out = in_batches(one, torch.arange(len(x1), device=device), len(x1))
     changed = []
     for (source, path, x, info), large, small, new in zip(items, full, x1, out):
@@ -134,7 +150,7 @@ def translate_batch(items, model, state, c, how, device, pictures):
     pictures.add(changed, x1, y_source, y_target, out)
 
 
-def translate_files(files, model, state, c, how, device):
+def translate_files(files, model, translator, state, c, how, device):
     """Translate all files, those of one working shape together; returns the exit status."""
     waiting, bad, done, start = {}, 0, 0, time.time()
     pictures = film.Pictures(c, model, how, state["domains"])
@@ -142,7 +158,7 @@ def translate_files(files, model, state, c, how, device):
     def flush(shape):
         nonlocal done
         batch = waiting.pop(shape)
-        translate_batch(batch, model, state, c, how, device, pictures)
+        translate_batch(batch, model, translator, state, c, how, device, pictures)
         done += len(batch)
         if len(files) > 1:
             data.progress(done, len(files) - bad, start, "translating")
@@ -173,8 +189,8 @@ def translate_files(files, model, state, c, how, device):
 
 # ---------------------------------------------------------------- no arguments: held-out simulated heads
 
-def translate_heads(model, state, c, how, device, heads=8):
-    """Write translate.png beside the checkpoint: source | translations at several tau | truth, of test heads."""
+def translate_heads(model, translator, state, c, how, device, heads=8):
+    """Write translate.png beside the checkpoint: source | translations at several tau | the student's | truth, of test heads."""
     config, domains = state["config"], list(state["domains"])
     test = simulated.paired_heads(state["image"]["size"], config["test_heads"], "test", config["seed"], decoys=simulated.DECOYS)
     source, target = main_domains(domains, c.source, c.target)
@@ -183,12 +199,15 @@ def translate_heads(model, state, c, how, device, heads=8):
     x1, truth = load(test.images, source), load(test.truth, target)
     score = lambda x: f"{metrics.structure(x, truth).mean():.1f} dB"
     pictures, captions = [x1], [f"source, {score(x1)}\n{domains[source]}"]
-    taus = [how["tau"]] if c.tau is not None or how["x0"] == "image" else sorted(tau for tau in {*TAUS, how["tau"]} if tau < how["end"])
+    taus = [] if c.method == "student" else [how["tau"]] if c.tau is not None or how["x0"] == "image" else sorted(tau for tau in {*TAUS, how["tau"]} if tau < how["end"])
     for tau in taus:
         out = sampler.translate(model, x1, source, target, **{**how, "tau": tau}, generator=torch.Generator(device).manual_seed(c.seed))
         pictures.append(out)
         name = "directly" if how["x0"] == "image" else f"tau {tau:g}"
-        captions.append(f"{name}, {score(out)}" + ("\n(default)" if tau == state["translate"]["tau"] and len(taus) > 1 else ""))
+        captions.append(f"{name}, {score(out)}" + ("\n(default)" if tau == state["translate"]["tau"] and len(taus) > 1 and not translator else ""))
+    if translator:
+        pictures.append(translator(x1, source, target, c.seed))
+        captions.append(f"student, {score(pictures[-1])}\n(default)")
     path = Path(c.checkpoint).parent / "translate.png"
     data.figure(path, [list(row) for row in zip(*(x.cpu() for x in pictures + [truth]))],
                 captions + [f"simulated truth\n{domains[target]}"], [f"head {i}" for i in range(len(x1))])
@@ -220,6 +239,8 @@ def main(argv=None):
         raise UserError(f"--solver sde needs a score, and {c.checkpoint} has none: train with --score, or with --coupling independent and --sigma 0")
     if c.uncertainty and state["config"]["sigma"]:
         raise UserError(f"--uncertainty needs a network trained with --sigma 0, and {c.checkpoint} is not")
+    method = pick_method(c, state)
+    translator = student.restore(state["student"], device, c.checkpoint) if method == "student" else None
     if not c.input and state["config"].get("data"):
         raise UserError("this network was trained on your own images: give INPUT, OUTPUT, --source and --target")
     files = plan_files(c) if c.input else []
@@ -230,11 +251,15 @@ def main(argv=None):
     if not how["tau"] < how["end"] <= 1:
         raise UserError(f"--tau {how['tau']:g} and --end {how['end']:g} do not fit: tau must be below end, and end at most 1")
     names = (c.source, c.target) if c.input else [state["domains"][d] for d in main_domains(state["domains"], c.source, c.target)]
-    print(f"{' -> '.join(names)} on {device} with the EMA weights of step {state['step']}: "
-          f"{'directly' if how['x0'] == 'image' else 'tau ' + format(how['tau'], 'g')}, guidance {how['guidance']:g}, {how['steps']} {how['solver']} steps a leg, "
-          f"{evaluations(how)} evaluations an image",
-          flush=True)
-    return translate_files(files, model, state, c, how, device) if files else translate_heads(model, state, c, how, device)
+    if translator:
+        way = "its student, 1 evaluation an image"
+    else:
+        start = "directly" if how["x0"] == "image" else f"tau {how['tau']:g}"
+        way = f"{start}, guidance {how['guidance']:g}, {how['steps']} {how['solver']} steps a leg, {evaluations(how)} evaluations an image"
+    print(f"{' -> '.join(names)} on {device} with the EMA weights of step {state['step']}: {way}", flush=True)
+    if files:
+        return translate_files(files, model, translator, state, c, how, device)
+    return translate_heads(model, translator, state, c, how, device)
 
 
 def evaluations(how):

@@ -18,11 +18,12 @@ from typing import Callable
 import numpy as np
 import torch
 
-from . import UserError, balance, baselines, data, flag, metrics, parse, realism, rivals, run, sampler, simulated, whole
+from . import UserError, balance, baselines, data, flag, metrics, parse, realism, rivals, run, sampler, simulated, student, whole
 from .checkpoint import load_model
 from .machine import keep_memory, machine, pick_device
 
 MAIN = ("synthetic-high", "real-normal")
+STUDENT = "MedShift's student"
 TAUS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # the paper reports .3, .45 and .6
 SDEDIT_TAUS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 ROUNDS = (1, 2, 4, 8, 16)
@@ -177,6 +178,11 @@ def with_network(model, how, name="MedShift", taus=TAUS):
     return [Method(name, "ours", Flow(model, how).make, taus, "tau"), Method("DDIB", "learned", Flow(model, how).make, (0.0,), "tau")]
 
 
+def with_student(translator):
+    """The Method of a student that a flow has taught (student.py)."""
+    return Method(STUDENT, "ours", lambda s, t: lambda q, _: in_batches(lambda x: translator(x, s, t), q.x))
+
+
 def learned_rivals(folder, domains, device, end):
     """Methods of the networks that `study rivals` has left in a folder; raises UserError if there is none. end: MedShift's, for SDEdit too."""
     methods, folder = [], Path(folder)
@@ -276,7 +282,7 @@ def score(q, x, E_curve, E_second, reference=None):
 
 
 def main_pair(methods, chosen, q, curve, reference, say=print):
-    """{method: numbers} of one Question, {method: translations}; each row has its setting, its seconds and its distance to MedShift."""
+    """{method: numbers} of one Question, {method: translations}; each row has its setting, its seconds and its distance to ours."""
     E_curve, E_second = bounds(curve, q)
     rows, pictures = {}, {}
     for method in methods:
@@ -299,13 +305,12 @@ def line(row):
 
 
 def add_differences(rows, E_curve, E_second):
-    """Into each row: the 95 % interval of its gap closed less MedShift's (paired over heads), and its ranks among unpaired methods."""
+    """Into each row: the 95 % interval of its gap closed less ours (`ours`, paired over heads), and its ranks among unpaired methods."""
     errors = {name: torch.tensor(row["E_heads"]) for name, row in rows.items()}
-    ours = [name for name, row in rows.items() if row["kind"] == "ours"]
     E_curve, E_second = E_curve.cpu(), E_second.cpu()
     for name, row in rows.items():
-        if ours and name != ours[0]:
-            row["less_ours"] = metrics.difference_interval(errors[name], errors[ours[0]], E_curve, E_second)
+        if ours(rows) not in (None, name):
+            row["less_ours"] = metrics.difference_interval(errors[name], errors[ours(rows)], E_curve, E_second)
     contenders = [name for name, row in rows.items() if row["kind"] in ("unpaired", "learned", "ours")]
     if len(contenders) < 2:
         return
@@ -317,6 +322,12 @@ def add_differences(rows, E_curve, E_second):
         for name in contenders:
             rows[name]["rank_realism"] = look[name]
             rows[name]["rank"] = (look[name] + structure[name]) / 2
+
+
+def ours(rows):
+    """The row that others are compared with: the student's, or where there is none MedShift's; None without either."""
+    names = [name for name, row in rows.items() if row["kind"] == "ours"]
+    return STUDENT if STUDENT in names else names[0] if names else None
 
 
 def all_pairs(methods, chosen, pairs_of, domains, curve, heads, device, report=lambda done, total: None):
@@ -382,14 +393,15 @@ def summary_line(mean):
 
 # ---------------------------------------------------------------- what train.py reports at its end
 
-def report(model, dataset, how, device="cpu", heads=128, heads_each=32, say=print):
+def report(model, dataset, how, device="cpu", translator=None, heads=128, heads_each=32, say=print):
     """report.json as a dict, and the main pair's translations for its picture: MedShift beside methods that need no network.
 
-    how: tau, guidance, steps, solver, end, colour, x0. MedShift stands at every tau of TAUS, and at `tau` for all pairs.
+    how: tau, guidance, steps, solver, end, colour, x0. MedShift stands at every tau of TAUS, and at `tau` for all pairs;
+    beside it its student, if there is one.
     """
     start = time.time()
     s, t = main_domains(dataset.domains)
-    ours, plain, simulation = with_network(model, how)[0], without_network(dataset), dataset.test.truth is not None
+    flow, plain, simulation = with_network(model, how)[0], without_network(dataset), dataset.test.truth is not None
     curve = next(method for method in plain if method.name == "curve")
     q = question(dataset.test, s, t, heads, device)
     asked = question(dataset.valid, s, t, len(dataset.valid.images), device)
@@ -399,28 +411,38 @@ def report(model, dataset, how, device="cpu", heads=128, heads_each=32, say=prin
     rows, pictures = main_pair(plain, chosen, q, curve, None, say)
     E_curve, E_second = bounds(curve, q)
     taus = {}
-    for tau in ours.settings:
-        x, seconds = answer(ours, q, tau)
+    for tau in flow.settings:
+        x, seconds = answer(flow, q, tau)
         taus[tau] = dict(score(q, x, E_curve, E_second), seconds=seconds)
         pictures[tau] = x
-        name = ours.name if tau is None else f"{ours.name}, tau {tau:g}"
+        name = flow.name if tau is None else f"{flow.name}, tau {tau:g}"
         say(f"  {name}: {line(taus[tau])}", flush=True)
+    main = dict(source=dataset.domains[s], target=dataset.domains[t], heads=len(q.x), methods=rows, medshift=taus, student=None)
+    methods = [flow]
+    if translator:
+        methods.append(with_student(translator))
+        x, seconds = answer(methods[-1], q, None)
+        main["student"] = dict(score(q, x, E_curve, E_second), seconds=seconds)
+        pictures[STUDENT] = x
+        say(f"  {STUDENT}: {line(main['student'])}", flush=True)
     tau = how["tau"] if how["x0"] == "noise" else None
-    each, means = all_pairs([ours], {ours.name: tau}, lambda s: dataset.test, dataset.domains, curve, heads_each, device)
-    mean = means[ours.name]
-    say(f"all {mean['pairs']} ordered pairs{'' if tau is None else f' at tau {tau:g}'}: {summary_line(mean)}", flush=True)
-    main = dict(source=dataset.domains[s], target=dataset.domains[t], heads=len(q.x), methods=rows, medshift=taus)
-    return dict(simulated=simulation, version=simulated.phantom.VERSION if simulation else None, translation=how, main_pair=main, pairs=each[ours.name], all_pairs=mean,
+    each, means = all_pairs(methods, {flow.name: tau}, lambda s: dataset.test, dataset.domains, curve, heads_each, device)
+    for name, mean in means.items():
+        at = "" if tau is None or name == STUDENT else f", tau {tau:g}"
+        say(f"all {mean['pairs']} ordered pairs, {name}{at}: {summary_line(mean)}", flush=True)
+    return dict(simulated=simulation, version=simulated.phantom.VERSION if simulation else None, translation=how, main_pair=main,
+                pairs=each[flow.name], all_pairs=means[flow.name], student_pairs=each.get(STUDENT), student_all_pairs=means.get(STUDENT),
                 evaluation_seconds=time.time() - start), pictures
 
 
 def picture(path, dataset, main, pictures, count=6):
-    """translations.png: source | MedShift at each tau | simulated truth of the first test heads, captioned with the scores."""
+    """translations.png: source | MedShift at each tau | its student | simulated truth of the first test heads, with the scores."""
     s, t = (dataset.domains.index(main[name]) for name in ("source", "target"))
     columns, captions = [load(dataset.test.images[:count, s], "cpu")], [f"{main['source']}\nsource"]
-    for tau, row in main["medshift"].items():
+    rows = main["medshift"] | ({STUDENT: main["student"]} if main["student"] else {})
+    for tau, row in rows.items():
         columns.append(pictures[tau][:count].cpu())
-        name = "directly" if tau is None else f"tau {tau:g}"
+        name = "directly" if tau is None else "student" if tau == STUDENT else f"tau {tau:g}"
         captions.append(f"{name}: {row['structure']:.1f} dB" + ("" if row["noise"] is None else f"\nnoise {row['noise']:.2f}"))
     truth = dataset.test.images if dataset.test.truth is None else dataset.test.truth
     columns.append(load(truth[:count, t], "cpu"))
@@ -543,6 +565,8 @@ def main(argv=None):
     if c.rivals:
         methods += learned_rivals(c.rivals, list(dataset.domains), device, state["translate"]["end"])
     methods += with_network(model, state["translate"])
+    if state.get("student"):
+        methods.append(with_student(student.restore(state["student"], device, c.checkpoint)))
     out = Path(c.out) if c.out else Path(c.checkpoint).parent / "evaluation"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -586,13 +610,13 @@ def main(argv=None):
 def heads_picture(path, methods, results, dataset, s, t, seed, stride, device, size=256):
     """heads.png: the same test heads under all methods, a row each, at full resolution as a user gets them (carry.py).
 
-    The columns are MedShift's median head, the one at the edge of its worst tenth, and its worst.
+    The columns are our median head, the one at the edge of its worst tenth, and its worst.
     """
     from . import tables
     from .carry import carry, resize, working_shape
     rows = results["main_pair"]["shared"]
-    ours = next(name for name, row in rows.items() if row["kind"] == "ours")
-    order = np.argsort(rows[ours]["E_heads"])
+    best_of_ours = ours(rows)
+    order = np.argsort(rows[best_of_ours]["E_heads"])
     places = {"median head": .5, "90th percentile": .9, "worst head": 1.0}
     shown = {name: int(order[min(len(order) - 1, int(share * len(order)))]) for name, share in places.items()}
     people = [simulated.phantom.Head(simulated.first_seed(seed, "test") + i) for i in shown.values()]
@@ -612,7 +636,7 @@ def heads_picture(path, methods, results, dataset, s, t, seed, stride, device, s
     for name in figure:
         seen = "\n(sees pairs)" if name in rows and rows[name]["kind"] == "ceiling" else ""
         labels.append(f"{name}\n{rows[name]['structure']:.1f} dB, mean{seen}" if name in rows else name)
-    data.figure(path, [list(x.cpu()) for x in figure.values()], [f"{name} of {ours}: {i}" for name, i in shown.items()], labels, cell=size)
+    data.figure(path, [list(x.cpu()) for x in figure.values()], [f"{name} of {best_of_ours}: {i}" for name, i in shown.items()], labels, cell=size)
 
 
 if __name__ == "__main__":

@@ -54,8 +54,10 @@ class Velocity:
         return draw_noise(x.shape, self.generator, 0.0 if self.sigma else self.colour, x.device)
 
     def evaluate(self, x, t, y):
-        """What the network says of x at t (B,) under y (B,), guided: in bfloat16 on CUDA, as in training; the solver computes in float32."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda and has_bfloat16()):
+        """What the network says of x at t (B,) under y (B,), guided: in bfloat16 on CUDA, as in training, or inside the caller's
+        torch.autocast; the solver computes in float32."""
+        asked = torch.is_autocast_enabled(x.device.type)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=asked or x.is_cuda and has_bfloat16()):
             if self.guidance == 1:
                 self.evaluations += 1
                 return self.model(x, t, y).float()

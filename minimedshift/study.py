@@ -3,6 +3,7 @@
     python -m minimedshift.study moons      eight Gaussians to two moons, in the plane, where the error can be measured
     python -m minimedshift.study phantom    the head phantom, every coupling and a few sigma at equal steps
     python -m minimedshift.study rivals     MedShift and everything it is compared with, at two population shifts: the README's first table
+    python -m minimedshift.study student    what makes a student better than its teacher: its view, its loss, its lessons (after `python train.py`)
 
 Each run leaves its result in OUT/STUDY, and the whole OUT/STUDY/table.md. A run that has its result is not run again: stop and start at will.
 """
@@ -13,14 +14,14 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from . import UserError, data, evaluate, flag, parse, rivals, run, sampler, simulated, tables, whole
+from . import UserError, data, evaluate, flag, parse, rivals, run, sampler, simulated, student, tables, whole
 from .checkpoint import load, load_model
 from .coupling import assign, couple
 from .flow import draw_noise
@@ -31,7 +32,8 @@ from .model import PRESETS, UNet
 
 @dataclass(frozen=True)
 class Config:
-    study: str = flag(None, "moons, phantom or rivals", "positional")
+    study: str = flag(None, "moons, phantom, rivals or student", "positional")
+    checkpoint: str = flag("out/checkpoint.pt", "the teacher of the study of students", "study")
     out: str = flag("out/study", "folder of the results", "study")
     only: str = flag("", "runs to make, separated by semicolons (default: all)", "study")
     seeds: int = flag(1, "seeds of each run", "study")
@@ -138,7 +140,7 @@ PHANTOM = {
 
 def train(flags, folder):
     """`train.py` with these flags into a folder; goes on where it was stopped."""
-    command = [sys.executable, str(Path(__file__).parents[1] / "train.py"), *flags, "--no-evaluate", "--out", str(folder)]
+    command = [sys.executable, str(Path(__file__).parents[1] / "train.py"), *flags, "--no-evaluate", "--no-student", "--out", str(folder)]
     status = subprocess.run(command + ["--resume"] * (folder / "checkpoint.pt").exists()).returncode
     if status:
         raise KeyboardInterrupt if status == 130 else UserError(f"train.py {' '.join(flags)} ended with status {status}")
@@ -333,6 +335,99 @@ def rivals_table(found):
     return lines
 
 
+# ---------------------------------------------------------------- students
+
+STUDENTS = {  # what differs from the student of `python train.py`
+    "as it is": {},
+    "view 16 pixels": dict(dilations=(1,) * 3),
+    "view 64 pixels": dict(dilations=(1, 2, 4, 8, 6, 3)),
+    "loss |.|^(1/2)": dict(power=.5),
+    "loss |.|^2": dict(power=2.0),
+    "lessons at tau .2": dict(tau=.2),
+    "lessons at tau .4": dict(tau=.4),
+    "lessons to end .97": dict(end=.97),
+    "lessons to end 1": dict(end=1.0),
+    "main pair alone": dict(alone=True),
+    "half the steps": dict(steps=.5),
+}
+
+
+def students(checkpoint, names, report):
+    """report(name, row) for the teacher and for each student of STUDENTS, on validation heads. Row: see `student_row`."""
+    model, state = load_model(checkpoint)
+    config = state["config"]
+    if config["x0"] == "image" or config["data"]:
+        raise UserError(f"--checkpoint {checkpoint}: the study of students needs a flow that starts from noise, and simulated heads")
+    dataset = evaluate.open_data(evaluate.Config(checkpoint=checkpoint, valid_heads=config["valid_heads"], heads=config["test_heads"]), state)
+    count, steps, tau, end = (config[name] for name in ("student_images", "student_steps", "student_tau", "student_end"))
+    how = dict(steps=config["solver_steps"], solver="fireflow", end=end, colour=config["colour"])
+    dtype = pick_formats("auto", torch.device("cpu"))[0]
+    images = student.spread_out(dataset, count)
+    taught = cache(lambda tau, end: student.lessons(model, images, tau, **dict(how, end=end)))
+    whole_flow = evaluate.Flow(model, dict(how, guidance=1.0)).make
+    report("the teacher", student_row(dataset, lambda s, t: lambda q, _: whole_flow(s, t)(q, tau), {}))
+    for name in names:
+        change = STUDENTS[name]
+        shape = replace(student.shape_for(dataset.size, len(dataset.domains), dataset.channels),
+                        **{key: change[key] for key in ("dilations",) if key in change})
+        pairs = [evaluate.main_domains(dataset.domains)] if change.get("alone") else None
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            answers = taught(change.get("tau", tau), change.get("end", end))
+        net = student.learn(shape, images, answers, int(steps * change.get("steps", 1)), pairs, seed=config["seed"], dtype=dtype,
+                            power=change.get("power", 1.0))
+        translator = student.Translator(net, student.finish.fit(net, student.spread_out(dataset, min(student.finish.IMAGES, len(dataset.train[0]))), dtype))
+        for finished in (False, True):
+            row = student_row(dataset, lambda s, t: lambda q, _: translator(q.x, s, t, finished=finished), dict(view=student.view(shape)), bool(pairs))
+            report(name + ", finished" * finished, row)
+
+
+def student_row(dataset, make, more, alone=False, heads=64, heads_each=16):
+    """A translator on validation heads: the main pair, and all pairs unless `alone`."""
+    method, curve = evaluate.Method("it", "ours", make), curve_of(dataset)
+    s, t = evaluate.main_domains(dataset.domains)
+    q = evaluate.question(dataset.valid, s, t, heads, "cpu")
+    row = evaluate.score(q, evaluate.answer(method, q, None)[0], *evaluate.bounds(curve, q))
+    E = np.sort(row["E_heads"])
+    tenth = E[-max(1, round(len(E) / 10)):].sum() / E.sum()
+    found = dict(more, gap_closed=row["gap_closed"], noise=row["noise"], tenth=float(tenth))
+    if not alone:
+        mean = evaluate.all_pairs([method], {}, lambda s: dataset.valid, dataset.domains, curve, heads_each, "cpu")[1]["it"]
+        found.update({key: mean[key] for key in ("worst_pair", "noise_right", "same_head")}, all_pairs=mean["gap_closed"])
+    return found
+
+
+def students_table(rows):
+    """Markdown. rows: {name: row}."""
+    header = ["translator", "main pair", "its noise", "error in the worst tenth of heads", "all pairs", "worst pair", "noise right, of 20", "same head"]
+    lines = [[name, tables.percent(row["gap_closed"]), tables.number(row["noise"]), tables.percent(row["tenth"]), tables.percent(row.get("all_pairs")),
+              tables.percent(row.get("worst_pair")), str(row.get("noise_right", "-")), tables.percent(row.get("same_head"))] for name, row in rows.items()]
+    return tables.markdown(header, lines)
+
+
+def main_students(c):
+    """The study of students: rows are kept, so that it can be stopped and started."""
+    names = [name.strip() for name in c.only.split(";")] if c.only else list(STUDENTS)
+    for name in names:
+        if name not in STUDENTS:
+            raise UserError(f"--only {name} is no run of student: choose from {'; '.join(STUDENTS)}")
+    out = Path(c.out) / "student"
+    out.mkdir(parents=True, exist_ok=True)
+    file, start = out / "rows.json", time.time()
+    rows = json.loads(file.read_text()) if file.exists() else {}
+
+    def report(name, row):
+        rows[name] = row
+        evaluate.write_json(file, rows)
+        print(f"[{time.time() - start:.0f} s] {name}: " + ", ".join(f"{key} {value:.3g}" for key, value in row.items() if value is not None), flush=True)
+
+    students(c.checkpoint, [name for name in names if f"{name}, finished" not in rows], report)
+    lines = students_table(rows)
+    with whole(out / "table.md") as work:
+        work.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    return 0
+
+
 # ---------------------------------------------------------------- the command
 
 STUDIES = {"moons": (MOONS, moons_table, 2000), "phantom": (PHANTOM, phantom_table, 600)}
@@ -363,10 +458,11 @@ def main_rivals(c):
 
 def main(argv=None):
     c = parse(Config, __doc__, argv)
-    if c.study not in (*STUDIES, "rivals"):
-        raise UserError(f"name a study: {', '.join(STUDIES)} or rivals (found {c.study or 'none'})")
-    if c.study == "rivals":
-        return main_rivals(c)
+    others = {"rivals": main_rivals, "student": main_students}
+    if c.study not in (*STUDIES, *others):
+        raise UserError(f"name a study: {', '.join([*STUDIES, *others])} (found {c.study or 'none'})")
+    if c.study in others:
+        return others[c.study](c)
     runs, table, steps = STUDIES[c.study]
     names = [name.strip() for name in c.only.split(";")] if c.only else list(runs)
     for name in names:

@@ -83,8 +83,8 @@ def table(results):
 
 
 def structure_table(rows):
-    """Structure, its spread over heads, noise, and how far behind or ahead of MedShift."""
-    header = ["method", "kind", "structure, dB", "median", "worst tenth", "E", "gap closed (95%)", "less MedShift's", "noise", "spectrum, dB off", "same head", "PSNR", "SSIM"]
+    """Structure, its spread over heads, noise, and how far behind or ahead of ours: the student, or where there is none MedShift."""
+    header = ["method", "kind", "structure, dB", "median", "worst tenth", "E", "gap closed (95%)", "less ours", "noise", "spectrum, dB off", "same head", "PSNR", "SSIM"]
     lines = []
     for name, row in ordered(rows):
         less = "" if row.get("less_ours") is None else f"{100 * row['less_ours'][0]:+.0f} to {100 * row['less_ours'][1]:+.0f}"
@@ -126,7 +126,7 @@ def pairs_table(means):
     return markdown(header, lines)
 
 
-STYLES = {"unpaired": ("tab:orange", "s^vD"), "learned": ("tab:purple", "s^vD"), "ours": ("tab:blue", "o"), "ceiling": ("0.45", "s^vDP"), "bound": ("k", "x*+")}
+STYLES = {"unpaired": ("tab:orange", "s^vD"), "learned": ("tab:purple", "s^vD"), "ours": ("tab:blue", "oD"), "ceiling": ("0.45", "s^vDP"), "bound": ("k", "x*+")}
 
 
 def pareto(path, results):

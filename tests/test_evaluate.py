@@ -96,6 +96,23 @@ def test_the_best_setting_is_chosen(pair):
     assert found[.5] == pytest.approx(metrics.gap_closed(E, limits[0].mean().item(), limits[1].mean().item()))
 
 
+def test_a_student_is_asked_and_others_are_compared_with_it(dataset, pair):
+    told = []
+
+    class Told:
+        def __call__(self, x, s, t):
+            told.append((len(x), s, t))
+            return x / 2
+
+    pupil = evaluate.with_student(Told())
+    x, _ = evaluate.answer(pupil, pair, None)
+    assert torch.equal(x, pair.x / 2) and told == [(len(pair.x), pair.source, pair.target)]
+    rows = {name: dict(kind=kind) for name, kind in (("curve", "ceiling"), ("MedShift", "ours"), (pupil.name, pupil.kind))}
+    assert evaluate.ours(rows) == pupil.name
+    rows.pop(pupil.name)
+    assert evaluate.ours(rows) == "MedShift" and evaluate.ours(dict(curve=rows["curve"])) is None
+
+
 def test_all_pairs_are_scored_and_a_cleaner_source_has_no_gap(dataset):
     rows, means = evaluate.all_pairs([PERFECT, LAZY], {}, lambda s: dataset.test, dataset.domains, CURVE, 4, "cpu")
     assert len(rows["perfect"]) == 20 and rows["perfect"]["synthetic-low -> real-low"]["gap_closed"] == pytest.approx(1)

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 
 import train
-from minimedshift import UserError, checkpoint, data, evaluate, phantom, run, simulated
+from minimedshift import UserError, checkpoint, data, evaluate, phantom, run, simulated, student
 from minimedshift.log import Log
 from minimedshift.model import Shape, UNet
 
 ROOT = Path(train.__file__).parent
-TINY = ["--size", "16", "--train-images", "20", "--valid-heads", "2", "--test-heads", "3", "--batch-size", "4", "--solver-steps", "1"]
+TINY = ["--size", "16", "--train-images", "20", "--valid-heads", "2", "--test-heads", "3", "--batch-size", "4", "--solver-steps", "1",
+        "--student-images", "2", "--student-steps", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +57,14 @@ def test_a_whole_run_leaves_everything_it_promises(tmp_path, cache):
     assert len(report["pairs"]) == 20 and report["simulated"] and report["main_pair"]["heads"] == 3
     assert set(report["main_pair"]["medshift"]) == {"0.1", "0.2", "0.3", "0.4", "0.5", "0.6"} and "curve" in report["main_pair"]["methods"]
     rows = (tmp_path / "log.csv").read_text().splitlines()
+    assert len(report["student_pairs"]) == 20 and report["main_pair"]["student"]["structure"] > 0
+    assert "the student learns: 2/2" in output
     assert rows[0] == "step,loss,lr,entropy,cost,marginal_error,coupling_seconds,seconds" and [int(r.split(",")[0]) for r in rows[1:]] == [1, 2, 3, 4]
     state = checkpoint.load(tmp_path / "checkpoint.pt")
     assert state["step"] == 4 and state["image"]["size"] == 16 and state["translate"]["steps"] == 1
     assert {"config", "domains", "model", "ema", "optimizer", "machine"} <= state.keys()
+    assert not same_tensors(state["model"], state["ema"])  # --resume goes on from the raw weights, not from their mean
+    assert student.restore(state["student"]).finishes.keys() == {(s, t) for s in range(5) for t in range(5) if s != t}
 
 
 @pytest.mark.parametrize("coupling", ["exact --x0 image --ot-batch 7", "sinkhorn --entropy 0.3 --score", "semidiscrete --coupling-labels ignore"])
@@ -77,7 +82,7 @@ def test_stop_and_resume_give_the_same_bytes(tmp_path, cache, coupling):
     assert finish(start(parts, cache, *flags, "--resume"))[0] == 0
     assert finish(start(whole, cache, *flags))[0] == 0
     a, b = (checkpoint.load(folder / "checkpoint.pt") for folder in (whole, parts))
-    for key in ("model", "ema", "optimizer", "step"):
+    for key in ("model", "ema", "optimizer", "step", "student"):
         assert same_tensors(a[key], b[key]), key
     without_time = lambda folder: [row.rsplit(",", 2)[0] for row in (folder / "log.csv").read_text().splitlines()]
     assert without_time(whole) == without_time(parts)
@@ -111,6 +116,7 @@ def test_check_data_shows_and_stops(tmp_path, cache):
     (["--coupling", "best"], "--coupling"), (["--sigma", "-1"], "--sigma"), (["--tau", "1"], "--tau"), (["--lr", "0"], "--lr"),
     (["--device", "tpu"], "--device"), (["--data", "/no/such/folder"], "/no/such/folder"), (["--resume"], "no checkpoint"),
     (["--seed", "-1"], "--seed"), (["--colour", "9"], "--colour"), (["--end", "1.1"], "--end"),
+    (["--student-tau", "0.99"], "--student-tau"), (["--student-end", "1.1"], "--student-end"), (["--student-steps", "-1"], "--student-steps"),
     (["--tau", "0.98"], "--tau"), (["--coupling", "sinkhorn"], "--sigma or --entropy"), (["--entropy", "0.1"], "--entropy is for"),
     (["--coupling", "sinkhorn", "--entropy", "1"], "--entropy"), (["--ot-batch", "4", "--coupling", "independent"], "--ot-batch"), (["--ot-batch", "-1"], "--ot-batch"),
     (["--coupling-labels", "ignore", "--coupling", "independent"], "--coupling-labels"), (["--score"], "--score needs"), (["--solver", "sde", "--sigma", "0.1"], "--solver sde"),

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import translate
-from minimedshift import checkpoint, domain, phantom, run, sampler
+from minimedshift import checkpoint, domain, phantom, run, sampler, student
 from minimedshift.model import Shape, UNet
 
 ROOT = Path(translate.__file__).parent
@@ -105,6 +105,61 @@ def test_colours_become_their_luminance_for_a_grey_network(tmp_path, net):
     got = np.asarray(Image.open(tmp_path / "b.png")).astype(int)
     want = np.asarray(Image.open(tmp_path / "a.png").convert("L")).astype(int)
     assert np.abs(got - want[..., None]).max() <= 1
+
+
+# ---------------------------------------------------------------- the student
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """A checkpoint with a student that has learned nothing, between domains of other tone and noise."""
+    net = save_checkpoint(tmp_path_factory.mktemp("taught") / "checkpoint.pt")
+    torch.manual_seed(0)
+    domains = len(phantom.DOMAINS)
+    images = torch.rand(domains, 30, 1, SIZE, SIZE) * torch.linspace(.2, 1, domains).view(-1, 1, 1, 1, 1)
+    pupil = student.Student(student.Shape(width=8, dilations=(1,)))
+    translator = student.Translator(pupil, student.finish.fit(pupil, images))
+    checkpoint.save(net, {**checkpoint.load(net), "student": translator.state()})
+    return net
+
+
+def test_the_student_translates_unless_the_flow_is_asked_for(tmp_path, taught, monkeypatch, capsys):
+    Image.fromarray(picture(SIZE, SIZE)).save(tmp_path / "a.png")
+    files = (tmp_path / "a.png", tmp_path / "b.png", "--source", "real-low", "--target", "real-normal", "--checkpoint", taught, "--overwrite")
+    evaluated = []
+    monkeypatch.setattr(sampler, "translate", lambda model, x1, *_, **__: evaluated.append(1) or x1)
+    for flags, flow in (([], 0), (["--method", "student"], 0), (["--method", "flow"], 1), (["--tau", .4], 1), (["--guidance", 1.5], 1)):
+        evaluated.clear()
+        assert here(*files, *flags) == 0
+        assert len(evaluated) == flow and ("its student, 1 evaluation" in capsys.readouterr().out) == (not flow)
+
+
+def test_a_students_translation_is_the_translators_in_any_company(tmp_path, taught):
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        Image.fromarray(picture(SIZE, SIZE, top=65535, seed=i)).save(tmp_path / "in" / f"{i}.png")
+    rest = ("--source", "synthetic-low", "--target", "real-exposure", "--checkpoint", taught, "--seed", 5)
+    assert here(tmp_path / "in", tmp_path / "out", *rest, "--batch-size", 2) == 0
+    translator = student.restore(checkpoint.load(taught)["student"])
+    for i in range(3):
+        x = torch.from_numpy(np.asarray(Image.open(tmp_path / "in" / f"{i}.png")).astype(np.float32))[None, None] / 32767.5 - 1
+        want = (translator(x, 0, 4, seed=5).clamp(-1, 1) + 1) * 32767.5
+        np.testing.assert_allclose(np.asarray(Image.open(tmp_path / "out" / f"{i}.png")).astype(int), want[0, 0].numpy(), atol=3)
+
+
+@pytest.mark.parametrize("flags, says", [(["--tau", ".3"], "--tau is a flag of the flow"), (["--trajectory", "t.png"], "--trajectory is a flag of the flow")])
+def test_a_student_has_no_use_for_the_flows_flags(tmp_path, taught, capsys, monkeypatch, flags, says):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(picture(SIZE, SIZE)).save("a.png")
+    files = ("a.png", "b.png", "--source", "real-low", "--target", "real-normal", "--checkpoint", taught, "--method", "student")
+    assert here(*files, *flags) == 2
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1 and not Path("b.png").exists()
+
+
+def test_a_student_that_is_not_there_is_not_asked(tmp_path, net, capsys):
+    Image.fromarray(picture(SIZE, SIZE)).save(tmp_path / "a.png")
+    assert here(tmp_path / "a.png", tmp_path / "b.png", "--source", "real-low", "--target", "real-low", "--checkpoint", net, "--method", "student") == 2
+    assert "has no student" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- mistakes

@@ -1,0 +1,141 @@
+"""What a student cannot learn from its teacher, taken from the target's training images: tone and noise. No pairs are needed.
+
+    tone    the histogram of each pyramid band, then of the pixels, is brought to the target's: one round of the rival "bands"
+    grain   fine bands get the strength of noise that the target has, by grey level
+
+A teacher that is wrong in the same way on every head cannot be outvoted by a median, but it shows in the histograms. And a median is
+smooth, while noise of the source that is too strong passes through a local network.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from . import metrics
+from .baselines import BandCurves, Curve, fit_bands, fit_histogram, gaussians, join, laplacian, smooth
+
+IMAGES = 500  # of each domain are looked at; of a histogram, too few images pull the tone off
+NOISY = 250   # of them are enough for the noise
+WIDTHS = (1, 2)  # pixels: bands finer than the first, and between the two, are grain
+LEVELS = 16   # of grey
+ENOUGH = 100  # pixels of a grey level
+NORMAL = 0.6745  # median of |N(0, 1)|
+
+
+# ---------------------------------------------------------------- grain
+
+def grain(images, robust):
+    """The strength of noise in images (N, C, H, W): for each fine band a Curve, grey level -> standard deviation.
+
+    Measured where images are flat, inside heads and in the air around. robust: from the median of |band|, which a fine texture here
+    and there does not move, else from its mean square.
+    """
+    *bands, coarse = gaussians(images, WIDTHS)
+    flat = metrics.flat_region(images) | metrics.erode(~metrics.inside(images), 3)
+    flat = flat.expand_as(images)
+    ends = torch.linspace(-1, 1, LEVELS + 1)[1:-1].to(images)
+    level = torch.bucketize(coarse[flat].clamp(-1, 1), ends)
+    curves = []
+    for band in bands:
+        size = band[flat].abs()
+        deviations = torch.full((LEVELS,), torch.nan)
+        for i in range(LEVELS):
+            mine = size[level == i]
+            if len(mine) >= ENOUGH:
+                deviations[i] = mine.median() / NORMAL if robust else mine.square().mean().sqrt()
+        curves.append(through_levels(deviations))
+    return curves
+
+
+def through_levels(values):
+    """A Curve through the middles of grey levels; a level without a value takes that of the nearest that has one."""
+    half = 1 / len(values)
+    seen = values.isfinite().nonzero()[:, 0]
+    if not len(seen):
+        return Curve(-1 + half, 1 - half, torch.zeros(len(values)))
+    nearest = (torch.arange(len(values))[:, None] - seen).abs().argmin(1)
+    return Curve(-1 + half, 1 - half, values[seen[nearest]])
+
+
+def regrain(x, own, wanted, noise):
+    """x (B, C, H, W) with the grain `wanted` instead of `own`, Curves of each fine band; noise: white, like x.
+
+        band <- gain band + sqrt(max(0, w^2 - o^2)) e        o, w: own and wanted deviation at the pixel's grey level, e: noise in this band
+        gain^2 = 1 - max(0, o^2 - w^2) / P                   P: the band's power around the pixel, and gain at least w / o
+
+    The gain is a Wiener filter's: near edges, which are far above the noise, it is 1.
+    """
+    *bands, coarse = gaussians(x, WIDTHS)
+    *fresh, _ = gaussians(noise, WIDTHS)
+    *unit, _ = gaussian_deviations(x.shape[-2:])
+    result = []
+    for band, e, deviation, o, w in zip(bands, fresh, unit, own, wanted):
+        o, w = o(coarse), w(coarse)
+        power = smooth(band.square(), 1.5).clamp(min=1e-9)
+        gain = (1 - (o**2 - w**2).clamp(min=0) / power).clamp(min=0).sqrt()
+        gain = torch.maximum(gain, (w / o.clamp(min=1e-6)).clamp(max=1))
+        result.append(gain * band + (w**2 - o**2).clamp(min=0).sqrt() * e / deviation)
+    return join(result + [coarse])
+
+
+def gaussian_deviations(sides):
+    """The standard deviation of each band of white noise of unit variance, in the middle of an image: from the bands of one bright pixel."""
+    point = torch.zeros(1, 1, *sides)
+    point[..., sides[0] // 2, sides[1] // 2] = 1
+    return [band.square().sum().sqrt().item() for band in gaussians(point, WIDTHS)]
+
+
+# ---------------------------------------------------------------- both
+
+@dataclass(frozen=True)
+class Finish:
+    """A student's answers x (B, C, H, W) of one ordered pair, with tone and grain of the target. noise: white, like x."""
+    bands: BandCurves
+    pixels: Curve
+    own: list     # Curves of the answers' grain, once their tone is right
+    wanted: list  # Curves of the target's
+
+    def tone(self, x):
+        return self.pixels(self.bands(x))
+
+    def __call__(self, x, noise):
+        return regrain(self.tone(x), self.own, self.wanted, noise)
+
+    def state(self):
+        """As plain types and tensors."""
+        plain = lambda curve: (curve.low, curve.high, curve.values)
+        groups = dict(bands=self.bands.curves, pixels=[self.pixels], own=self.own, wanted=self.wanted)
+        return {name: [plain(curve) for curve in curves] for name, curves in groups.items()}
+
+
+def restore(state):
+    """The Finish of Finish.state()."""
+    curves = {name: [Curve(*plain) for plain in group] for name, group in state.items()}
+    return Finish(BandCurves(laplacian, tuple(curves["bands"])), curves["pixels"][0], curves["own"], curves["wanted"])
+
+
+@torch.inference_mode()
+def fit(student, images, dtype=torch.float32, say=lambda done, total: None, batch=64):
+    """{(s, t): Finish} of a Student, from training images (D, N, C, H, W) of each domain. dtype: of the student's arithmetic here."""
+    D = len(images)
+    device = next(student.parameters()).device
+    images = images.float()
+    wanted = [grain(target[:NOISY], robust=True) for target in images]
+    finishes = {}
+    for s in range(D):
+        for t in range(D):
+            if s == t:
+                continue
+            parts = []
+            for x in images[s].split(batch):
+                labels = (torch.full((len(x),), y, device=device) for y in (s, t))
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    parts.append(student(x.to(device), *labels).float().cpu())
+            x = torch.cat(parts)
+            bands = fit_bands(laplacian, x, images[t])
+            x = bands(x)
+            pixels = fit_histogram(x, images[t])
+            own = grain(pixels(x[:NOISY]), robust=False)
+            finishes[s, t] = Finish(bands, pixels, own, wanted[t])
+            say(len(finishes), D * (D - 1))
+    return finishes

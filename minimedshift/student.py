@@ -1,0 +1,228 @@
+"""The student: what the flow does mostly, learned by a small local network that needs one evaluation.
+
+Why should it be better than its teacher? The flow's errors are rare and large: it redraws an outline some pixels off. What differs between
+two domains is local: a grey value there follows from the grey values near it here. So the student sees a neighbourhood only. Places that
+look alike get the same answer, and the student cannot know where the teacher would move an outline. What remains is the
+median over all its lessons, and rare errors do not move a median:
+
+    student(x, s, t) = argmin_f  E | f(x) - teacher(x, s, t) |          over training images x of domain s
+
+With the L2 loss it would be the mean, which they do move; with a wide view it would learn to redraw outlines as well. RESULTS.md has both.
+
+A median has no noise of its own, and a tone that is wrong in all lessons stays wrong: finish.py mends what it can of these.
+"""
+
+import zlib
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import checkpoint, finish, sampler
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What fixes the student's tensors."""
+    num_domains: int = 5
+    channels: int = 1
+    width: int = 64
+    stem: int = 2  # pixels of a side that become channels
+    dilations: tuple = (1, 1, 1, 1, 1, 1)  # of each block's first convolution: 1 keeps the view narrow
+
+
+def shape_for(size, num_domains, channels):
+    """The Shape for images of `size` pixels: the view is the same share of the head up to 256 pixels."""
+    stem = 2 if size < 128 else 4 if size < 256 else 8
+    return Shape(num_domains, channels, 64 if stem < 8 else 128, stem)
+
+
+def view(shape):
+    """How far a pixel of the student looks, in pixels up, down, left and right: 3x3 convolutions, two a block, one at each end."""
+    return shape.stem * (2 + sum(dilation + 1 for dilation in shape.dilations))
+
+
+# ---------------------------------------------------------------- the network
+
+class Block(nn.Module):
+    """x + conv2(silu(conv1(silu(x)) (1 + scale) + shift)), scale and shift from emb; conv2 is zero at the start."""
+
+    def __init__(self, width, dilation):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.film = nn.Linear(width, 2 * width)
+        for zero in (self.conv2, self.film):
+            nn.init.zeros_(zero.weight)
+            nn.init.zeros_(zero.bias)
+
+    def forward(self, x, emb):  # (B, C, H, W), (B, C)
+        scale, shift = self.film(emb)[:, :, None, None].chunk(2, 1)
+        h = self.conv1(F.silu(x)) * (1 + scale) + shift
+        return x + self.conv2(F.silu(h))
+
+
+class Student(nn.Module):
+    """x (B, C, H, W) in [-1, 1] of domains y_source, in domains y_target, both (B,) int64: x + net(x), (B, C, H, W), not clipped.
+
+    One network for all ordered pairs. No normalisation and no attention: nothing looks at the whole image.
+    Any height and width divisible by `stem`.
+    """
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+        pixels = shape.channels * shape.stem**2
+        self.pair = nn.Embedding(shape.num_domains**2, shape.width)
+        self.enter = nn.Conv2d(pixels, shape.width, 3, padding=1)
+        self.blocks = nn.ModuleList([Block(shape.width, dilation) for dilation in shape.dilations])
+        self.leave = nn.Conv2d(shape.width, pixels, 3, padding=1)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    def forward(self, x, y_source, y_target):
+        emb = self.pair(y_source * self.shape.num_domains + y_target)
+        h = self.enter(F.pixel_unshuffle(x, self.shape.stem))
+        for block in self.blocks:
+            h = block(h, emb)
+        return x + F.pixel_shuffle(self.leave(F.silu(h)), self.shape.stem).float()
+
+
+# ---------------------------------------------------------------- lessons: what the teacher makes of training images
+
+def quiet(done, total):
+    """Says nothing of how far it has come."""
+
+
+def spread_out(dataset, count):
+    """`count` training images of each domain, each as often as it is drawn in training: (D, N, C, H, W) float16."""
+    at = (torch.arange(count).numpy() + .5) / count
+    return torch.stack([torch.from_numpy(dataset.train[d][dataset.pick(d, at)]) for d in range(len(dataset.domains))])
+
+
+@torch.inference_mode()
+def lessons(model, images, tau, say=quiet, batch=64, x0="noise", **how):
+    """The teacher's translations (D, D, N, C, H, W) float16 of images (D, N, C, H, W), N of each domain: [s, t] is domain s made t.
+
+    how: steps, solver, end, colour (sampler.py). The way back is made once for all targets. [s, s] stays empty.
+    """
+    D, N = images.shape[:2]
+    device = next(model.parameters()).device
+    answers = torch.zeros(D, D, *images.shape[1:], dtype=torch.float16)
+    for s in range(D):
+        for start in range(0, N, batch):
+            some = slice(start, start + batch)
+            x = images[s, some].to(device, torch.float32)
+            z = x if x0 == "image" else sampler.encode(model, x, s, tau, **how)
+            for t in range(D):
+                if t == s:
+                    continue
+                y = sampler.translate(model, x, s, t, x0=x0, **how) if x0 == "image" else sampler.decode(model, z, t, tau, **how)
+                answers[s, t, some] = y.half().cpu()
+            say(s * N + min(N, start + batch), D * N)
+    return answers
+
+
+def turned(x, way):
+    """Square images x (..., H, H), mirrored and transposed in one of eight ways: physics knows no up."""
+    if way & 1:
+        x = x.flip(-1)
+    if way & 2:
+        x = x.flip(-2)
+    return x.transpose(-1, -2) if way & 4 else x
+
+
+def learn(shape, images, answers, steps, pairs=None, batch=32, lr=1.5e-3, seed=0, dtype=torch.float32, device="cpu", power=1.0, say=quiet):
+    """A Student that has learned answers (D, D, N, C, H, W) to images (D, N, C, H, W): the running mean of its weights, in eval mode.
+
+        loss = mean |student(x) - teacher(x)|^power        power 1 seeks the median, 2 the mean
+
+    pairs: the ordered pairs (s, t) it learns, by default all. AdamW, one cycle of the learning rate, gradients of at most length 1.
+    """
+    D, N = images.shape[:2]
+    pairs = torch.tensor(pairs or [(s, t) for s in range(D) for t in range(D) if s != t])
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        student = Student(shape)
+    student.to(device, memory_format=torch.contiguous_format if device.type == "mps" else torch.channels_last)
+    optimizer = torch.optim.AdamW(student.parameters(), lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(2, steps))
+    ema, draw = checkpoint.EMA(student, 16.97), torch.Generator().manual_seed(seed)
+    for step in range(1, steps + 1):
+        s, t = pairs[torch.randint(len(pairs), (batch,), generator=draw)].T
+        i, way = torch.randint(N, (batch,), generator=draw), int(torch.randint(8, (), generator=draw))
+        x, answer = (turned(z, way).to(device, torch.float32) for z in (images[s, i], answers[s, t, i]))
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            out = student(x.contiguous(), s.to(device), t.to(device))
+        loss = ((out - answer).abs() + 1e-6).pow(power).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        ema.update(step)
+        say(step, steps)
+    student.load_state_dict(ema.mean)
+    return student.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------- the translator: the student, and what it cannot learn
+
+def fresh_noise(x, seed=0):
+    """White noise like images x (B, C, H, W), a function of the seed and of each image alone, whatever stands beside it."""
+    draw = lambda image: torch.Generator().manual_seed(zlib.crc32(image.contiguous().numpy().tobytes(), seed) + seed)
+    return torch.stack([torch.randn(image.shape, generator=draw(image)) for image in x.float().cpu()]).to(x.device)
+
+
+class Translator:
+    """The student with the `finish.Finish` of every pair: x (B, C, H, W) of domains y_source -> y_target, (B, C, H, W), not clipped.
+
+    y_source, y_target: ints or (B,) int64. seed: of the noise that a translation gets where the target has more than the student leaves.
+    finished=False gives the student's own answer.
+    """
+
+    def __init__(self, student, finishes):
+        self.student, self.finishes = student, finishes
+
+    @torch.inference_mode()
+    def __call__(self, x, y_source, y_target, seed=0, finished=True):
+        y_source, y_target = (torch.as_tensor(y, device=x.device).expand(len(x)) for y in (y_source, y_target))
+        out = self.student(x, y_source, y_target)
+        if not finished:
+            return out
+        noise = fresh_noise(x, seed)
+        for s, t in set(zip(y_source.tolist(), y_target.tolist())):
+            mine = (y_source == s) & (y_target == t)
+            if (s, t) in self.finishes:  # a domain into itself has none
+                out[mine] = self.finishes[s, t](out[mine], noise[mine])
+        return out
+
+    def state(self):
+        """All of it as plain types and tensors, for the checkpoint."""
+        finishes = {f"{s} {t}": part.state() for (s, t), part in self.finishes.items()}
+        return dict(shape=asdict(self.student.shape), weights=self.student.state_dict(), finishes=finishes)
+
+
+def restore(state, device="cpu", path="the checkpoint"):
+    """The Translator of Translator.state(). Raises UserError naming the first tensor that does not fit."""
+    student = Student(Shape(**state["shape"])).to(device)
+    checkpoint.load_weights(student, state["weights"], path)
+    finishes = {tuple(map(int, pair.split())): finish.restore(part) for pair, part in state["finishes"].items()}
+    return Translator(student.eval().requires_grad_(False), finishes)
+
+
+def teach(model, dataset, count, steps, tau, how, dtype, device, seed=0, say=lambda what: quiet):
+    """The Translator that `model`, a trained flow, has taught on `count` training images of each domain of a Dataset.
+
+    tau and how (steps, solver, end, colour, x0): of the teacher's lessons. dtype: of the arithmetic. say(what): a function of (done, total).
+    """
+    images = spread_out(dataset, count)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        answers = lessons(model, images, tau, say("the teacher translates"), **how)
+    shape = shape_for(dataset.size, len(dataset.domains), dataset.channels)
+    student = learn(shape, images, answers, steps, seed=seed, dtype=dtype, device=device, say=say("the student learns"))
+    enough = min(finish.IMAGES, max(map(len, dataset.train)))
+    finishes = finish.fit(student, spread_out(dataset, enough), dtype, say("its finish"))
+    return Translator(student, finishes)

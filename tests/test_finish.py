@@ -1,0 +1,96 @@
+"""Tone and grain against known answers."""
+
+import pytest
+import torch
+
+from minimedshift import finish, student
+from minimedshift.baselines import Curve, gaussians
+
+
+def blobs(count, side=64, seed=0):
+    """Dark discs on white: a head in air, (count, 1, side, side)."""
+    draw = torch.Generator().manual_seed(seed)
+    at = torch.arange(side) - side / 2
+    distance = torch.hypot(at[:, None], at[None])
+    radius = side * (.28 + .1 * torch.rand(count, 1, 1, 1, generator=draw))
+    return 1 - torch.sigmoid((radius - distance) / .5) * (1 + .3 * torch.rand(count, 1, 1, 1, generator=draw))
+
+
+def noisy(images, deviation, seed=1):
+    return images + deviation * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def flat(value, count=1):
+    return [Curve(-1.0, 1.0, torch.full((4,), float(value)))] * count
+
+
+@pytest.mark.parametrize("robust", [True, False])
+def test_the_grain_of_white_noise_is_its_share_of_each_band(robust):
+    curves = finish.grain(noisy(blobs(20, 128), .05), robust)
+    for curve, share in zip(curves, finish.gaussian_deviations((128, 128))):
+        for level in (-.15, 1.0)[:1 + robust]:  # inside the disc, and in the air, where some of the edge moves a mean square
+            assert curve(torch.tensor(level)) == pytest.approx(.05 * share, rel=.25)  # flat places are picked: a little less
+
+
+def test_the_share_of_a_band_is_that_of_drawn_noise():
+    *bands, _ = gaussians(torch.randn(20, 1, 64, 64, generator=torch.Generator().manual_seed(0)), finish.WIDTHS)
+    for band, share in zip(bands, finish.gaussian_deviations((64, 64))):
+        assert band[..., 8:-8, 8:-8].std() == pytest.approx(share, rel=.03)
+
+
+@pytest.mark.parametrize("has, wants", [(0.0, .06), (.03, .06), (.06, .06), (.08, .03)])
+def test_regrain_brings_noise_to_the_strength_wanted(has, wants):
+    shares = finish.gaussian_deviations((64, 64))
+    own, wanted = ([flat(size * share)[0] for share in shares[:2]] for size in (has, wants))
+    x = noisy(torch.zeros(20, 1, 64, 64), has)
+    y = finish.regrain(x, own, wanted, noisy(torch.zeros(20, 1, 64, 64), 1, seed=2))
+    if has == wants:
+        torch.testing.assert_close(y, x, atol=1e-5, rtol=0)
+    for band, share in zip(gaussians(y, finish.WIDTHS), shares[:2]):
+        found = band[..., 8:-8, 8:-8].std() / share
+        if has <= wants:
+            assert found == pytest.approx(wants, rel=.15)  # bands overlap, and the coarse one gets no noise
+        else:  # the gain is 1 wherever noise is as strong as an edge
+            assert wants * .95 < found < .65 * has
+
+
+def test_taking_noise_away_leaves_edges():
+    x = torch.ones(1, 1, 64, 64)
+    x[..., 32:] = -1
+    y = finish.regrain(x, flat(.05, 2), flat(.01, 2), torch.zeros_like(x))
+    assert (y - x).abs().max() < .02
+
+
+def test_a_level_without_pixels_takes_the_nearest_value():
+    nan = float("nan")
+    curve = finish.through_levels(torch.tensor([nan, 1.0, nan, nan, 2.0]))
+    assert curve.values.tolist() == [1, 1, 1, 2, 2]
+    assert finish.through_levels(torch.tensor([nan, nan])).values.tolist() == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """A student that changes nothing, between two domains of other grey levels and noise."""
+    net = student.Student(student.Shape(2, width=8, dilations=(1,))).requires_grad_(False)
+    a, b = noisy(blobs(60), .02), noisy(.6 * blobs(60, seed=5) - .3, .05, seed=3)
+    told = []
+    finishes = finish.fit(net, torch.stack([a, b]), say=lambda *count: told.append(count))
+    assert told == [(1, 2), (2, 2)]
+    return finishes, a, b
+
+
+def test_tone_and_noise_become_the_targets(fitted):
+    finishes, a, b = fitted
+    x = noisy(blobs(40, seed=9), .02, seed=8)
+    y = finishes[0, 1](x, noisy(torch.zeros_like(x), 1, seed=7))
+    for share in (.1, .3, .5, .8):
+        assert y.quantile(share) == pytest.approx(b.quantile(share).item(), abs=.05)
+    for band, want in zip(gaussians(y, finish.WIDTHS), gaussians(b, finish.WIDTHS)[:2]):
+        assert band[..., 28:36, 28:36].std() == pytest.approx(want[..., 28:36, 28:36].std().item(), rel=.25)
+
+
+def test_a_finish_goes_through_plain_types(fitted):
+    finishes, a, _ = fitted
+    again = finish.restore(finishes[0, 1].state())
+    noise = torch.randn(3, 1, 64, 64)
+    assert torch.equal(again(a[:3], noise), finishes[0, 1](a[:3], noise))

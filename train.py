@@ -57,8 +57,8 @@ class Config:
     tau: float = flag(0.3, "how far back a translation goes: near 1 keeps structure, near 0 favours realism", "translation")
     guidance: float = flag(1.0, "guidance scale of the forward leg; 1 is none", "translation")
     end: float = flag(0.97, "time at which an image is taken to be: 1 is the paper's; below 1, faint detail passes untouched", "translation")
-    solver_steps: int = flag(5, "solver steps of each leg", "translation")
-    solver: str = flag("heun", "ODE solver, or sde: a diffusion with the same images at every t", "translation", tuple(sampler.SOLVERS))
+    solver_steps: int = flag(3, "solver steps of each leg", "translation")
+    solver: str = flag("fireflow", "ODE solver, or sde: a diffusion with the same images at every t", "translation", tuple(sampler.SOLVERS))
     student: bool = flag(True, "at the end, teach a small local network to translate in one evaluation", "student")
     student_images: int = flag(0, "training images of each domain that the flow translates for it; 0 is the preset's", "student")
     student_steps: int = flag(0, "its optimizer steps, of 32 images each; 0 is the preset's", "student")
@@ -215,7 +215,7 @@ def teach(model, dataset, config, dtype, device):
         start = time.time()
         return lambda done, total: data.progress(done, total, start, what, "steps" if what == "the student learns" else "images")
 
-    how = dict(steps=config.solver_steps, solver="fireflow", end=config.student_end, colour=config.colour, x0=config.x0)
+    how = dict(steps=5, solver="fireflow", end=config.student_end, colour=config.colour, x0=config.x0)
     return student.teach(model, dataset, config.student_images, config.student_steps, config.student_tau, how, dtype, device, config.seed, say)
 
 

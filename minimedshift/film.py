@@ -62,7 +62,7 @@ class Pictures:
 
 
 @torch.inference_mode()
-def samples(model, x1, y_source, y_target, count, tau=0.3, guidance=1.0, steps=5, solver="heun", end=0.97,
+def samples(model, x1, y_source, y_target, count, tau=0.3, guidance=1.0, steps=3, solver="fireflow", end=0.97,
             colour=0.0, generator=None):
     """`count` translations of images x1 (B, C, H, W), with fresh noise: (count, B, C, H, W). z at tau becomes
 

@@ -177,20 +177,20 @@ def reversible(v, pair, times, solver=heun, undo=False, keep=0.999):
 
 
 @torch.inference_mode()
-def encode(model, x1, y, tau=0.0, steps=5, solver="heun", end=0.97, colour=0.0, generator=None):
+def encode(model, x1, y, tau=0.0, steps=3, solver="fireflow", end=0.97, colour=0.0, generator=None):
     """From the image x1 (B, C, H, W) at t = end back to z at t = tau under label y: (B, C, H, W). Never guided. colour (as in
     training) and generator (on x1's device) are for the solver "sde". Raises ValueError as `grid` does, KeyError for an unknown solver."""
     return last(SOLVERS[solver](Velocity(model, y, 1.0, colour, generator), x1, grid(tau, steps, end, solver)))
 
 
 @torch.inference_mode()
-def decode(model, z, y, tau=0.0, guidance=1.0, steps=5, solver="heun", end=0.97, colour=0.0, generator=None):
+def decode(model, z, y, tau=0.0, guidance=1.0, steps=3, solver="fireflow", end=0.97, colour=0.0, generator=None):
     """From z (B, C, H, W) at t = tau forward to the image at t = end under label y, guided: (B, C, H, W)."""
     return last(SOLVERS[solver](Velocity(model, y, guidance, colour, generator), z, grid(tau, steps, end, solver)[::-1]))
 
 
 @torch.inference_mode()
-def trajectory(model, x1, y_source, y_target, tau=0.3, guidance=1.0, steps=5, solver="heun", end=0.97,
+def trajectory(model, x1, y_source, y_target, tau=0.3, guidance=1.0, steps=3, solver="fireflow", end=0.97,
                colour=0.0, x0="noise", generator=None):
     """Carry images x1 (B, C, H, W) in [-1, 1] from domain y_source to y_target (ints or (B,)): yields every
     (t, xt) from x1 at t = end down to z at tau and up to the translation at t = end, not clipped. tau near 1

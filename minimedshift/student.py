@@ -189,13 +189,14 @@ class Translator:
     @torch.inference_mode()
     def __call__(self, x, y_source, y_target, seed=0, finished=True):
         y_source, y_target = (torch.as_tensor(y, device=x.device).expand(len(x)) for y in (y_source, y_target))
-        out = self.student(x, y_source, y_target)
+        same = (y_source == y_target).view(-1, 1, 1, 1)  # never taught: such an image stays as it is
+        out = torch.where(same, x, self.student(x, y_source, y_target))
         if not finished:
             return out
         noise = fresh_noise(x, seed)
         for s, t in set(zip(y_source.tolist(), y_target.tolist())):
             mine = (y_source == s) & (y_target == t)
-            if (s, t) in self.finishes:  # a domain into itself has none
+            if s != t:
                 out[mine] = self.finishes[s, t](out[mine], noise[mine])
         return out
 

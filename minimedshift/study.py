@@ -360,7 +360,7 @@ def students(checkpoint, names, report):
         raise UserError(f"--checkpoint {checkpoint}: the study of students needs a flow that starts from noise, and simulated heads")
     dataset = evaluate.open_data(evaluate.Config(checkpoint=checkpoint, valid_heads=config["valid_heads"], heads=config["test_heads"]), state)
     count, steps, tau, end = (config[name] for name in ("student_images", "student_steps", "student_tau", "student_end"))
-    how = dict(steps=config["solver_steps"], solver="fireflow", end=end, colour=config["colour"])
+    how = dict(steps=5, solver="fireflow", end=end, colour=config["colour"])
     dtype = pick_formats("auto", torch.device("cpu"))[0]
     images = student.spread_out(dataset, count)
     taught = cache(lambda tau, end: student.lessons(model, images, tau, **dict(how, end=end)))
@@ -389,7 +389,7 @@ def student_row(dataset, make, more, alone=False, heads=64, heads_each=16):
     row = evaluate.score(q, evaluate.answer(method, q, None)[0], *evaluate.bounds(curve, q))
     E = np.sort(row["E_heads"])
     tenth = E[-max(1, round(len(E) / 10)):].sum() / E.sum()
-    found = dict(more, gap_closed=row["gap_closed"], noise=row["noise"], tenth=float(tenth))
+    found = dict(more, gap_closed=row["gap_closed"], noise=row["noise"], tenth=float(tenth), E_heads=E.tolist())
     if not alone:
         mean = evaluate.all_pairs([method], {}, lambda s: dataset.valid, dataset.domains, curve, heads_each, "cpu")[1]["it"]
         found.update({key: mean[key] for key in ("worst_pair", "noise_right", "same_head")}, all_pairs=mean["gap_closed"])
@@ -402,6 +402,26 @@ def students_table(rows):
     lines = [[name, tables.percent(row["gap_closed"]), tables.number(row["noise"]), tables.percent(row["tenth"]), tables.percent(row.get("all_pairs")),
               tables.percent(row.get("worst_pair")), str(row.get("noise_right", "-")), tables.percent(row.get("same_head"))] for name, row in rows.items()]
     return tables.markdown(header, lines)
+
+
+SHOWN = {"the teacher": "k", "view 64 pixels": "tab:orange", "as it is": "tab:blue", "as it is, finished": "tab:green"}
+
+
+def students_figure(path, rows):
+    """The error of each validation head, sorted: where the teacher's are rare and large, the student's are not."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for name, colour in SHOWN.items():
+        if name in rows:
+            E = rows[name]["E_heads"]
+            axes.plot(np.arange(1, len(E) + 1) / len(E), E, color=colour, label=name if name == "the teacher" else f"student, {name}")
+    axes.set(xlabel="share of heads", ylabel="mean squared error after a low-pass", title=" -> ".join(evaluate.MAIN) + ", simulated validation heads")
+    axes.legend()
+    with whole(path) as work:
+        figure.savefig(work, dpi=110)
+    plt.close(figure)
 
 
 def main_students(c):
@@ -418,12 +438,13 @@ def main_students(c):
     def report(name, row):
         rows[name] = row
         evaluate.write_json(file, rows)
-        print(f"[{time.time() - start:.0f} s] {name}: " + ", ".join(f"{key} {value:.3g}" for key, value in row.items() if value is not None), flush=True)
+        print(f"[{time.time() - start:.0f} s] {name}: " + ", ".join(f"{key} {value:.3g}" for key, value in row.items() if isinstance(value, (int, float))), flush=True)
 
     students(c.checkpoint, [name for name in names if f"{name}, finished" not in rows], report)
     lines = students_table(rows)
     with whole(out / "table.md") as work:
         work.write_text("\n".join(lines) + "\n")
+    students_figure(out / "heads.png", rows)
     print("\n".join(lines))
     return 0
 

@@ -123,6 +123,12 @@ def test_a_batch_of_several_pairs_is_translated_pair_by_pair(translator):
     assert not torch.equal(translator(x, 0, 1, seed=1), translator(x, 0, 1, seed=2))
 
 
+def test_an_image_that_is_in_the_target_domain_stays_as_it_is(translator):
+    x = torch.rand(2, 1, 16, 16)
+    out = translator(x, labels(1, 0), labels(1, 1))
+    assert torch.equal(out[0], x[0]) and not torch.equal(out[1], x[1])
+
+
 def test_a_translator_goes_through_a_checkpoint(translator, tmp_path):
     checkpoint.save(tmp_path / "net.pt", dict(student=translator.state()))
     state = checkpoint.load(tmp_path / "net.pt")["student"]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from minimedshift import UserError, study
 
 
@@ -45,10 +46,25 @@ def test_a_phantom_table_has_a_row_a_run_with_the_range_over_its_seeds():
     assert len(lines) == 3 and "| exact | 2 | 0.00 | 0.960 | 60% (50% to 70%) |" in lines[2] and "| 16 |" in lines[2]
 
 
-@pytest.mark.parametrize("flags, says", [([], "name a study"), (["mars"], "mars"), (["moons", "--only", "x"], "--only x"), (["moons", "--seeds", "0"], "--seeds")])
+@pytest.mark.parametrize("flags, says", [([], "name a study"), (["mars"], "mars"), (["student", "--only", "x"], "--only x"), (["moons", "--only", "x"], "--only x"), (["moons", "--seeds", "0"], "--seeds")])
 def test_a_mistake_is_a_sentence(flags, says):
     with pytest.raises(UserError, match=says):
         study.main(flags)
+
+
+def test_students_of_a_trained_flow_are_compared_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIMEDSHIFT_CACHE", str(tmp_path / "cache"))
+    assert train.main(["--size", "16", "--train-images", "20", "--valid-heads", "3", "--test-heads", "2", "--batch-size", "4", "--steps", "2",
+                       "--student-images", "2", "--student-steps", "2", "--no-evaluate", "--out", str(tmp_path)]) == 0
+    line = ["student", "--checkpoint", str(tmp_path / "checkpoint.pt"), "--out", str(tmp_path)]
+    assert study.main([*line, "--only", "as it is; main pair alone"]) == 0
+    rows = json.loads((tmp_path / "student" / "rows.json").read_text())
+    assert set(rows) == {"the teacher", "as it is", "as it is, finished", "main pair alone", "main pair alone, finished"}
+    assert rows["as it is"]["view"] == 28 and "all_pairs" in rows["as it is"] and "all_pairs" not in rows["main pair alone"]
+    assert 1 / 3 <= rows["the teacher"]["tenth"] <= 1 and (tmp_path / "student" / "heads.png").exists()
+    assert "| as it is, finished |" in (tmp_path / "student" / "table.md").read_text()
+    monkeypatch.setattr(study.student, "learn", None)  # what has its row is not learned again
+    assert study.main([*line, "--only", "as it is"]) == 0
 
 
 def test_a_straight_flow_has_no_bend_and_needs_one_step():

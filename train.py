@@ -30,46 +30,62 @@ from minimedshift.optim import Muon, split
 
 @dataclass(frozen=True)
 class Config:
+    # ---- data
     data: str = flag(None, "folder of images, DIR/DOMAIN/*.png; without it the head phantom is simulated", "data")
-    size: int = flag(0, "side of the training images in pixels; 0 is the preset's", "data")
-    train_images: int = flag(10000, "simulated training images, all domains together", "data")
-    valid_heads: int = flag(64, "simulated validation heads, each in all domains", "data")
-    test_heads: int = flag(128, "simulated test heads, each in all domains", "data")
-    shift: float = flag(0.1, "share of each simulated domain's training heads that comes from its own population of poses and heads", "data")
+    size: int = flag(0, "side of the training images in pixels; 0 is the preset's", "data", low=0)
+    train_images: int = flag(10000, "simulated training images, all domains together", "data", low=5)
+    valid_heads: int = flag(64, "simulated validation heads, each in all domains", "data", low=1)
+    test_heads: int = flag(128, "simulated test heads, each in all domains", "data", low=1)
+    shift: float = flag(0.1, "share of each simulated domain's training heads that comes from its own population of poses and heads",
+                        "data", low=0, high=1)
     domains: str = flag("", "train on these domains alone, names separated by commas; without it on all", "data")
-    balance: bool = flag(True, "draw images less often whose like the other domains hardly have, so that a label does not stand for a population", "data")
+    balance: bool = flag(True, "draw images less often whose like the other domains hardly have, "
+                         "so that a label does not stand for a population", "data")
     check_data: bool = flag(False, "write a picture and a line per domain, then stop", "data")
+    # ---- method
     preset: str = flag("auto", "network and training settings", "method", ("auto", "cpu", "gpu"))
     coupling: str = flag("semidiscrete", "which noise goes with which image", "method", COUPLINGS)
-    coupling_labels: str = flag("keep", "make plans inside each label, or ignore labels (for teaching: it breaks conditional models)", "method", ("keep", "ignore"))
-    ot_batch: int = flag(0, "training batches that one plan is made over; 0: 1 for independent, 16 for semidiscrete, 40 with --x0 image, else 8", "method")
-    entropy: float = flag(0.0, "normalised entropy of Sinkhorn's plan, which then fixes eps: near 0 exact, near 1 independent; 0: eps = 2 sigma^2", "method")
-    sigma: float = flag(0.0, "width of the bridge between noise and image", "method")
+    coupling_labels: str = flag("keep", "make plans inside each label, or ignore labels (for teaching: it breaks conditional models)",
+                                "method", ("keep", "ignore"))
+    ot_batch: int = flag(0, "training batches that one plan is made over; 0: 1 for independent, 16 for semidiscrete, "
+                         "40 with --x0 image, else 8", "method", low=0)
+    entropy: float = flag(0.0, "normalised entropy of Sinkhorn's plan, which then fixes eps: near 0 exact, near 1 independent; "
+                          "0: eps = 2 sigma^2", "method", low=0, below=1)
+    sigma: float = flag(0.0, "width of the bridge between noise and image", "method", low=0)
     score: bool = flag(False, "learn the score of the bridge too, for --solver sde (needs --sigma)", "method")
     x0: str = flag("noise", "where the flow starts: noise, or an image of another domain (no tau then)", "method", ("noise", "image"))
-    colour: float = flag(1.0, "how fast the noise's amplitude falls with frequency: 0 is white, 1 like natural images", "method")
-    drop_label: float = flag(0.1, "share of labels replaced by the null label, for guidance", "method")
-    steps: int = flag(0, "optimizer steps; 0 is the preset's", "training")
-    batch_size: int = flag(0, "images a step; 0 is the preset's", "training")
-    lr: float = flag(0.02, "peak learning rate of the convolutions (Muon); the rest (AdamW) has a twentieth", "training")
-    ema: float = flag(16.97, "exponent of the EMA profile: 16.97 averages about the last twentieth, 6.94 the last tenth", "training")
-    seed: int = flag(0, "all randomness is a function of the seed and the step", "training")
-    tau: float = flag(0.3, "how far back a translation goes: near 1 keeps structure, near 0 favours realism", "translation")
+    colour: float = flag(1.0, "how fast the noise's amplitude falls with frequency: 0 is white, 1 like natural images", "method",
+                         low=0, high=2)
+    drop_label: float = flag(0.1, "share of labels replaced by the null label, for guidance", "method", low=0, below=1)
+    # ---- training
+    steps: int = flag(0, "optimizer steps; 0 is the preset's", "training", low=0)
+    batch_size: int = flag(0, "images a step; 0 is the preset's", "training", low=0)
+    lr: float = flag(0.02, "peak learning rate of the convolutions (Muon); the rest (AdamW) has a twentieth", "training", above=0)
+    ema: float = flag(16.97, "exponent of the EMA profile: 16.97 averages about the last twentieth, 6.94 the last tenth", "training", low=0)
+    seed: int = flag(0, "all randomness is a function of the seed and the step", "training", low=0)
+    # ---- translation
+    tau: float = flag(0.3, "how far back a translation goes: near 1 keeps structure, near 0 favours realism", "translation", low=0)
     guidance: float = flag(1.0, "guidance scale of the forward leg; 1 is none", "translation")
-    end: float = flag(0.97, "time at which an image is taken to be: 1 is the paper's; below 1, faint detail passes untouched", "translation")
-    solver_steps: int = flag(3, "solver steps of each leg", "translation")
-    solver: str = flag("fireflow", "ODE solver, or sde: a diffusion with the same images at every t", "translation", tuple(sampler.SOLVERS))
+    end: float = flag(0.97, "time at which an image is taken to be: 1 is the paper's; below 1, faint detail passes untouched",
+                      "translation", high=1)
+    solver_steps: int = flag(3, "solver steps of each leg", "translation", low=1)
+    solver: str = flag("fireflow", "ODE solver, or sde: a diffusion with the same images at every t", "translation",
+                       tuple(sampler.SOLVERS))
+    # ---- student
     student: bool = flag(True, "at the end, teach a small local network to translate in one evaluation", "student")
-    student_images: int = flag(0, "training images of each domain that the flow translates for it; 0 is the preset's", "student")
-    student_steps: int = flag(0, "its optimizer steps, of 32 images each; 0 is the preset's", "student")
-    student_tau: float = flag(0.1, "tau of its lessons", "student")
-    student_end: float = flag(0.99, "end of its lessons, above student-tau and at most 1", "student")
+    student_images: int = flag(0, "training images of each domain that the flow translates for it; 0 is the preset's", "student", low=0)
+    student_steps: int = flag(0, "its optimizer steps, of 32 images each; 0 is the preset's", "student", low=0)
+    student_tau: float = flag(0.1, "tau of its lessons", "student", low=0)
+    student_end: float = flag(0.99, "end of its lessons, above student-tau", "student", high=1)
+    # ---- run
     out: str = flag("out", "folder for everything the run leaves", "run")
     resume: bool = flag(False, "go on from OUT/checkpoint.pt, with the flags of that run", "run")
     overwrite: bool = flag(False, "start anew where OUT has a checkpoint", "run")
     device: str = flag("auto", "where to compute", "run", ("auto", "cuda", "mps", "cpu"))
-    dtype: str = flag("auto", "number format of the network's arithmetic in training; auto measures", "run", ("auto", "float32", "bfloat16"))
-    compile: str = flag("auto", "torch.compile the network's blocks; auto: on a GPU (on a CPU it takes longer than it saves)", "run", ("auto", "yes", "no"))
+    dtype: str = flag("auto", "number format of the network's arithmetic in training; auto measures", "run",
+                      ("auto", "float32", "bfloat16"))
+    compile: str = flag("auto", "torch.compile the network's blocks; auto: on a GPU (on a CPU it takes longer than it saves)", "run",
+                        ("auto", "yes", "no"))
     cuda_graph: bool = flag(False, "replay the network's part of a step from a CUDA graph; off, as it has not been timed on a GPU yet", "run")
     evaluate: bool = flag(True, "score the result on simulated test heads at the end", "run")
 
@@ -237,41 +253,45 @@ def draw_samples(path, model, ema, dataset, tau, settings, device, count=4):
 def resolve(config):
     """The config with everything automatic filled in, and the device. Raises UserError for the first flag that makes no sense."""
     device = pick_device(config.device)
-    preset = config.preset if config.preset != "auto" else "gpu" if device.type == "cuda" and has_bfloat16() else "cpu"  # in float32 it takes many hours
+    preset = config.preset
+    if preset == "auto":  # in float32 the large preset takes many hours
+        preset = "gpu" if device.type == "cuda" and has_bfloat16() else "cpu"
     size, shape = PRESETS[preset]
-    steps, batch = SCHEDULE[preset]
-    config = replace(config, preset=preset, size=config.size or size, steps=config.steps or steps, batch_size=config.batch_size or batch)
+    steps, batch_size = SCHEDULE[preset]
     images, lessons = STUDENT[preset]
-    config = replace(config, student_images=config.student_images or images, student_steps=config.student_steps or lessons)
-    config = replace(config, ot_batch=config.ot_batch or {"independent": 1, "semidiscrete": 16}.get(config.coupling, 40 if config.x0 == "image" else 8))
+    ot_batch = {"independent": 1, "semidiscrete": 16}.get(config.coupling, 40 if config.x0 == "image" else 8)
+    automatic = dict(size=size, steps=steps, batch_size=batch_size, student_images=images, student_steps=lessons, ot_batch=ot_batch)
+    filled = {name: getattr(config, name) or value for name, value in automatic.items()}
+    config = replace(config, preset=preset, **filled)
     stride = shape.stem * 2 ** (len(shape.widths) - 1)
-    for name, good, allowed in (("size", config.size >= 16 and config.size % stride == 0, f"at least 16 and divisible by {stride}"),
-                                ("train_images", config.train_images >= 5, "at least 5"), ("valid_heads", config.valid_heads >= 1, "at least 1"),
-                                ("test_heads", config.test_heads >= 1, "at least 1"), ("shift", 0 <= config.shift <= 1, "in [0, 1]"), ("sigma", config.sigma >= 0, "at least 0"),
-                                ("entropy", 0 <= config.entropy < 1, "in [0, 1)"), ("ot_batch", config.ot_batch >= 1, "at least 0"),
-                                ("colour", 0 <= config.colour <= 2, "in [0, 2]"), ("drop_label", 0 <= config.drop_label < 1, "in [0, 1)"),
-                                ("steps", config.steps >= 1, "at least 1"), ("batch_size", config.batch_size >= 1, "at least 1"),
-                                ("lr", config.lr > 0, "above 0"), ("ema", config.ema >= 0, "at least 0"), ("seed", config.seed >= 0, "at least 0"),
-                                ("tau", 0 <= config.tau < config.end, f"at least 0 and below --end, {config.end}"),
-                                ("end", config.end <= 1, "at most 1"), ("student_images", config.student_images >= 1, "at least 0"),
-                                ("student_steps", config.student_steps >= 1, "at least 0"),
-                                ("student_tau", 0 <= config.student_tau < config.student_end, f"at least 0 and below --student-end, {config.student_end}"),
-                                ("student_end", config.student_end <= 1, "at most 1"), ("solver_steps", config.solver_steps >= 1, "at least 1")):
-        if not good:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is not allowed: it must be {allowed}")
-    plain = config.coupling == "independent"
-    for wrong, says in ((config.cuda_graph and device.type != "cuda", f"--cuda-graph needs a CUDA device, this is {device.type}"),
-                        (config.coupling == "sinkhorn" and not config.sigma and not config.entropy, "--coupling sinkhorn needs --sigma or --entropy above 0"),
-                        (config.entropy and config.coupling != "sinkhorn", "--entropy is for --coupling sinkhorn"),
-                        (plain and config.ot_batch > 1, "--ot-batch has no meaning for --coupling independent"),
-                        (plain and config.coupling_labels == "ignore", "--coupling-labels ignore has no meaning for --coupling independent"),
-                        (config.score and not config.sigma, "--score needs --sigma above 0"),
-                        (config.x0 == "image" and config.coupling == "semidiscrete", "--coupling semidiscrete needs noise: with --x0 image choose another, such as --coupling exact"),
-                        (config.solver == "sde" and (config.x0 == "image" or not (config.score or plain and not config.sigma)),
-                         "--solver sde needs a score: --score, or --coupling independent with --sigma 0, and --x0 noise")):
+    if config.size < 16 or config.size % stride:
+        raise UserError(f"--size {config.size} is not allowed: it must be at least 16 and divisible by {stride}")
+    check_together(config, device)
+    return config, device
+
+
+def check_together(config, device):
+    """Raises UserError for flags that do not go together."""
+    def refuse(wrong, says):
         if wrong:
             raise UserError(says)
-    return config, device
+
+    independent, image = config.coupling == "independent", config.x0 == "image"
+    has_score = config.score or independent and config.sigma == 0
+    refuse(config.tau >= config.end, f"--tau {config.tau:g} is not allowed: it must be below --end, {config.end:g}")
+    refuse(config.student_tau >= config.student_end,
+           f"--student-tau {config.student_tau:g} is not allowed: it must be below --student-end, {config.student_end:g}")
+    refuse(config.cuda_graph and device.type != "cuda", f"--cuda-graph needs a CUDA device, this is {device.type}")
+    refuse(config.coupling == "sinkhorn" and not config.sigma and not config.entropy,
+           "--coupling sinkhorn needs --sigma or --entropy above 0")
+    refuse(config.entropy and config.coupling != "sinkhorn", "--entropy is for --coupling sinkhorn")
+    refuse(independent and config.ot_batch > 1, "--ot-batch has no meaning for --coupling independent")
+    refuse(independent and config.coupling_labels == "ignore", "--coupling-labels ignore has no meaning for --coupling independent")
+    refuse(config.score and not config.sigma, "--score needs --sigma above 0")
+    refuse(image and config.coupling == "semidiscrete",
+           "--coupling semidiscrete needs noise: with --x0 image choose another, such as --coupling exact")
+    refuse(config.solver == "sde" and (image or not has_score),
+           "--solver sde needs a score: --score, or --coupling independent with --sigma 0, and --x0 noise")
 
 
 if __name__ == "__main__":

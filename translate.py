@@ -35,19 +35,23 @@ class Config:
     target: str = flag(None, "domain to translate to", "what")
     checkpoint: str = flag("out/checkpoint.pt", "trained network; its EMA weights are used", "what")
     method: str = flag(None, "who translates (default: the student, if there is one and no flag of the flow is given)", "how", choices=("student", "flow"))
-    tau: float = flag(None, "how far back to go, at least 0 and below end: near 1 keeps structure, near 0 favours realism (default: the checkpoint's)", "how", kind=float)
-    guidance: float = flag(None, "strength of the target label on the way forward; 1 is none (default: the checkpoint's)", "how", kind=float)
-    steps: int = flag(None, "solver steps of each leg (default: the checkpoint's)", "how", kind=int)
-    solver: str = flag(None, "ODE solver, or sde: a diffusion with the same images at every t (default: the checkpoint's)", "how", choices=tuple(sampler.SOLVERS))
-    end: float = flag(None, "time at which an image is taken to be, above tau and at most 1 (default: the checkpoint's)", "how", kind=float)
+    tau: float = flag(None, "how far back to go, below end: near 1 keeps structure, near 0 favours realism (default: the checkpoint's)",
+                      "how", kind=float, low=0, below=1)
+    guidance: float = flag(None, "strength of the target label on the way forward; 1 is none (default: the checkpoint's)", "how",
+                           kind=float, above=-1000, below=1000)
+    steps: int = flag(None, "solver steps of each leg (default: the checkpoint's)", "how", kind=int, low=1)
+    solver: str = flag(None, "ODE solver, or sde: a diffusion with the same images at every t (default: the checkpoint's)", "how",
+                       choices=tuple(sampler.SOLVERS))
+    end: float = flag(None, "time at which an image is taken to be, above tau (default: the checkpoint's)", "how", kind=float,
+                      above=0, high=1)
     seed: int = flag(0, "of all noise: what the student adds where the target has more, --source auto, --solver sde", "how")
-    batch_size: int = flag(0, "images translated at once; 0: 16 on a CPU, 256 on a GPU; halved where memory does not do", "machine")
+    batch_size: int = flag(0, "images translated at once; 0: 16 on a CPU, 256 on a GPU; halved where memory does not do", "machine", low=0)
     device: str = flag("auto", "where to compute", "machine", choices=("auto", "cuda", "mps", "cpu"))
     overwrite: bool = flag(False, "replace existing files", "files")
     compare: str = flag(None, "also write this picture: source | translation | difference, of the first 8 images", "files")
     trajectory: str = flag(None, "also write this picture: the first 8 images on their way to tau and up again", "files")
     uncertainty: str = flag(None, "also write this picture: where --samples translations differ; no error map", "files")
-    samples: int = flag(None, "translations of an image behind --uncertainty (default: 8)", "files", kind=int)
+    samples: int = flag(None, "translations of an image behind --uncertainty (default: 8)", "files", kind=int, low=2)
 
 
 FLOW = ("tau", "guidance", "steps", "solver", "end", "trajectory", "uncertainty")  # flags that the student has no use for
@@ -57,14 +61,7 @@ PICTURES = ("compare", "trajectory", "uncertainty")  # drawn if asked for
 # ---------------------------------------------------------------- flags and files, checked before any work
 
 def check_flags(c):
-    for name, good, allowed in (("tau", c.tau is None or 0 <= c.tau < 1, "at least 0 and below 1"),
-                                ("guidance", c.guidance is None or abs(c.guidance) < 1000, "a number, 1 for none"),
-                                ("end", c.end is None or 0 < c.end <= 1, "above 0 and at most 1"),
-                                ("steps", c.steps is None or c.steps >= 1, "at least 1"),
-                                ("samples", c.samples is None or c.samples >= 2, "at least 2"),
-                                ("batch_size", c.batch_size >= 0, "at least 0")):
-        if not good:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)} is not allowed: it must be {allowed}")
+    """Raises UserError for flags that do not go together."""
     if c.input and not (c.output and c.source and c.target):
         raise UserError("to translate INPUT, give OUTPUT, --source (a domain, or auto) and --target too")
     for name in PICTURES:

@@ -14,13 +14,38 @@ class UserError(ValueError):
     """A user's mistake, told in one sentence that names the file or flag and what to do about it."""
 
 
-def flag(default, text, group="options", choices=None, kind=None):
-    """A dataclass field that is also a command-line flag: default, help text, help group, allowed values, type if not the default's."""
-    return field(default=default, metadata=dict(text=text, group=group, choices=choices, kind=kind))
+def flag(default, text, group="options", choices=None, kind=None, low=None, high=None, above=None, below=None):
+    """A dataclass field that is also a command-line flag.
+
+    text, group: for --help. choices: allowed values. kind: its type, if not the default's. What a number may be:
+    at least `low`, at most `high`, more than `above`, less than `below`.
+    """
+    limits = dict(low=low, high=high, above=above, below=below)
+    return field(default=default, metadata=dict(text=text, group=group, choices=choices, kind=kind, limits=limits))
+
+
+LIMITS = {  # name -> (the test, how it is said)
+    "low": (lambda value, limit: value >= limit, "at least"),
+    "high": (lambda value, limit: value <= limit, "at most"),
+    "above": (lambda value, limit: value > limit, "above"),
+    "below": (lambda value, limit: value < limit, "below"),
+}
+
+
+def check(config):
+    """The config, if every number lies where its flag allows it. Raises UserError for the first that does not; NaN never does."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        limits = {name: limit for name, limit in f.metadata["limits"].items() if limit is not None}
+        if value is None or all(LIMITS[name][0](value, limit) for name, limit in limits.items()):
+            continue
+        allowed = " and ".join(f"{LIMITS[name][1]} {limit:g}" for name, limit in limits.items())
+        raise UserError(f"--{f.name.replace('_', '-')} {value} is not allowed: it must be {allowed}")
+    return config
 
 
 def parse(config, description, argv=None):
-    """Read `--name value` flags into the frozen dataclass `config`; a wrong flag ends in one sentence, exit status 2.
+    """Read `--name value` flags into the frozen dataclass `config` and check them; a wrong flag ends in one sentence, exit status 2.
 
     Every field made by `flag` is one flag. Types follow the default: a bool field is a switch (`--name`, `--no-name`),
     an int is accepted where a float is meant, fields listed first without a default group are optional positionals.
@@ -44,7 +69,7 @@ def parse(config, description, argv=None):
             group.add_argument(name, action=argparse.BooleanOptionalAction, **options)
         else:
             group.add_argument(name, type=kind, choices=m["choices"], metavar=f.name.upper().split("_")[-1] if not m["choices"] else None, **options)
-    return config(**vars(parser.parse_args(argv)))
+    return check(config(**vars(parser.parse_args(argv))))
 
 
 @contextmanager

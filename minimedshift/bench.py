@@ -33,7 +33,7 @@ class Config:
     only: str = flag("", "one part: steps, ops, couplings, data, growth or sizes (default: all)", "bench")
     quick: bool = flag(False, "smaller shapes: under a minute on two cores", "bench")
     out: str = flag("out", "folder of bench.json and bench.png", "bench")
-    repeats: int = flag(0, "repeats of each measurement, whose median counts; 0 is 7, or 5 with --quick", "bench")
+    repeats: int = flag(0, "repeats of each measurement, whose median counts; 0 is 7, or 5 with --quick", "bench", low=0)
     device: str = flag("auto", "where to compute", "bench", ("auto", "cuda", "mps", "cpu"))
 
 
@@ -397,8 +397,6 @@ def main(argv=None):
     c = parse(Config, __doc__, argv)
     if c.only not in ("", *PARTS):
         raise UserError(f"--only {c.only} is no part: choose from {', '.join(PARTS)}")
-    if c.repeats < 0:
-        raise UserError("--repeats must be at least 0")
     c = replace(c, repeats=c.repeats or (5 if c.quick else 7))
     keep_memory()
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's own messages, in processes started from here

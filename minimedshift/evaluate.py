@@ -36,9 +36,9 @@ class Config:
     rivals: str = flag("", "folder of learned rivals, as `python -m minimedshift.study rivals` leaves it", "what")
     source: str = flag(None, "domain that is translated in the main table (default: synthetic-high, or the first one)", "what")
     target: str = flag(None, "domain it is translated to (default: real-normal, or the last one)", "what")
-    heads: int = flag(128, "test heads of the main pair", "how much")
-    heads_each: int = flag(32, "test heads of every ordered pair", "how much")
-    valid_heads: int = flag(64, "validation heads on which the settings are chosen", "how much")
+    heads: int = flag(128, "test heads of the main pair", "how much", low=1)
+    heads_each: int = flag(32, "test heads of every ordered pair", "how much", low=1)
+    valid_heads: int = flag(64, "validation heads on which the settings are chosen", "how much", low=1)
     features: str = flag(None, "FILE.py with features(x) -> (B, D) for realism (default: a small network, trained here)", "how much")
     out: str = flag("", "folder of the results (default: evaluation, beside the checkpoint)", "run")
     device: str = flag("auto", "where to compute", "run", ("auto", "cuda", "mps", "cpu"))
@@ -547,9 +547,6 @@ def without_truth(methods, dataset, s, t, reference, device):
 def main(argv=None):
     from . import tables
     c = parse(Config, __doc__, argv)
-    for name in ("heads", "heads_each", "valid_heads"):
-        if getattr(c, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)} is not allowed: it must be at least 1")
     device, phase = pick_device(c.device), Phase()
     keep_memory()
     model, state = load_model(c.checkpoint, device)

@@ -36,9 +36,9 @@ class Config:
     checkpoint: str = flag("out/checkpoint.pt", "the teacher of the study of students", "study")
     out: str = flag("out/study", "folder of the results", "study")
     only: str = flag("", "runs to make, separated by semicolons (default: all)", "study")
-    seeds: int = flag(1, "seeds of each run", "study")
-    steps: int = flag(0, "optimizer steps of each run; 0 is 2000 for moons, 600 for phantom, the preset's for rivals", "study")
-    heads: int = flag(64, "validation heads of the phantom's main pair", "study")
+    seeds: int = flag(1, "seeds of each run", "study", low=1)
+    steps: int = flag(0, "optimizer steps of each run; 0 is 2000 for moons, 600 for phantom, the preset's for rivals", "study", low=0)
+    heads: int = flag(64, "validation heads of the phantom's main pair", "study", low=1)
     shifts: str = flag("0.1,0.55", "population shifts of the study of rivals", "study")
 
 
@@ -489,8 +489,6 @@ def main(argv=None):
     for name in names:
         if name not in runs:
             raise UserError(f"--only {name} is no run of {c.study}: choose from {'; '.join(runs)}")
-    if c.seeds < 1 or c.steps < 0 or c.heads < 1:
-        raise UserError("--seeds and --heads must be at least 1, --steps at least 0")
     out, steps = Path(c.out) / c.study, c.steps or steps
     out.mkdir(parents=True, exist_ok=True)
     for seed in range(c.seeds):

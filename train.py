@@ -1,8 +1,8 @@
 """Train MedShift: one flow-matching network for all domains.
 
-    python train.py                    simulates the five X-ray domains, trains, translates, scores; picks the machine itself
-    python train.py --data DIR         your own images, DIR/DOMAIN/*.png
-    python train.py --resume           goes on where the last run stopped, exactly
+    python train.py                simulates the five X-ray domains, trains, translates, scores
+    python train.py --data DIR     your own images, DIR/DOMAIN/*.png
+    python train.py --resume       goes on where the last run stopped, exactly
 
 Ends with a student (student.py), which learns from the flow to translate in one evaluation.
 Leaves in out/: checkpoint.pt, log.csv, loss.png, samples.png, translations.png, report.json. Ctrl-C saves and stops.
@@ -12,6 +12,7 @@ import math
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -36,8 +37,8 @@ class Config:
     train_images: int = flag(10000, "simulated training images, all domains together", "data", low=5)
     valid_heads: int = flag(64, "simulated validation heads, each in all domains", "data", low=1)
     test_heads: int = flag(128, "simulated test heads, each in all domains", "data", low=1)
-    shift: float = flag(0.1, "share of each simulated domain's training heads that comes from its own population of poses and heads",
-                        "data", low=0, high=1)
+    shift: float = flag(0.1, "share of each simulated domain's training heads that comes from its own population", "data",
+                        low=0, high=1)
     domains: str = flag("", "train on these domains alone, names separated by commas; without it on all", "data")
     balance: bool = flag(True, "draw images less often whose like the other domains hardly have, "
                          "so that a label does not stand for a population", "data")
@@ -45,35 +46,40 @@ class Config:
     # ---- method
     preset: str = flag("auto", "network and training settings", "method", ("auto", "cpu", "gpu"))
     coupling: str = flag("semidiscrete", "which noise goes with which image", "method", COUPLINGS)
-    coupling_labels: str = flag("keep", "make plans inside each label, or ignore labels (for teaching: it breaks conditional models)",
-                                "method", ("keep", "ignore"))
+    coupling_labels: str = flag("keep", "make plans inside each label, or ignore labels "
+                                "(for teaching: it breaks conditional models)", "method", ("keep", "ignore"))
     ot_batch: int = flag(0, "training batches that one plan is made over; 0: 1 for independent, 16 for semidiscrete, "
                          "40 with --x0 image, else 8", "method", low=0)
-    entropy: float = flag(0.0, "normalised entropy of Sinkhorn's plan, which then fixes eps: near 0 exact, near 1 independent; "
-                          "0: eps = 2 sigma^2", "method", low=0, below=1)
+    entropy: float = flag(0.0, "normalised entropy of Sinkhorn's plan, which then fixes eps: near 0 exact, "
+                          "near 1 independent; 0: eps = 2 sigma^2", "method", low=0, below=1)
     sigma: float = flag(0.0, "width of the bridge between noise and image", "method", low=0)
     score: bool = flag(False, "learn the score of the bridge too, for --solver sde (needs --sigma)", "method")
-    x0: str = flag("noise", "where the flow starts: noise, or an image of another domain (no tau then)", "method", ("noise", "image"))
-    colour: float = flag(1.0, "how fast the noise's amplitude falls with frequency: 0 is white, 1 like natural images", "method",
-                         low=0, high=2)
+    x0: str = flag("noise", "where the flow starts: noise, or an image of another domain (no tau then)", "method",
+                   ("noise", "image"))
+    colour: float = flag(1.0, "how fast the noise's amplitude falls with frequency: 0 is white, 1 like natural images",
+                         "method", low=0, high=2)
     drop_label: float = flag(0.1, "share of labels replaced by the null label, for guidance", "method", low=0, below=1)
     # ---- training
     steps: int = flag(0, "optimizer steps; 0 is the preset's", "training", low=0)
     batch_size: int = flag(0, "images a step; 0 is the preset's", "training", low=0)
-    lr: float = flag(0.02, "peak learning rate of the convolutions (Muon); the rest (AdamW) has a twentieth", "training", above=0)
-    ema: float = flag(16.97, "exponent of the EMA profile: 16.97 averages about the last twentieth, 6.94 the last tenth", "training", low=0)
+    lr: float = flag(0.02, "peak learning rate of the convolutions (Muon); the rest (AdamW) has a twentieth", "training",
+                     above=0)
+    ema: float = flag(16.97, "exponent of the EMA profile: 16.97 averages about the last twentieth, 6.94 the last tenth",
+                      "training", low=0)
     seed: int = flag(0, "all randomness is a function of the seed and the step", "training", low=0)
     # ---- translation
-    tau: float = flag(0.3, "how far back a translation goes: near 1 keeps structure, near 0 favours realism", "translation", low=0)
+    tau: float = flag(0.3, "how far back a translation goes: near 1 keeps structure, near 0 favours realism", "translation",
+                      low=0)
     guidance: float = flag(1.0, "guidance scale of the forward leg; 1 is none", "translation")
-    end: float = flag(0.97, "time at which an image is taken to be: 1 is the paper's; below 1, faint detail passes untouched",
-                      "translation", high=1)
+    end: float = flag(0.97, "time at which an image is taken to be: 1 is the paper's; below 1, faint detail passes "
+                      "untouched", "translation", high=1)
     solver_steps: int = flag(3, "solver steps of each leg", "translation", low=1)
     solver: str = flag("fireflow", "ODE solver, or sde: a diffusion with the same images at every t", "translation",
                        tuple(sampler.SOLVERS))
     # ---- student
     student: bool = flag(True, "at the end, teach a small local network to translate in one evaluation", "student")
-    student_images: int = flag(0, "training images of each domain that the flow translates for it; 0 is the preset's", "student", low=0)
+    student_images: int = flag(0, "training images of each domain that the flow translates for it; 0 is the preset's",
+                               "student", low=0)
     student_steps: int = flag(0, "its optimizer steps, of 32 images each; 0 is the preset's", "student", low=0)
     student_tau: float = flag(0.1, "tau of its lessons", "student", low=0)
     student_end: float = flag(0.99, "end of its lessons, above student-tau", "student", high=1)
@@ -84,46 +90,37 @@ class Config:
     device: str = flag("auto", "where to compute", "run", ("auto", "cuda", "mps", "cpu"))
     dtype: str = flag("auto", "number format of the network's arithmetic in training; auto measures", "run",
                       ("auto", "float32", "bfloat16"))
-    compile: str = flag("auto", "torch.compile the network's blocks; auto: on a GPU (on a CPU it takes longer than it saves)", "run",
-                        ("auto", "yes", "no"))
-    cuda_graph: bool = flag(False, "replay the network's part of a step from a CUDA graph; off, as it has not been timed on a GPU yet", "run")
+    compile: str = flag("auto", "torch.compile the network's blocks; auto: on a GPU (on a CPU it takes longer than it saves)",
+                        "run", ("auto", "yes", "no"))
+    cuda_graph: bool = flag(False, "replay the network's part of a step from a CUDA graph; off, as it has not been timed "
+                            "on a GPU yet", "run")
     evaluate: bool = flag(True, "score the result on simulated test heads at the end", "run")
 
 
 SCHEDULE = {"cpu": (1400, 16), "gpu": (40000, 64)}  # optimizer steps, images a step
-LESSONS = ("student_images", "student_steps", "student_tau", "student_end")
-FREE = {"out", "resume", "overwrite", "device", "dtype", "compile", "cuda_graph", "evaluate", "check_data", "student", *LESSONS}  # flags that may differ on --resume
 STUDENT = {"cpu": (300, 600), "gpu": (1000, 6000)}  # images of each domain, optimizer steps
 SAVE_EVERY = 120  # seconds
+LESSONS = ("student_images", "student_steps", "student_tau", "student_end")
+# flags that may differ on --resume
+FREE = {"out", "resume", "overwrite", "device", "dtype", "compile", "cuda_graph", "evaluate", "check_data", "student",
+        *LESSONS}
 
 
 def main(argv=None):
     # ---- config: every flag is checked before any long work
     config, device = resolve(parse(Config, __doc__, argv))
-    out = Path(config.out)
-    file = out / "checkpoint.pt"
-    then = checkpoint.load(file, device) if config.resume else None
-    if file.exists() and not (then or config.overwrite or config.check_data):
-        raise UserError(f"{file} would be replaced: --resume goes on from it, --overwrite starts anew, --out names another folder")
-    for name, value in asdict(config).items() if then else ():
-        if name not in FREE and then["config"].get(name) != value:
-            raise UserError(f"--resume needs the flags of the stopped run: --{name.replace('_', '-')} was {then['config'].get(name)}, is {value}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made ({error.strerror})") from None
+    file, then = open_out(config, device)
 
     # ---- data
-    if config.data:
-        dataset = data.folder_set(config.data, config.size, config.seed)
-    else:
-        dataset = simulated.phantom_set(config.size, config.train_images, config.valid_heads, config.test_heads, config.seed, config.shift)
-    if config.domains:
-        dataset = data.only(dataset, [name.strip() for name in config.domains.split(",")])
+    try:
+        dataset = load_data(config)
+    except UserError:
+        with suppress(OSError):
+            file.parent.rmdir()  # if it is empty
+        raise
     if config.check_data:
-        data.check(dataset, out / "data.png")
+        data.check(dataset, file.parent / "data.png")
         return 0
-
     if config.balance:
         dataset = balance.balanced(dataset)
 
@@ -136,12 +133,14 @@ def main(argv=None):
         dtype, memory = pick_formats(config.dtype, device)
     torch.manual_seed(config.seed)
     domains = len(dataset.domains)
-    shape = replace(PRESETS[config.preset][1], num_domains=null_label(config, domains), channels=dataset.channels, score=config.sigma if config.score else 0.0)
+    shape = replace(PRESETS[config.preset][1], num_domains=null_label(config, domains), channels=dataset.channels,
+                    score=config.sigma if config.score else 0.0)
     model = UNet(shape).to(device, memory_format=memory)
     if config.compile == "yes" or config.compile == "auto" and can_compile(device):
-        model.compile_blocks(dynamic=False)  # for training batches: pictures and scores come in other shapes, and run uncompiled
+        model.compile_blocks(dynamic=False)  # for training batches: pictures and scores come in other shapes
     inside, rest = split(model)
-    optimizers = [Muon(inside, config.lr), torch.optim.AdamW(rest, config.lr / 20, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
+    adamw = torch.optim.AdamW(rest, config.lr / 20, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizers = [Muon(inside, config.lr), adamw]
     ema = checkpoint.EMA(model, config.ema)
     if then:
         checkpoint.load_weights(model, then["model"], file)
@@ -153,24 +152,27 @@ def main(argv=None):
     first = then["step"] if then else 0
     same_lessons = then and all(then["config"].get(name) == getattr(config, name) for name in LESSONS)
     taught = then.get("student") if same_lessons else None
-    settings = dict(guidance=config.guidance, steps=config.solver_steps, solver=config.solver, end=config.end, colour=config.colour, x0=config.x0)
-    print(f"{device.type}, {str(dtype)[6:]}, {str(memory)[6:]}, {config.preset} preset: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
-          f"{domains} domains, {sum(map(len, dataset.train))} images of {config.size}x{config.size}, "
-          f"steps {first} to {config.steps}, {config.batch_size} images each", flush=True)
+    translation = dict(tau=config.tau, guidance=config.guidance, steps=config.solver_steps, solver=config.solver,
+                       end=config.end, colour=config.colour, x0=config.x0)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{device.type}, {name_of(dtype)}, {name_of(memory)}, {config.preset} preset: "
+          f"{parameters / 1e6:.2f}M parameters, {domains} domains, {sum(map(len, dataset.train))} images of "
+          f"{config.size}x{config.size}, steps {first} to {config.steps}, {config.batch_size} images each", flush=True)
 
     def save(step):
         checkpoint.save(file, dict(
             config=asdict(config), shape=asdict(shape), domains=list(dataset.domains), step=step,
-            image=dict(size=config.size, channels=dataset.channels, range=[-1.0, 1.0]), translate=dict(tau=config.tau, **settings),
-            machine=dict(dtype=str(dtype)[6:], memory_format=str(memory)[6:]),
-            model=model.state_dict(), ema=ema.mean, optimizer=[optimizer.state_dict() for optimizer in optimizers], student=taught))
+            image=dict(size=config.size, channels=dataset.channels, range=[-1.0, 1.0]), translate=translation,
+            machine=dict(dtype=name_of(dtype), memory_format=name_of(memory)),
+            model=model.state_dict(), ema=ema.mean, optimizer=[optimizer.state_dict() for optimizer in optimizers],
+            student=taught))
 
     # ---- loop
     steps = batches(dataset, config, device, first, dtype)
     stopping = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stopping.append(True))  # finish the step, save, stop
-    log, saved = Log(out, first, config.steps, config.batch_size), time.time()
+    log, saved = Log(file.parent, first, config.steps, config.batch_size), time.time()
     for step, (x0, x1, y, t, e, plan, seconds) in enumerate(steps, first):
         lr = config.lr * min((step + 1) / 50, (1 + math.cos(math.pi * step / config.steps)) / 2)  # warm-up, cosine
         for optimizer, share in zip(optimizers, (1, 1 / 20)):
@@ -189,7 +191,7 @@ def main(argv=None):
             saved = time.time()
             log.draw()
             with torch.compiler.set_stance("force_eager"):
-                draw_samples(out / "samples.png", model, ema, dataset, config.tau, settings, device)
+                draw_samples(file.parent / "samples.png", model, ema, dataset, translation, device)
         if stopping:
             print(f"\nstopped and saved after step {step + 1}: the same command with --resume goes on", flush=True)
             return 130
@@ -214,44 +216,84 @@ def main(argv=None):
 
     # ---- report and pictures
     if config.evaluate and dataset.test is not None:
-        seconds = (log.column("seconds") or [0.0])[-1]
+        translator = student.restore(taught, device) if taught else None
         with torch.compiler.set_stance("force_eager"):
-            report, pictures = evaluate.report(model, dataset, dict(tau=config.tau, **settings), device, taught and student.restore(taught, device))
-        evaluate.write_json(out / "report.json", dict(
-            command=" ".join(["python", *sys.argv]), seed=config.seed, machine=machine(device), torch=torch.__version__, dtype=str(dtype)[6:], memory_format=str(memory)[6:],
-            weights="EMA", steps=config.steps, training_seconds=seconds, coupling=log.means(), **report))
-        evaluate.picture(out / "translations.png", dataset, report["main_pair"], pictures)
-        print(f"{out}/: checkpoint.pt, log.csv, loss.png, samples.png, translations.png, report.json")
+            report, pictures = evaluate.report(model, dataset, translation, device, translator)
+        run_of = dict(command=" ".join(["python", *sys.argv]), seed=config.seed, machine=machine(device),
+                      torch=torch.__version__, dtype=name_of(dtype), memory_format=name_of(memory), weights="EMA", steps=config.steps,
+                      training_seconds=(log.column("seconds") or [0.0])[-1], coupling=log.means())
+        evaluate.write_json(file.parent / "report.json", run_of | report)
+        evaluate.picture(file.parent / "translations.png", dataset, report["main_pair"], pictures)
+        print(f"{file.parent}/: checkpoint.pt, log.csv, loss.png, samples.png, translations.png, report.json")
     return 0
+
+
+def name_of(torch_constant):
+    """torch.float32 -> "float32"."""
+    return str(torch_constant).removeprefix("torch.")
+
+
+def open_out(config, device):
+    """OUT/checkpoint.pt, its folder made, and what it holds (with --resume, else None). Raises UserError, losing nothing."""
+    file = Path(config.out) / "checkpoint.pt"
+    then = checkpoint.load(file, device) if config.resume else None
+    if file.exists() and not (then or config.overwrite or config.check_data):
+        raise UserError(f"{file} would be replaced: --resume goes on from it, --overwrite starts anew, "
+                        "--out names another folder")
+    for name, value in asdict(config).items() if then else ():
+        before = then["config"].get(name)
+        if name not in FREE and before != value:
+            raise UserError(f"--resume needs the flags of the stopped run: --{name.replace('_', '-')} was {before}, "
+                            f"is {value}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {config.out} cannot be made ({error.strerror})") from None
+    return file, then
+
+
+def load_data(config):
+    """The Dataset: a folder's, or the simulated one."""
+    if config.data:
+        dataset = data.folder_set(config.data, config.size, config.seed)
+    else:
+        dataset = simulated.phantom_set(config.size, config.train_images, config.valid_heads, config.test_heads,
+                                        config.seed, config.shift)
+    if config.domains:
+        dataset = data.only(dataset, [name.strip() for name in config.domains.split(",")])
+    return dataset
 
 
 def teach(model, dataset, config, dtype, device):
     """The student of a trained flow, with progress."""
     def say(what):
-        start = time.time()
-        return lambda done, total: data.progress(done, total, start, what, "steps" if what == "the student learns" else "images")
+        start, unit = time.time(), "steps" if what == "the student learns" else "images"
+        return lambda done, total: data.progress(done, total, start, what, unit)
 
     how = dict(steps=5, solver="fireflow", end=config.student_end, colour=config.colour, x0=config.x0)
-    return student.teach(model, dataset, config.student_images, config.student_steps, config.student_tau, how, dtype, device, config.seed, say)
+    return student.teach(model, dataset, config.student_images, config.student_steps, config.student_tau, how,
+                         dtype, device, config.seed, say)
 
 
 @torch.no_grad()
-def draw_samples(path, model, ema, dataset, tau, settings, device, count=4):
+def draw_samples(path, model, ema, dataset, translation, device, count=4):
     """samples.png: held-out images of the first domain and their translations to every other one, by the EMA weights."""
     live = {name: p.clone() for name, p in model.named_parameters()}
     model.load_state_dict(ema.mean)
     model.eval()
-    x1 = evaluate.load(dataset.held_out[0][:count] if len(dataset.held_out[0]) else dataset.train[0][:count], device)
-    columns = [x1] + [sampler.translate(model, x1, 0, y, tau, **settings) for y in range(1, len(dataset.domains))]
+    images = dataset.held_out[0] if len(dataset.held_out[0]) else dataset.train[0]
+    x1 = evaluate.load(images[:count], device)
+    columns = [x1] + [sampler.translate(model, x1, 0, y, **translation) for y in range(1, len(dataset.domains))]
     model.load_state_dict(live)
     model.train()
-    way = f"tau {tau:g}" if settings["x0"] == "noise" else "directly"
-    data.figure(path, [list(row) for row in zip(*(x.cpu() for x in columns))], [f"source\n{dataset.domains[0]}", *[f"{way}\n{d}" for d in dataset.domains[1:]]],
-                [""] * len(x1))
+    way = f"tau {translation['tau']:g}" if translation["x0"] == "noise" else "directly"
+    titles = [f"source\n{dataset.domains[0]}"] + [f"{way}\n{domain}" for domain in dataset.domains[1:]]
+    rows = [list(row) for row in zip(*(x.cpu() for x in columns))]
+    data.figure(path, rows, titles, [""] * len(x1))
 
 
 def resolve(config):
-    """The config with everything automatic filled in, and the device. Raises UserError for the first flag that makes no sense."""
+    """The config with everything automatic filled in, and the device. Raises UserError for flags that make no sense."""
     device = pick_device(config.device)
     preset = config.preset
     if preset == "auto":  # in float32 the large preset takes many hours
@@ -260,7 +302,8 @@ def resolve(config):
     steps, batch_size = SCHEDULE[preset]
     images, lessons = STUDENT[preset]
     ot_batch = {"independent": 1, "semidiscrete": 16}.get(config.coupling, 40 if config.x0 == "image" else 8)
-    automatic = dict(size=size, steps=steps, batch_size=batch_size, student_images=images, student_steps=lessons, ot_batch=ot_batch)
+    automatic = dict(size=size, steps=steps, batch_size=batch_size, ot_batch=ot_batch,
+                     student_images=images, student_steps=lessons)
     filled = {name: getattr(config, name) or value for name, value in automatic.items()}
     config = replace(config, preset=preset, **filled)
     stride = shape.stem * 2 ** (len(shape.widths) - 1)
@@ -280,13 +323,15 @@ def check_together(config, device):
     has_score = config.score or independent and config.sigma == 0
     refuse(config.tau >= config.end, f"--tau {config.tau:g} is not allowed: it must be below --end, {config.end:g}")
     refuse(config.student_tau >= config.student_end,
-           f"--student-tau {config.student_tau:g} is not allowed: it must be below --student-end, {config.student_end:g}")
+           f"--student-tau {config.student_tau:g} is not allowed: it must be below --student-end, "
+           f"{config.student_end:g}")
     refuse(config.cuda_graph and device.type != "cuda", f"--cuda-graph needs a CUDA device, this is {device.type}")
     refuse(config.coupling == "sinkhorn" and not config.sigma and not config.entropy,
            "--coupling sinkhorn needs --sigma or --entropy above 0")
     refuse(config.entropy and config.coupling != "sinkhorn", "--entropy is for --coupling sinkhorn")
     refuse(independent and config.ot_batch > 1, "--ot-batch has no meaning for --coupling independent")
-    refuse(independent and config.coupling_labels == "ignore", "--coupling-labels ignore has no meaning for --coupling independent")
+    refuse(independent and config.coupling_labels == "ignore",
+           "--coupling-labels ignore has no meaning for --coupling independent")
     refuse(config.score and not config.sigma, "--score needs --sigma above 0")
     refuse(image and config.coupling == "semidiscrete",
            "--coupling semidiscrete needs noise: with --x0 image choose another, such as --coupling exact")

@@ -1,10 +1,10 @@
-"""What a student cannot learn from its teacher, taken from the target's training images: tone and noise. No pairs are needed.
+"""What a student cannot learn from its teacher: tone and noise, taken from the target's training images, unpaired.
 
-    tone    the histogram of each pyramid band, then of the pixels, is brought to the target's: one round of the rival "bands"
+    tone    the histogram of each pyramid band, then of the pixels, is brought to the target's: one round of "bands"
     grain   fine bands get the strength of noise that the target has, by grey level
 
-A teacher that is wrong in the same way on every head cannot be outvoted by a median, but it shows in the histograms. And a median is
-smooth, while noise of the source that is too strong passes through a local network.
+A teacher that is wrong in the same way on every head cannot be outvoted by a median, but it shows in the histograms.
+And a median is smooth, while noise of the source that is too strong passes through a local network.
 """
 
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ NORMAL = 0.6745  # median of |N(0, 1)|
 def grain(images, robust):
     """The strength of noise in images (N, C, H, W): for each fine band a Curve, grey level -> standard deviation.
 
-    Measured where images are flat, inside heads and in the air around. robust: from the median of |band|, which a fine texture here
-    and there does not move, else from its mean square.
+    Measured where images are flat, inside heads and in the air around. robust: from the median of |band|, which a
+    fine texture here and there does not move; else from its mean square.
     """
     *bands, coarse = gaussians(images, WIDTHS)
     flat = metrics.flat_region(images) | metrics.erode(~metrics.inside(images), 3)
@@ -48,7 +48,7 @@ def grain(images, robust):
 
 
 def through_levels(values):
-    """A Curve through the middles of grey levels; a level without a value takes that of the nearest that has one."""
+    """A Curve through the middles of grey levels; a level without a value takes that of the nearest with one."""
     half = 1 / len(values)
     seen = values.isfinite().nonzero()[:, 0]
     if not len(seen):
@@ -60,10 +60,11 @@ def through_levels(values):
 def regrain(x, own, wanted, noise):
     """x (B, C, H, W) with the grain `wanted` instead of `own`, Curves of each fine band; noise: white, like x.
 
-        band <- gain band + sqrt(max(0, w^2 - o^2)) e        o, w: own and wanted deviation at the pixel's grey level, e: noise in this band
-        gain^2 = 1 - max(0, o^2 - w^2) / P                   P: the band's power around the pixel, and gain at least w / o
+        band <- gain band + sqrt(max(0, w^2 - o^2)) e        o, w: own and wanted deviation at the grey level
+        gain^2 = 1 - max(0, o^2 - w^2) / P                   P: the band's power around; gain at least w / o
 
-    The gain is a Wiener filter's: near edges, which are far above the noise, it is 1.
+    e is noise in this band, of unit variance. The gain is a Wiener filter's: near edges, which are far above the
+    noise, it is 1.
     """
     *bands, coarse = gaussians(x, WIDTHS)
     *fresh, _ = gaussians(noise, WIDTHS)
@@ -79,7 +80,7 @@ def regrain(x, own, wanted, noise):
 
 
 def gaussian_deviations(sides):
-    """The standard deviation of each band of white noise of unit variance, in the middle of an image: from the bands of one bright pixel."""
+    """The standard deviation of each band of white noise of unit variance: from the bands of one bright pixel."""
     point = torch.zeros(1, 1, *sides)
     point[..., sides[0] // 2, sides[1] // 2] = 1
     return [band.square().sum().sqrt().item() for band in gaussians(point, WIDTHS)]
@@ -89,7 +90,7 @@ def gaussian_deviations(sides):
 
 @dataclass(frozen=True)
 class Finish:
-    """A student's answers x (B, C, H, W) of one ordered pair, with tone and grain of the target. noise: white, like x."""
+    """A student's answers x (B, C, H, W) for one ordered pair, with the target's tone and grain."""
     bands: BandCurves
     pixels: Curve
     own: list     # Curves of the answers' grain, once their tone is right
@@ -98,7 +99,7 @@ class Finish:
     def tone(self, x):
         return self.pixels(self.bands(x))
 
-    def __call__(self, x, noise):
+    def __call__(self, x, noise):  # noise: white, like x
         return regrain(self.tone(x), self.own, self.wanted, noise)
 
     def state(self):
@@ -111,12 +112,13 @@ class Finish:
 def restore(state):
     """The Finish of Finish.state()."""
     curves = {name: [Curve(*plain) for plain in group] for name, group in state.items()}
-    return Finish(BandCurves(laplacian, tuple(curves["bands"])), curves["pixels"][0], curves["own"], curves["wanted"])
+    bands = BandCurves(laplacian, tuple(curves["bands"]))
+    return Finish(bands, curves["pixels"][0], curves["own"], curves["wanted"])
 
 
 @torch.inference_mode()
 def fit(student, images, dtype=torch.float32, say=lambda done, total: None, batch=64):
-    """{(s, t): Finish} of a Student, from training images (D, N, C, H, W) of each domain. dtype: of the student's arithmetic here."""
+    """{(s, t): Finish} of a Student, from training images (D, N, C, H, W) of each domain. dtype: of its arithmetic."""
     D = len(images)
     device = next(student.parameters()).device
     images = images.float()

@@ -1,15 +1,16 @@
 """The student: what the flow does mostly, learned by a small local network that needs one evaluation.
 
-Why should it be better than its teacher? The flow's errors are rare and large: it redraws an outline some pixels off. What differs between
-two domains is local: a grey value there follows from the grey values near it here. So the student sees a neighbourhood only. Places that
-look alike get the same answer, and the student cannot know where the teacher would move an outline. What remains is the
-median over all its lessons, and rare errors do not move a median:
+Why should it be better than its teacher? The flow's errors are rare and large: it redraws an outline some pixels
+off. But what differs between two domains is local: a grey value there follows from the grey values near it here. So
+the student sees a neighbourhood only. Places that look alike get the same answer, and the student cannot know where
+the teacher would move an outline. What remains is the median of all its lessons, which rare errors do not move:
 
     student(x, s, t) = argmin_f  E | f(x) - teacher(x, s, t) |          over training images x of domain s
 
-With the L2 loss it would be the mean, which they do move; with a wide view it would learn to redraw outlines as well. RESULTS.md has both.
+With the L2 loss it would be the mean, which they do move. With a wide view it would learn to redraw outlines as
+well. RESULTS.md has both.
 
-A median has no noise of its own, and a tone that is wrong in all lessons stays wrong: finish.py mends what it can of these.
+A median has no noise of its own. And a tone that is wrong in all lessons stays wrong. finish.py mends both.
 """
 
 import zlib
@@ -39,7 +40,7 @@ def shape_for(size, num_domains, channels):
 
 
 def view(shape):
-    """How far a pixel of the student looks, in pixels up, down, left and right: 3x3 convolutions, two a block, one at each end."""
+    """How far a pixel of the student looks, in pixels each way: 3x3 convolutions, two a block, one at each end."""
     return shape.stem * (2 + sum(dilation + 1 for dilation in shape.dilations))
 
 
@@ -64,7 +65,7 @@ class Block(nn.Module):
 
 
 class Student(nn.Module):
-    """x (B, C, H, W) in [-1, 1] of domains y_source, in domains y_target, both (B,) int64: x + net(x), (B, C, H, W), not clipped.
+    """x (B, C, H, W) in [-1, 1] of domains y_source, in domains y_target, both (B,) int64: x + net(x), not clipped.
 
     One network for all ordered pairs. No normalisation and no attention: nothing looks at the whole image.
     Any height and width divisible by `stem`.
@@ -89,7 +90,7 @@ class Student(nn.Module):
         return x + F.pixel_shuffle(self.leave(F.silu(h)), self.shape.stem).float()
 
 
-# ---------------------------------------------------------------- lessons: what the teacher makes of training images
+# ---------------------------------------------------------------- lessons
 
 def quiet(done, total):
     """Says nothing of how far it has come."""
@@ -98,14 +99,16 @@ def quiet(done, total):
 def spread_out(dataset, count):
     """`count` training images of each domain, each as often as it is drawn in training: (D, N, C, H, W) float16."""
     at = (torch.arange(count).numpy() + .5) / count
-    return torch.stack([torch.from_numpy(dataset.train[d][dataset.pick(d, at)]) for d in range(len(dataset.domains))])
+    drawn = [images[dataset.pick(d, at)] for d, images in enumerate(dataset.train)]
+    return torch.stack([torch.from_numpy(images) for images in drawn])
 
 
 @torch.inference_mode()
 def lessons(model, images, tau, say=quiet, batch=64, x0="noise", **how):
-    """The teacher's translations (D, D, N, C, H, W) float16 of images (D, N, C, H, W), N of each domain: [s, t] is domain s made t.
+    """What the teacher makes of images (D, N, C, H, W), N of each domain: (D, D, N, C, H, W) float16.
 
-    how: steps, solver, end, colour (sampler.py). The way back is made once for all targets. [s, s] stays empty.
+    [s, t] is domain s translated to domain t; [s, s] stays empty. how: steps, solver, end, colour (sampler.py).
+    The way back is made once for all targets.
     """
     D, N = images.shape[:2]
     device = next(model.parameters()).device
@@ -114,12 +117,14 @@ def lessons(model, images, tau, say=quiet, batch=64, x0="noise", **how):
         for start in range(0, N, batch):
             some = slice(start, start + batch)
             x = images[s, some].to(device, torch.float32)
-            z = x if x0 == "image" else sampler.encode(model, x, s, tau, **how)
+            if x0 == "image":
+                decode = lambda t: sampler.translate(model, x, s, t, x0=x0, **how)
+            else:
+                z = sampler.encode(model, x, s, tau, **how)
+                decode = lambda t: sampler.decode(model, z, t, tau, **how)
             for t in range(D):
-                if t == s:
-                    continue
-                y = sampler.translate(model, x, s, t, x0=x0, **how) if x0 == "image" else sampler.decode(model, z, t, tau, **how)
-                answers[s, t, some] = y.half().cpu()
+                if t != s:
+                    answers[s, t, some] = decode(t).half().cpu()
             say(s * N + min(N, start + batch), D * N)
     return answers
 
@@ -133,12 +138,14 @@ def turned(x, way):
     return x.transpose(-1, -2) if way & 4 else x
 
 
-def learn(shape, images, answers, steps, pairs=None, batch=32, lr=1.5e-3, seed=0, dtype=torch.float32, device="cpu", power=1.0, say=quiet):
-    """A Student that has learned answers (D, D, N, C, H, W) to images (D, N, C, H, W): the running mean of its weights, in eval mode.
+def learn(shape, images, answers, steps, pairs=None, batch=32, lr=1.5e-3, seed=0,
+          dtype=torch.float32, device="cpu", power=1.0, say=quiet):
+    """A Student, in eval mode, that has learned answers (D, D, N, C, H, W) to images (D, N, C, H, W).
 
         loss = mean |student(x) - teacher(x)|^power        power 1 seeks the median, 2 the mean
 
-    pairs: the ordered pairs (s, t) it learns, by default all. AdamW, one cycle of the learning rate, gradients of at most length 1.
+    pairs: the ordered pairs (s, t) it learns, by default all. AdamW, one cycle of the learning rate, gradients of at
+    most length 1; the weights are their running mean.
     """
     D, N = images.shape[:2]
     pairs = torch.tensor(pairs or [(s, t) for s in range(D) for t in range(D) if s != t])
@@ -168,19 +175,22 @@ def learn(shape, images, answers, steps, pairs=None, batch=32, lr=1.5e-3, seed=0
     return student.eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------- the translator: the student, and what it cannot learn
+# ---------------------------------------------------------------- the student and its finish
 
 def fresh_noise(x, seed=0):
-    """White noise like images x (B, C, H, W), a function of the seed and of each image alone, whatever stands beside it."""
-    draw = lambda image: torch.Generator().manual_seed(zlib.crc32(image.contiguous().numpy().tobytes(), seed) + seed)
-    return torch.stack([torch.randn(image.shape, generator=draw(image)) for image in x.float().cpu()]).to(x.device)
+    """White noise like images x (B, C, H, W): a function of the seed and of each image, whatever stands beside it."""
+    noise = []
+    for image in x.float().cpu().contiguous():
+        generator = torch.Generator().manual_seed(zlib.crc32(image.numpy().tobytes(), seed) + seed)
+        noise.append(torch.randn(image.shape, generator=generator))
+    return torch.stack(noise).to(x.device)
 
 
 class Translator:
-    """The student with the `finish.Finish` of every pair: x (B, C, H, W) of domains y_source -> y_target, (B, C, H, W), not clipped.
+    """The student with the `finish.Finish` of every pair: translates x (B, C, H, W), not clipped.
 
-    y_source, y_target: ints or (B,) int64. seed: of the noise that a translation gets where the target has more than the student leaves.
-    finished=False gives the student's own answer.
+    y_source, y_target: ints or (B,) int64. seed: of the noise that is added where the target has more than the
+    student leaves. finished=False gives the student's own answer.
     """
 
     def __init__(self, student, finishes):
@@ -188,7 +198,8 @@ class Translator:
 
     @torch.inference_mode()
     def __call__(self, x, y_source, y_target, seed=0, finished=True):
-        y_source, y_target = (torch.as_tensor(y, device=x.device).expand(len(x)) for y in (y_source, y_target))
+        y_source = torch.as_tensor(y_source, device=x.device).expand(len(x))
+        y_target = torch.as_tensor(y_target, device=x.device).expand(len(x))
         same = (y_source == y_target).view(-1, 1, 1, 1)  # never taught: such an image stays as it is
         out = torch.where(same, x, self.student(x, y_source, y_target))
         if not finished:
@@ -210,20 +221,25 @@ def restore(state, device="cpu", path="the checkpoint"):
     """The Translator of Translator.state(). Raises UserError naming the first tensor that does not fit."""
     student = Student(Shape(**state["shape"])).to(device)
     checkpoint.load_weights(student, state["weights"], path)
-    finishes = {tuple(map(int, pair.split())): finish.restore(part) for pair, part in state["finishes"].items()}
+    finishes = {}
+    for pair, part in state["finishes"].items():
+        s, t = map(int, pair.split())
+        finishes[s, t] = finish.restore(part)
     return Translator(student.eval().requires_grad_(False), finishes)
 
 
 def teach(model, dataset, count, steps, tau, how, dtype, device, seed=0, say=lambda what: quiet):
-    """The Translator that `model`, a trained flow, has taught on `count` training images of each domain of a Dataset.
+    """The Translator that `model`, a trained flow, has taught on `count` training images of each domain.
 
-    tau and how (steps, solver, end, colour, x0): of the teacher's lessons. dtype: of the arithmetic. say(what): a function of (done, total).
+    tau, how (steps, solver, end, colour, x0): of the lessons. steps: of the student's optimizer. dtype: of the
+    arithmetic. say(what): a function of (done, total).
     """
     images = spread_out(dataset, count)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         answers = lessons(model, images, tau, say("the teacher translates"), **how)
     shape = shape_for(dataset.size, len(dataset.domains), dataset.channels)
-    student = learn(shape, images, answers, steps, seed=seed, dtype=dtype, device=device, say=say("the student learns"))
+    student = learn(shape, images, answers, steps, seed=seed, dtype=dtype, device=device,
+                    say=say("the student learns"))
     enough = min(finish.IMAGES, max(map(len, dataset.train)))
     finishes = finish.fit(student, spread_out(dataset, enough), dtype, say("its finish"))
     return Translator(student, finishes)

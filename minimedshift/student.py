@@ -1,14 +1,14 @@
 """The student: what the flow does mostly, learned by a small local network that needs one evaluation.
 
 Why should it be better than its teacher? The flow's errors are rare and large: it redraws an outline some pixels
-off. But what differs between two domains is local: a grey value there follows from the grey values near it here. So
-the student sees a neighbourhood only. Places that look alike get the same answer, and the student cannot know where
-the teacher would move an outline. What remains is the median of all its lessons, which rare errors do not move:
+off, here in one head and there in another. Nothing near a pixel tells where, so a small network cannot learn it.
+What remains is the median of all its lessons, which rare errors do not move:
 
     student(x, s, t) = argmin_f  E | f(x) - teacher(x, s, t) |          over training images x of domain s
 
-With the L2 loss it would be the mean, which they do move. With a wide view it would learn to redraw outlines as
-well. RESULTS.md has both.
+With the L2 loss it would be the mean, which they do move. What differs between two domains is local, so the student
+may be: it has no attention and sees a neighbourhood. A view of 16 pixels is too narrow; one as wide as the image does
+not hurt at this size (RESULTS.md).
 
 A median has no noise of its own. And a tone that is wrong in all lessons stays wrong. finish.py mends both.
 """

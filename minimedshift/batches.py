@@ -1,7 +1,7 @@
 """What each training step is given: noise, images and labels, paired by the coupling.
 
 All of it is a function of (seed, step): nothing has to be saved, and a resumed run sees what the stopped one
-would have seen. A plan may be made over several steps at once (--ot-batch), and again after a stop among them.
+would have seen. A plan may be made over several steps at once (--ot-batch); a resumed run makes it again.
 """
 
 import hashlib
@@ -84,7 +84,6 @@ def batches(dataset, config, device, first=0, dtype=torch.float32):
     eps = 2 * config.sigma**2
 
     def window(start):
-        """What is random in the steps of one plan, joined."""
         steps = [draw(dataset, config, step, device) for step in range(start, start + config.ot_batch)]
         return [torch.cat(parts) for parts in zip(*steps)]
 
@@ -169,15 +168,15 @@ class Stopwatch:
             return lambda: seconds
         end = self.stream.record_event(torch.cuda.Event(enable_timing=True))
 
-        def seconds_on_gpu():
+        def measured():
             end.synchronize()
             return self.start.elapsed_time(end) / 1000 / steps
 
-        return seconds_on_gpu
+        return measured
 
 
 def ahead(items, device):
-    """The same items, each made while the one before is in use: in a thread, on a CUDA stream of its own."""
+    """The same items, each made in a thread (CUDA: on its own stream) while the one before is in use."""
     cuda = device.type == "cuda"
     stream = torch.cuda.Stream() if cuda else None
     if cuda:

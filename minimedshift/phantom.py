@@ -1,11 +1,9 @@
-"""A head phantom under five kinds of X-ray physics.
+"""A head phantom under five kinds of X-ray physics. All domains are simulated.
 
-The same head can be drawn in every domain, so translation has a ground truth.
-
-Read it top to bottom. The head is a table of ellipsoids and capsules (PARTS). `Head` varies, poses and frames
-that table. `project` finds how many centimetres of bone, soft tissue and brain each ray crosses. A chain of
-short functions (attenuate, add_scatter, blur, add_quantum_noise, enhance, lookup) makes a picture of them.
-All domains are simulated.
+The same head can be drawn in every domain, so translation has a ground truth. Read it top to bottom. The
+head is a table of ellipsoids and capsules (PARTS). `Head` varies, poses and frames that table. `project`
+finds how many centimetres of bone, soft tissue and brain each ray crosses. A chain of short functions
+(attenuate, add_scatter, blur, add_quantum_noise, enhance, lookup) makes a picture of them.
 
 Head coordinates in cm: x to the side, y to the front, z up; origin at the centre of the cranium.
 """
@@ -152,10 +150,7 @@ def teeth():
 
 
 def vault_lines():
-    """Rows for sutures in mid-bone and vessel grooves on its inside: chains of thin capsules.
-
-    Sutures zigzag: the ends of each capsule are moved by `wiggle`, to the front and to the back.
-    """
+    """Rows for sutures in mid-bone (zigzags) and vessel grooves on its inside: chains of thin capsules."""
     angles = np.linspace(.02, 1, 10)
     coronal = [(math.sin(a), .28 - .1 * a, math.cos(a)) for a in 1.75 * angles]
     lambdoid = [(math.sin(a), -.85 - .15 * a, .55 * math.cos(a)) for a in 1.2 * angles]
@@ -431,13 +426,10 @@ def geometry(heads):
 
 
 def boxes(g, field, size):
-    """Pixel boxes (B, K, 4) outside which a part misses every ray: first and last row, first and last column.
-
-    The last ones are exclusive. A box holds the silhouettes of the balls at both ends of the segment.
-    """
+    """Pixel boxes (B, K, 4) round the parts: first and last row, first and last column (exclusive)."""
     axis = np.linalg.inv(np.stack([g["mu"], g["mv"], g["mw"]], -1))[..., 2]  # own z axis in camera space
     ends = []
-    for end in (-1., 1.):
+    for end in (-1., 1.):  # the balls at both ends of the segment
         e = outline(g["mu"], g["mv"], g["mw"], g["centre"] + axis * (end * PARTS["length"])[:, None])
         A, Q, uc, vc = e["A"], e["Q"], e["uc"], e["vc"]
         # A - Q >= 0 is an ellipse, x^T H x - 2 n.x <= A_0
@@ -634,11 +626,7 @@ def check_domain(domain):
 
 
 def each(function, x):
-    """function(x), on a CPU one image of x (B, 1, H, W) at a time.
-
-    There exp and log round differently at the end of an array: an image's bytes would depend on its place in
-    the batch.
-    """
+    """function(x), on a CPU image by image: there exp and log round differently at the end of an array."""
     if x.is_cuda or len(x) == 1:
         return function(x)
     return torch.stack([function(image) for image in x])
@@ -694,10 +682,7 @@ def fine_bone(bone, heads, exposure=0, strength=1.):
 
 
 def attenuate(materials, mu=MU, spectrum=SPECTRUM):
-    """Transmission (B, 1, H, W) behind line integrals (B, 3, H, W) in cm.
-
-    Beer-Lambert per energy: P = sum_b w_b exp(-sum_m mu_mb L_m).
-    """
+    """Transmission (B, 1, H, W): Beer-Lambert per energy, P = sum_b w_b exp(-sum_m mu_mb L_m), L in cm."""
     total = 0
     for b, weight in enumerate(spectrum):
         path = sum(materials[:, m:m + 1] * -mu[m][b] for m in range(3))

@@ -75,10 +75,7 @@ def render_pairs(folder, start, size, count, split, seed, prior, decoys):
 
 
 def render_part(folder, part, parts, jobs):
-    """Do every `parts`-th of `jobs`, from number `part` on; a generator of the number of images just done.
-
-    A job is [function's name, its arguments after `folder`].
-    """
+    """Do every `parts`-th job, [function's name, arguments after `folder`]; yield how many images it made."""
     for name, arguments in jobs[part::parts]:
         yield globals()[name](folder, *arguments)
 

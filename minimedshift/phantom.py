@@ -1,8 +1,9 @@
-"""A head phantom under five kinds of X-ray physics: the same head in each domain, so translation has a ground truth.
+"""A head phantom under five kinds of X-ray physics. All domains are simulated.
 
-Read it top to bottom: the head is a table of ellipsoids and capsules (PARTS), `Head` jitters, poses and frames that table,
-`project` finds how many centimetres of bone, soft tissue and brain each ray crosses, and a chain of one-idea functions
-(attenuate, add_scatter, blur, add_quantum_noise, enhance, lookup) turns those into a picture. All domains are simulated.
+The same head can be drawn in every domain, so translation has a ground truth. Read it top to bottom. The
+head is a table of ellipsoids and capsules (PARTS). `Head` varies, poses and frames that table. `project`
+finds how many centimetres of bone, soft tissue and brain each ray crosses. A chain of short functions
+(attenuate, add_scatter, blur, add_quantum_noise, enhance, lookup) makes a picture of them.
 
 Head coordinates in cm: x to the side, y to the front, z up; origin at the centre of the cranium.
 """
@@ -16,17 +17,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-VERSION = 2  # of anatomy, priors and physics: they change only together with this number, and numbers measured before are then old
+# Version of anatomy, priors and physics. They change only together with it; older measurements are then void.
+VERSION = 2
 DOMAINS = ("synthetic-low", "synthetic-high", "real-low", "real-normal", "real-exposure")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Anatomy as data. Overlaps add: the density of a material at a point is the sum over all parts that contain the point,
-# so a hollow is a part with negative density. What each kind of part adds:  (bone, soft tissue, brain), 1 = full density.
+# ------------------------------------------------------------------------------------------------------------
+# Anatomy as data. Overlaps add: the density of a material at a point is the sum over all parts that contain
+# the point, so a hollow is a part with negative density.
+# What each kind of part adds: (bone, soft tissue, brain), 1 = full density.
 
 FILLS = {
     "flesh": (0., 1., 0.), "fat": (0., -.4, 0.), "air": (0., -1., 0.),
     "skull": (1., -1., 0.), "diploe": (-.7, 0., 0.), "table": (.7, 0., 0.), "brain": (-1., 0., 1.),
-    "bone": (.8, -.7, 0.), "hollow": (-.8, .7, 0.), "cortex": (1.15, -1., 0.), "sinus": (-.8, -.3, 0.), "void": (-.6, 0., 0.),
+    "bone": (.8, -.7, 0.), "hollow": (-.8, .7, 0.), "cortex": (1.15, -1., 0.),
+    "sinus": (-.8, -.3, 0.), "void": (-.6, 0., 0.),
     "petrous": (.9, 0., -.9), "root": (.5, -.4, 0.), "enamel": (.9, -.1, 0.),
     "suture": (-.55, 0., 0.), "groove": (-.4, 0., 0.),      # fine lines, in the real domains only
 }
@@ -36,12 +40,15 @@ FINE_FILLS = ("suture", "groove")
 # Four planes hinged on one axis slice the head like a cake, so that flesh is never counted twice:
 # vault front | face | neck | vault back.
 HINGE = (-1.0, -6.6)
-BASE, THROAT, NAPE = 31.0, -46.0, 178.0  # skull base, chin to throat, occiput to nape: directions from the hinge, degrees
+# directions from the hinge in degrees: to the skull base, from chin to throat, from occiput to nape
+BASE, THROAT, NAPE = 31.0, -46.0, 178.0
 
 
 def plane(degrees, side):
-    """Half-space n.x <= h as (nx, ny, nz, h), n a unit vector, h in cm; its plane leaves the hinge in a (y, z) direction, and side +1
-    keeps what is clockwise of it."""
+    """Half-space n.x <= h as (nx, ny, nz, h): n is a unit vector, h in cm.
+
+    Its plane leaves the hinge in a (y, z) direction; side +1 keeps what is clockwise of it.
+    """
     a = math.radians(degrees)
     ny, nz = -side * math.sin(a), side * math.cos(a)
     return (0., ny, nz, ny * HINGE[0] + nz * HINGE[1])
@@ -58,23 +65,26 @@ ABOVE, BELOW = plane(BASE, -1), plane(BASE, +1)
 FACE, NECK = plane(THROAT, -1), plane(THROAT, +1)
 OCCIPUT, NUCHAL = plane(NAPE, +1), plane(NAPE, -1)
 
-# The vault is two half ellipsoids, long in front and short behind, widest at the parietal bones where they meet.
+# The vault is two half ellipsoids, long in front, short behind, widest at the parietal bones where they meet.
 VAULT_CENTRE, VAULT_FRONT, VAULT_BACK = (0., -1., 0.), (7.1, 9.5, 7.0), (7.1, 8.3, 7.0)
-VAULT_LAYERS = (("skull", 0.), ("diploe", .27), ("table", .75), ("brain", 1.))  # fill, depth as a share of the bone's thickness
+# fill, depth as a share of the bone's thickness
+VAULT_LAYERS = (("skull", 0.), ("diploe", .27), ("table", .75), ("brain", 1.))
 
-# group, fill, centre, semi-axes, tilt in degrees about x, y, z, and up to two vectors: what lies beyond centre + vector is cut off.
-# A part with x > 0 comes with its mirror image.
+# group, fill, centre, semi-axes, tilt in degrees about x, y, z, and up to two vectors: what lies beyond
+# centre + vector is cut off. A part with x > 0 comes with its mirror image.
 ELLIPSOIDS = [
-    ("face", "bone",   (3.2, 6.4, -3.0), (2.1, 2.7, 1.98), (8, 0, -20), (.45, -.1, 1.62), (-.5, .15, -1.66)),    # orbit: wall and rim,
-    ("face", "hollow", (3.3, 6.9, -3.0), (1.92, 2.8, 1.8), (8, 0, -20), (.43, -.1, 1.53), (-.47, .14, -1.55)),  # hollow, fat; roof
-    ("face", "fat",    (3.2, 6.6, -3.0), (1.85, 2.3, 1.73), (8, 0, -20), (.41, -.1, 1.47), (-.45, .13, -1.49)),  # and floor slope
+    # orbit: wall and rim, hollow, fat; roof and floor slope
+    ("face", "bone",   (3.2, 6.4, -3.0), (2.1, 2.7, 1.98), (8, 0, -20), (.45, -.1, 1.62), (-.5, .15, -1.66)),
+    ("face", "hollow", (3.3, 6.9, -3.0), (1.92, 2.8, 1.8), (8, 0, -20), (.43, -.1, 1.53), (-.47, .14, -1.55)),
+    ("face", "fat",   (3.2, 6.6, -3.0), (1.85, 2.3, 1.73), (8, 0, -20), (.41, -.1, 1.47), (-.45, .13, -1.49)),
     ("face", "bone",   (3.9, 4.4, -3.3), (.16, 2.2, 1.9), (0, 0, -35)),     # greater wing of the sphenoid
     ("face", "void",   (1.1, 8.0, -.7), (1.1, .35, .9), (0, 15, 0)),        # frontal sinus
     ("face", "bone",   (.9, 5.4, -3.1), (.85, 2.0, 1.4), (0, 0, 0)),        # ethmoid and its cells
     ("face", "sinus",  (.9, 5.4, -3.1), (.65, 1.8, 1.2), (0, 0, 0)),
     ("face", "bone",   (0, 2.8, -4.8), (2.3, 1.5, 1.0), (-20, 0, 0)),       # sphenoid and its sinus
     ("face", "sinus",  (.75, 3.0, -4.8), (.65, 1.1, .75), (-20, 0, 0)),
-    ("face", "bone",   (2.6, 6.0, -5.7), (1.5, 2.2, 1.85), (-12, 20, 15), (-.25, .1, 1.45), (.85, .8, -.85)),  # maxilla and its sinus
+    # maxilla and its sinus
+    ("face", "bone",   (2.6, 6.0, -5.7), (1.5, 2.2, 1.85), (-12, 20, 15), (-.25, .1, 1.45), (.85, .8, -.85)),
     ("face", "sinus",  (2.6, 5.9, -5.6), (1.3, 1.9, 1.6), (-12, 20, 15), (-.22, .1, 1.2), (.72, .65, -.72)),
     ("face", "root",   (0, 6.4, -7.2), (2.6, 2.1, .6), (0, 0, 0)),         # alveolar ridge, hard palate
     ("face", "bone",   (0, 4.6, -6.9), (2.2, 2.6, .12), (0, 0, 0)),
@@ -98,7 +108,7 @@ ELLIPSOIDS = [
 # group, fill, one end, other end, radii (sideways, across)
 CAPSULES = [
     ("face", "bone", (5.5, 5.0, -4.9), (6.1, .8, -4.6), (.2, .38)),        # zygomatic arch
-    ("face", "bone", (5.0, 6.1, -4.3), (4.9, 6.3, -1.5), (.35, .35)),       # orbital rims: lateral, upper, lower
+    ("face", "bone", (5.0, 6.1, -4.3), (4.9, 6.3, -1.5), (.35, .35)),    # orbital rims: lateral, upper, lower
     ("face", "bone", (1.6, 8.0, -1.4), (4.6, 7.0, -1.2), (.33, .33)),
     ("face", "bone", (1.7, 7.9, -4.8), (4.5, 6.8, -4.9), (.28, .28)),
     ("face", "bone", (.25, 8.6, -2.0), (.35, 9.3, -3.4), (.16, .22)),       # nasal bone
@@ -129,7 +139,8 @@ def spine(levels=5):
 def teeth():
     """Rows for 28 teeth along the dental arch, each a root and an enamel crown."""
     rows = []
-    arch = ((.42, 8.0, .40), (1.15, 7.75, .33), (1.75, 7.25, .36), (2.2, 6.6, .33), (2.55, 5.9, .34), (2.85, 5.0, .48), (3.05, 3.9, .46))
+    arch = ((.42, 8.0, .40), (1.15, 7.75, .33), (1.75, 7.25, .36), (2.2, 6.6, .33),
+            (2.55, 5.9, .34), (2.85, 5.0, .48), (3.05, 3.9, .46))                 # x, y, half width
     for x, y, w in arch:
         rows += [("teeth", "root", (x, y - .1, -7.2), (.8 * w, .3, 1.1), (5, 0, 0)),
                  ("teeth", "enamel", (x, y, -8.15), (w, .36, .48), (0, 0, 0)),
@@ -139,27 +150,37 @@ def teeth():
 
 
 def vault_lines():
-    """Rows for sutures in mid-bone and vessel grooves on its inside: zigzag chains of thin capsules round the vault's centre."""
+    """Rows for sutures in mid-bone (zigzags) and vessel grooves on its inside: chains of thin capsules."""
     angles = np.linspace(.02, 1, 10)
-    lines = [("suture", .012, [(math.sin(a), .28 - .1 * a, math.cos(a)) for a in 1.75 * angles]),             # coronal
-             ("suture", .015, [(math.sin(a), -.85 - .15 * a, .55 * math.cos(a)) for a in 1.2 * angles]),      # lambdoid
-             ("suture", 0., [(0., math.sin(a), math.cos(a)) for a in np.linspace(.28, -1.05, 11)])]           # sagittal
-    for front, up in ((.1, 1.2), (-.6, 1.), (-.9, .6)):                                                       # branches of an artery
-        lines.append(("groove", 0., [(1., .25 + front * t, -.45 + up * t) for t in np.linspace(0, 1, 6)]))
+    coronal = [(math.sin(a), .28 - .1 * a, math.cos(a)) for a in 1.75 * angles]
+    lambdoid = [(math.sin(a), -.85 - .15 * a, .55 * math.cos(a)) for a in 1.2 * angles]
+    sagittal = [(0., math.sin(a), math.cos(a)) for a in np.linspace(.28, -1.05, 11)]
+    lines = [("suture", .012, coronal), ("suture", .015, lambdoid), ("suture", 0., sagittal)]
+    for front, up in ((.1, 1.2), (-.6, 1.), (-.9, .6)):                          # branches of an artery
+        branch = [(1., .25 + front * t, -.45 + up * t) for t in np.linspace(0, 1, 6)]
+        lines.append(("groove", 0., branch))
+
+    def on_vault(direction, share):
+        """The point that lies in this direction, at a share of the vault's semi-axes."""
+        axes = VAULT_FRONT if direction[1] > 0 else VAULT_BACK
+        return VAULT_CENTRE + share * direction / np.linalg.norm(direction) * axes
+
     rows = []
     for fill, wiggle, points in lines:
         share, radius = (.955, .085) if fill == "suture" else (.935, .11)
-        for i, ends in enumerate(zip(points, points[1:])):
-            ends = [np.add(d, (0, sign * (-1) ** i * wiggle, 0)) for sign, d in zip((1, -1), ends)]
-            ends = [VAULT_CENTRE + share * d / np.linalg.norm(d) * (VAULT_FRONT if d[1] > 0 else VAULT_BACK) for d in ends]
-            rows.append(("vault", fill, *ends, (radius, radius)))
+        for i, (start, end) in enumerate(zip(points, points[1:])):
+            move = (-1) ** i * wiggle
+            a = on_vault(np.add(start, (0, move, 0)), share)
+            b = on_vault(np.add(end, (0, -move, 0)), share)
+            rows.append(("vault", fill, a, b, (radius, radius)))
     return rows
 
 
 def euler(degrees):
     """Rotation matrices (..., 3, 3) for angles (..., 3) in degrees about x, then y, then z."""
     a = np.radians(np.asarray(degrees, float))
-    (cx, cy, cz), (sx, sy, sz) = np.moveaxis(np.cos(a), -1, 0), np.moveaxis(np.sin(a), -1, 0)
+    cx, cy, cz = np.moveaxis(np.cos(a), -1, 0)
+    sx, sy, sz = np.moveaxis(np.sin(a), -1, 0)
     rows = [cz * cy, cz * sy * sx - sz * cx, cz * sy * cx + sz * sx,
             sz * cy, sz * sy * sx + cz * cx, sz * sy * cx - cz * sx,
             -sy, cy * sx, cy * cx]
@@ -169,8 +190,9 @@ def euler(degrees):
 def build_parts():
     """All parts as arrays: what `Head` varies and poses.
 
-    Part k is {x : y = axes^-1 rotation^T (x - centre) lies within distance 1 of the segment |y_z| <= length}, cut by up to two
-    half-spaces n.x <= h. length 0 is an ellipsoid. Mirror pairs share `pair`, so that they vary together.
+    Part k is {x : y = axes^-1 rotation^T (x - centre) lies within distance 1 of the segment |y_z| <= length},
+    cut by up to two half-spaces n.x <= h. length 0 is an ellipsoid.
+    Mirror pairs share `pair`, so that they vary together.
     """
     no_cut = (0., 0., 0., 1.)
     parts, twins = [], 0
@@ -178,10 +200,14 @@ def build_parts():
     def add(group, fill, centre, axes, rotation, length=0., cuts=(), depth=0.):
         nonlocal twins
         cuts = (tuple(cuts) + (no_cut, no_cut))[:2]
-        for side in (1., -1.) if centre[0] > 0 else (1.,):
-            flip, mirror = np.diag([side, 1., 1.]), np.array([side, 1., 1., 1.])
-            parts.append(dict(group=group, fill=FILL_NAMES.index(fill), centre=flip @ np.array(centre, float), axes=axes,
-                              rotation=flip @ rotation @ flip, length=length, cuts=cuts * mirror, depth=depth, pair=twins, side=side))
+        sides = (1., -1.) if centre[0] > 0 else (1.,)
+        for side in sides:
+            flip = np.diag([side, 1., 1.])
+            mirror = np.array([side, 1., 1., 1.])
+            parts.append(dict(
+                group=group, fill=FILL_NAMES.index(fill), centre=flip @ np.array(centre, float), axes=axes,
+                rotation=flip @ rotation @ flip, length=length, cuts=cuts * mirror, depth=depth,
+                pair=twins, side=side))
         twins += 1
 
     eye = np.eye(3)
@@ -191,19 +217,23 @@ def build_parts():
     for fill, depth in VAULT_LAYERS:
         add("vault", fill, VAULT_CENTRE, VAULT_FRONT, eye, cuts=(FRONT, ABOVE), depth=depth)
         add("vault", fill, VAULT_CENTRE, VAULT_BACK, eye, cuts=(BACK,), depth=depth)
-    for fill, depth in (VAULT_LAYERS[0], VAULT_LAYERS[-1]):                               # the two hollows under the temporal lobes
-        add("vault", fill, (2.9, 2.4, -4.55), (2.4, 3.6, 1.9), euler((BASE, 0, 0)), cuts=(BELOW,), depth=depth)
+    for fill, depth in (VAULT_LAYERS[0], VAULT_LAYERS[-1]):  # the two hollows under the temporal lobes
+        tilt = euler((BASE, 0, 0))
+        add("vault", fill, (2.9, 2.4, -4.55), (2.4, 3.6, 1.9), tilt, cuts=(BELOW,), depth=depth)
     more_ellipsoids, more_capsules = spine()
     for group, fill, centre, axes, tilt, *ends in ELLIPSOIDS + more_ellipsoids + teeth():
         add(group, fill, centre, axes, euler(tilt), cuts=[beyond(centre, end) for end in ends])
     for group, fill, a, b, radii in CAPSULES + more_capsules + vault_lines():
         a, b = np.array(a, float), np.array(b, float)
-        along = (b - a) / np.linalg.norm(b - a)
-        across = np.cross((0., 1., 0.) if abs(along[0]) > .9 else (1., 0., 0.), along)
+        distance = np.linalg.norm(b - a)
+        along = (b - a) / distance
+        sideways = (0., 1., 0.) if abs(along[0]) > .9 else (1., 0., 0.)          # not parallel to the capsule
+        across = np.cross(sideways, along)
         across /= np.linalg.norm(across)
         rotation = np.stack([np.cross(across, along), across, along], 1)
+        axes = (*radii, radii[0])
         cuts = (NECK, NUCHAL) if fill == "flesh" else ()
-        add(group, fill, (a + b) / 2, (*radii, radii[0]), rotation, np.linalg.norm(b - a) / 2 / radii[0], cuts)
+        add(group, fill, (a + b) / 2, axes, rotation, distance / 2 / radii[0], cuts)
     return {key: np.array([p[key] for p in parts]) for key in parts[0]}
 
 
@@ -212,8 +242,9 @@ CUTS = (PARTS["cuts"][:, :, :3] != 0).any(2).sum(1)
 CAPSULE = PARTS["length"] > 0
 FINE = np.isin(PARTS["fill"], [FILL_NAMES.index(fill) for fill in FINE_FILLS])
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Priors: how heads, poses and frames are drawn. Angles in degrees, lengths in cm; (mean, spread) unless said otherwise.
+# ------------------------------------------------------------------------------------------------------------
+# Priors: how heads, poses and frames are drawn.
+# Angles in degrees, lengths in cm; (mean, spread) unless said otherwise.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,12 +259,23 @@ class Prior:
     spread: float           # of the anatomy, 1 = human range
 
 
-SHARED = Prior(turns=((.3, 0, 10), (.12, 90, 6), (.12, -90, 6), (.25, 45, 15), (.21, -45, 15)), tilt=(0, 11), roll=(0, 14), field=(10., 12.5),
-               shift=.9, skin=(.35, 1.1), ears=.5, spread=1.)
-SYNTHETIC = Prior(turns=((1., 0, 14),), tilt=(-3, 8), roll=(4, 11), field=(10.5, 12.5), shift=1.1, skin=(.5, 1.2), ears=.9, spread=1.2)
-REAL = Prior(turns=((.7, -58, 17), (.3, 58, 17)), tilt=(3, 9), roll=(14, 14), field=(9.8, 11.5), shift=1., skin=(.3, .8), ears=.2, spread=.7)
-OWN_PRIOR = {"synthetic-low": SYNTHETIC, "synthetic-high": dataclasses.replace(SYNTHETIC, roll=(-6, 10), tilt=(-6, 8)), "real-low": REAL,
-             "real-normal": REAL, "real-exposure": dataclasses.replace(REAL, roll=(4, 9), shift=.5, field=(10., 11.5))}
+SHARED = Prior(
+    turns=((.3, 0, 10), (.12, 90, 6), (.12, -90, 6), (.25, 45, 15), (.21, -45, 15)),
+    tilt=(0, 11), roll=(0, 14),
+    field=(10., 12.5), shift=.9, skin=(.35, 1.1), ears=.5, spread=1.)
+SYNTHETIC = Prior(
+    turns=((1., 0, 14),), tilt=(-3, 8), roll=(4, 11),
+    field=(10.5, 12.5), shift=1.1, skin=(.5, 1.2), ears=.9, spread=1.2)
+REAL = Prior(
+    turns=((.7, -58, 17), (.3, 58, 17)), tilt=(3, 9), roll=(14, 14),
+    field=(9.8, 11.5), shift=1., skin=(.3, .8), ears=.2, spread=.7)
+OWN_PRIOR = {
+    "synthetic-low": SYNTHETIC,
+    "synthetic-high": dataclasses.replace(SYNTHETIC, roll=(-6, 10), tilt=(-6, 8)),
+    "real-low": REAL,
+    "real-normal": REAL,
+    "real-exposure": dataclasses.replace(REAL, roll=(4, 9), shift=.5, field=(10., 11.5)),
+}
 SOURCE_DISTANCE = 75.       # cm from the X-ray source to the isocentre plane, in which pixels are measured
 
 
@@ -247,7 +289,7 @@ def derive_seed(*keys):
 
 
 def population(seed, domain, shift):
-    """The prior of training head `seed`: the domain's own for a share `shift` of the seeds, else None, the one that all domains share."""
+    """`domain` for a share `shift` of the training heads' seeds, else None, the population that all share."""
     return domain if derive_seed(seed, "population") < shift * 2**63 else None
 
 
@@ -255,9 +297,12 @@ def population(seed, domain, shift):
 class Head:
     """One anatomy, pose and frame, deterministic in (seed, prior, anatomy).
 
-    prior: a domain with a population of its own, None for the one that all share. anatomy: the seed of the body, if not the head's own.
-    Camera coordinates: pixel (u, v) of the isocentre plane, third axis away from the source at (0, 0, -SOURCE_DISTANCE); cm.
-    matrix (K, 3, 3) takes camera space to each part's own space, centre (K, 3), cuts (K, 2, 4); field: half the frame's side.
+    prior: a domain with a population of its own, or None for the one that all share.
+    anatomy: the seed of the body, if not the head's own.
+    matrix (K, 3, 3) takes camera space to each part's own space, centre (K, 3), cuts (K, 2, 4).
+    field: half the frame's side.
+    Camera coordinates in cm: (u, v) is the pixel's place in the isocentre plane; the third axis points away
+    from the source, which is at (0, 0, -SOURCE_DISTANCE).
     """
     seed: int
     prior: str | None = None
@@ -271,12 +316,15 @@ class Head:
     def __post_init__(self):
         if self.prior is not None:
             check_domain(self.prior)
-        object.__setattr__(self, "seed", int(self.seed))                                  # numpy integers would hash differently
-        prior, person = OWN_PRIOR.get(self.prior, SHARED), self.seed if self.anatomy is None else int(self.anatomy)
+        object.__setattr__(self, "seed", int(self.seed))  # numpy integers would hash differently
+        prior = OWN_PRIOR.get(self.prior, SHARED)
+        person = self.seed if self.anatomy is None else int(self.anatomy)
         anatomy = vary(np.random.default_rng(derive_seed(person, "anatomy", self.prior)), prior)
+
         rng = np.random.default_rng(derive_seed(self.seed, "view", self.prior))
-        turn = prior.turns[rng.choice(len(prior.turns), p=[w for w, _, _ in prior.turns])]
-        view = tuple(m + s * float(np.clip(rng.standard_normal(), -2, 2)) for m, s in (turn[1:], prior.tilt, prior.roll))
+        _, *turn = prior.turns[rng.choice(len(prior.turns), p=[weight for weight, _, _ in prior.turns])]
+        view = tuple(mean + spread * float(np.clip(rng.standard_normal(), -2, 2))
+                     for mean, spread in (turn, prior.tilt, prior.roll))
         field = rng.uniform(*prior.field)
         shift = np.clip(rng.standard_normal(2), -2, 2) * prior.shift
         for name, value in zip(("matrix", "centre", "cuts"), place(*anatomy, view, shift)):
@@ -286,32 +334,43 @@ class Head:
 
 
 def vary(rng, prior):
-    """Draw one anatomy: the parts' matrix (K, 3, 3), centre (K, 3) and cuts (K, 2, 4) in head coordinates, cm."""
-    p, spread, n, cuts = PARTS, prior.spread, PARTS["pair"][-1] + 1, PARTS["cuts"].copy()
+    """Draw one anatomy: the parts' matrix (K, 3, 3), centre (K, 3), cuts (K, 2, 4); head coordinates, cm."""
+    p, spread = PARTS, prior.spread
+    count, pairs = len(p["pair"]), p["pair"][-1] + 1
     normal = lambda *shape: np.clip(rng.standard_normal(shape), -2.2, 2.2)
     rigid = np.isin(p["group"], ("vault", "skin"))[:, None]  # nested surfaces must stay nested
-    shift = .07 * spread * normal(n, 3)[p["pair"]] * np.stack([p["side"]] + [np.ones(len(p["side"]))] * 2, 1)
-    shift = shift * (p["centre"][:, :1] != 0) ** np.array([1, 0, 0]) + .02 * spread * normal(len(rigid), 3)
-    axes = p["axes"] * np.exp(.06 * spread * normal(n, 3)[p["pair"]] * ~rigid)
+
+    mirror = np.stack([p["side"], np.ones(count), np.ones(count)], 1)
+    shift = .07 * spread * normal(pairs, 3)[p["pair"]] * mirror
+    shift[p["centre"][:, 0] == 0, 0] = 0  # a part in the middle stays there but for what follows
+    shift = shift + .02 * spread * normal(count, 3)
+    axes = p["axes"] * np.exp(.06 * spread * normal(pairs, 3)[p["pair"]] * ~rigid)
     centre = p["centre"] + shift * ~rigid
 
-    thickness = np.array([.45, .55, .55]) * math.exp(.12 * spread * normal(1)[0])      # of the vault: side, front and back, top
+    # of the vault: side, front and back, top
+    thickness = np.array([.45, .55, .55]) * math.exp(.12 * spread * normal(1)[0])
     skin = rng.uniform(*prior.skin)
     depth = p["depth"][:, None]
     axes = axes - np.maximum(depth, 0) * thickness + np.maximum(-depth, 0) * skin
     axes[p["group"] == "ear"] *= 1. if rng.random() < prior.ears else 1e-3
 
     rotation = p["rotation"]
-    opening, nod = rng.uniform(0, 9) * spread, 7 * spread * normal(1)[0]
+    opening = rng.uniform(0, 9) * spread
+    nod = 7 * spread * normal(1)[0]
     for group, pivot, angle in (("jaw", (0, .4, -5.3), -opening), ("neck", (0, -1., -7.), nod)):
-        turn, mine = euler((angle, 0, 0)), p["group"] == group
+        turn = euler((angle, 0, 0))
+        mine = p["group"] == group
         centre[mine] = (centre[mine] - pivot) @ turn.T + pivot
         rotation = np.where(mine[:, None, None], turn @ rotation, rotation)
 
-    face = np.isin(p["group"], ("face", "jaw", "teeth"))[:, None]                      # long and short, broad and narrow faces
+    # long and short, broad and narrow faces; the cuts of the face move with their part
+    face = np.isin(p["group"], ("face", "jaw", "teeth"))[:, None]
     stretch = 1 + (np.array([.03, 0., .09]) + spread * np.array([.04, .0, .05]) * normal(3)) * face
     centre = (centre - (0, 0, -2.)) * stretch + (0, 0, -2.)
-    cuts[:, :, 3] += (cuts[:, :, :3] * (face * (centre - p["centre"]))[:, None]).sum(2)  # cuts of the face move with their part
+    moved = face * (centre - p["centre"])
+    cuts = p["cuts"].copy()
+    cuts[:, :, 3] += (cuts[:, :, :3] * moved[:, None]).sum(2)
+
     size = 1 + spread * (np.array([.035, .035, .035]) * normal(3) + .02 * normal(1))
     matrix = np.swapaxes(rotation, 1, 2) / axes[:, :, None] / (size * stretch)[:, None, :]
     cuts[:, :, :3] /= size
@@ -321,9 +380,9 @@ def vary(rng, prior):
 def place(matrix, centre, cuts, view, shift):
     """Turn, tilt and roll an anatomy and put it into the frame: head to camera coordinates, shapes kept."""
     turn, tilt, roll = view
-    upright = np.array([[1., 0, 0], [0, 0, 1.], [0, 1., 0]])                           # (x, y, z) -> (u, v, depth) of a frontal view
+    upright = np.array([[1., 0, 0], [0, 0, 1.], [0, 1., 0]])  # (x, y, z) -> (u, v, depth) of a frontal view
     pose = euler((0, 0, roll)) @ euler((tilt, 0, 0)) @ upright @ euler((0, 0, turn))
-    middle = pose @ np.array([0., .8, -3.0])                                           # what the frame is centred on
+    middle = pose @ np.array([0., .8, -3.0])  # what the frame is centred on
     move = np.array([shift[0], shift[1], 0.]) - middle
     cuts = cuts.copy()
     cuts[:, :, :3] = cuts[:, :, :3] @ pose.T
@@ -331,55 +390,67 @@ def place(matrix, centre, cuts, view, shift):
     return matrix @ pose.T, centre @ pose.T + move, cuts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Line integrals. A ray is x(t) = (u, v, 0) + t d, d = (u, v, D). In a part's own space it is y0 + t w with w = M d, and the
-# point of the ray level with the part's centre gives y0 = k (M_u du + M_v dv): linear in the distance from the projected centre.
+# ------------------------------------------------------------------------------------------------------------
+# Line integrals. A ray is x(t) = (u, v, 0) + t d, d = (u, v, D). In a part's own space: y0 + t w, w = M d.
+# The point of the ray level with the part's centre gives y0 = k (M_u du + M_v dv): linear in the distance
+# (du, dv) from the projected centre.
 
 
 def outline(mu, mv, mw, centre):
-    """The silhouette of ellipsoids as seen from the source: projected centre (uc, vc), level k, w there, and the polynomials A and Q.
+    """The silhouette of ellipsoids as seen from the source.
 
-    mu, mv, mw (B, K, 3) are the columns of each part's matrix, centre (B, K, 3). A = A0 + A1 du + A2 dv + A3 du^2 + A4 du dv + A5 dv^2.
+    mu, mv, mw (B, K, 3) are the columns of each part's matrix, centre (B, K, 3). Returns the projected centre
+    (uc, vc), the level k, w at the centre, and the coefficients of two polynomials in (du, dv):
+    A = A0 + A1 du + A2 dv + A3 du^2 + A4 du dv + A5 dv^2 and Q = Q0 du^2 + Q1 du dv + Q2 dv^2.
     """
     dot = lambda x, y: (x * y).sum(-1)
     k = 1 + centre[..., 2] / SOURCE_DISTANCE
     uc, vc = centre[..., 0] / k, centre[..., 1] / k
     wc = mu * uc[..., None] + mv * vc[..., None] + mw * SOURCE_DISTANCE
     a, b = np.cross(mu, wc) * k[..., None], np.cross(mv, wc) * k[..., None]
-    A = np.stack([dot(wc, wc), 2 * dot(mu, wc), 2 * dot(mv, wc), dot(mu, mu), 2 * dot(mu, mv), dot(mv, mv)], -1)
-    return dict(k=k, uc=uc, vc=vc, wc=wc, A=A, Q=np.stack([dot(a, a), 2 * dot(a, b), dot(b, b)], -1))
+    linear = [dot(wc, wc), 2 * dot(mu, wc), 2 * dot(mv, wc)]
+    square = [dot(mu, mu), 2 * dot(mu, mv), dot(mv, mv)]
+    A = np.stack(linear + square, -1)
+    Q = np.stack([dot(a, a), 2 * dot(a, b), dot(b, b)], -1)
+    return dict(k=k, uc=uc, vc=vc, wc=wc, A=A, Q=Q)
 
 
 def geometry(heads):
     """Everything about the parts that does not depend on the pixel, float64: a dict of arrays (B, K, ...)."""
-    m, centre, cuts = (np.stack([getattr(h, n) for h in heads]) for n in ("matrix", "centre", "cuts"))
-    mu, mv, mw = m[..., 0], m[..., 1], m[..., 2]
-    return dict(mu=mu, mv=mv, mw=mw, centre=centre, depth=centre[..., 2], cuts=cuts, **outline(mu, mv, mw, centre))
+    matrix = np.stack([head.matrix for head in heads])
+    centre = np.stack([head.centre for head in heads])
+    cuts = np.stack([head.cuts for head in heads])
+    mu, mv, mw = matrix[..., 0], matrix[..., 1], matrix[..., 2]
+    own = dict(mu=mu, mv=mv, mw=mw, centre=centre, depth=centre[..., 2], cuts=cuts)
+    return own | outline(mu, mv, mw, centre)
 
 
 def boxes(g, field, size):
-    """Pixel boxes (B, K, 4), first and last row, first and last column (exclusive), outside which a part misses every ray."""
-    sides = []
-    axis = np.linalg.inv(np.stack([g["mu"], g["mv"], g["mw"]], -1))[..., 2]              # own z axis in camera space
-    for end in (-1., 1.):                                                               # the balls at both ends of the segment
+    """Pixel boxes (B, K, 4) round the parts: first and last row, first and last column (exclusive)."""
+    axis = np.linalg.inv(np.stack([g["mu"], g["mv"], g["mw"]], -1))[..., 2]  # own z axis in camera space
+    ends = []
+    for end in (-1., 1.):  # the balls at both ends of the segment
         e = outline(g["mu"], g["mv"], g["mw"], g["centre"] + axis * (end * PARTS["length"])[:, None])
-        h11, h12, h22 = e["Q"][..., 0] - e["A"][..., 3], (e["Q"][..., 1] - e["A"][..., 4]) / 2, e["Q"][..., 2] - e["A"][..., 5]
-        n1, n2, det = e["A"][..., 1] / 2, e["A"][..., 2] / 2, h11 * h22 - h12 * h12               # A - Q >= 0 is x^T H x - 2 n.x <= A_0
+        A, Q, uc, vc = e["A"], e["Q"], e["uc"], e["vc"]
+        # A - Q >= 0 is an ellipse, x^T H x - 2 n.x <= A_0
+        h11, h12, h22 = Q[..., 0] - A[..., 3], (Q[..., 1] - A[..., 4]) / 2, Q[..., 2] - A[..., 5]
+        n1, n2 = A[..., 1] / 2, A[..., 2] / 2
+        det = h11 * h22 - h12 * h12
         x, y = (h22 * n1 - h12 * n2) / det, (h11 * n2 - h12 * n1) / det
-        r = e["A"][..., 0] + n1 * x + n2 * y
+        r = A[..., 0] + n1 * x + n2 * y
         du, dv = np.sqrt(r * h22 / det), np.sqrt(r * h11 / det)
-        sides.append((-(e["vc"] + y + dv), -(e["vc"] + y - dv), e["uc"] + x - du, e["uc"] + x + du))
-    (top, bottom, left, right), other = sides
-    box = np.stack([np.minimum(top, other[0]), np.maximum(bottom, other[1]), np.minimum(left, other[2]), np.maximum(right, other[3])], -1)
+        ends.append(np.stack([-(vc + y + dv), -(vc + y - dv), uc + x - du, uc + x + du], -1))
+    box = np.where([True, False, True, False], np.minimum(*ends), np.maximum(*ends))
     pixels = (box / field[:, None, None] + 1) / 2 * size
     return np.clip(np.round(pixels + (-1, 1, -1, 1)), 0, size).astype(int)
 
 
 def ellipsoid_spans(part, u, v, du, dv, cuts=0):
-    """Length in units of t of each ray inside ellipsoids, cut by the first `cuts` half-spaces: 2 sqrt(A - Q) / A when uncut.
+    """Length in units of t of each ray inside ellipsoids, cut by the first `cuts` half-spaces.
 
-    A = |w|^2 and Q = |y0 x w|^2 are quadratic in (du, dv), measured from the projected centre, where the cross product vanishes: being
-    linear it leaves Q no lower terms, and float32 loses nothing. part: tensors (N, ...); u, du (N, 1, cols); v, dv (N, rows, 1).
+    Uncut, 2 sqrt(A - Q) / A. A = |w|^2 and Q = |y0 x w|^2 are quadratic in (du, dv), measured from the
+    projected centre. There the cross product vanishes. It is linear, so Q has no lower terms: float32 loses
+    nothing. part: tensors (N, ...); u, du (N, 1, cols); v, dv (N, rows, 1).
     """
     a0, a1, a2, a3, a4, a5 = part["A"][:, :, None, None].unbind(1)
     q0, q1, q2 = part["Q"][:, :, None, None].unbind(1)
@@ -392,7 +463,7 @@ def ellipsoid_spans(part, u, v, du, dv, cuts=0):
     half = inside.clamp_(min=0).sqrt_().div_(area)
     if not cuts:
         return half.mul_(2)
-    middle = dv * (du * a4)                                                               # y0.w / A: where the ray is deepest inside
+    middle = dv * (du * a4)  # y0.w / A: where the ray is deepest inside
     middle += du * (du * a3 + a1 * .5)
     middle += dv * (dv * a5 + a2 * .5)
     middle.mul_(-part["k"][:, None, None]).div_(area)
@@ -400,11 +471,12 @@ def ellipsoid_spans(part, u, v, du, dv, cuts=0):
 
 
 def cut_spans(part, enter, leave, u, v, cuts):
-    """What is left of spans [enter, leave] in the first `cuts` half-spaces n.x <= h: length in units of t, at least 0."""
+    """What is left of spans [enter, leave] in the first `cuts` half-spaces n.x <= h, in units of t."""
+    k, depth = part["k"][:, None, None], part["depth"][:, None, None]
     for plane in part["cuts"].unbind(1)[:cuts]:
         nu, nv, nw, h = (plane[:, i, None, None] for i in range(4))
-        speed = nu * u + (nv * v + nw * SOURCE_DISTANCE)                                  # n.d
-        reach = (nu * u) * -part["k"][:, None, None] + (h - nw * part["depth"][:, None, None] - part["k"][:, None, None] * (nv * v))
+        speed = nu * u + (nv * v + nw * SOURCE_DISTANCE)  # n.d
+        reach = (nu * u) * -k + (h - nw * depth - k * (nv * v))
         reach.div_(speed)
         leaving = speed > 0
         leave = torch.minimum(leave, torch.where(leaving, reach, math.inf))
@@ -413,34 +485,38 @@ def cut_spans(part, enter, leave, u, v, cuts):
 
 
 def capsule_spans(part, u, v, du, dv, cuts=0):
-    """Length in units of t of each ray inside capsules: first entry into and last exit from two balls and the cylinder between them."""
-    y, w = [], []                                                                         # the ray in own space: y + t w
+    """Length in units of t of each ray inside capsules: two balls each and the cylinder between them."""
+    y, w = [], []  # the ray in own space: y + t w
     for i in range(3):
         move = part["mu"][:, i, None, None] * du + part["mv"][:, i, None, None] * dv
         y.append(part["k"][:, None, None] * move)
         w.append(move.add_(part["wc"][:, i, None, None]))
-    flat, flat_area = y[0] * w[0] + y[1] * w[1], w[0] * w[0] + w[1] * w[1]
-    area, across = flat_area + w[2] * w[2], y[0] * y[0] + y[1] * y[1] - 1
+    flat = y[0] * w[0] + y[1] * w[1]
+    flat_area = w[0] * w[0] + w[1] * w[1]
+    across = y[0] * y[0] + y[1] * y[1] - 1
+    area = flat_area + w[2] * w[2]
     enter, leave = torch.full_like(area, math.inf), torch.full_like(area, -math.inf)
     length = part["length"][:, None, None]
-    for z in (y[2] - length, y[2] + length):
+    for z in (y[2] - length, y[2] + length):  # the balls
         b = flat + z * w[2]
         half = (b * b - area * (across + z * z)).clamp_(min=0).sqrt_()
         hit = half > 0
         enter = torch.where(hit, torch.minimum(enter, (-b - half) / area), enter)
         leave = torch.where(hit, torch.maximum(leave, (half - b) / area), leave)
-    cross = y[0] * w[1] - y[1] * w[0]
+    cross = y[0] * w[1] - y[1] * w[0]  # the cylinder: a round wall and a slab
     half = (flat_area - cross * cross).clamp_(min=0).sqrt_()
     slab, reach = -y[2] / w[2], length / w[2].abs()
-    first, last = torch.maximum((-flat - half) / flat_area, slab - reach), torch.minimum((half - flat) / flat_area, slab + reach)
+    first = torch.maximum((-flat - half) / flat_area, slab - reach)
+    last = torch.minimum((half - flat) / flat_area, slab + reach)
     hit = (last > first) & (half > 0)
-    enter, leave = torch.where(hit, torch.minimum(enter, first), enter), torch.where(hit, torch.maximum(leave, last), leave)
+    enter = torch.where(hit, torch.minimum(enter, first), enter)
+    leave = torch.where(hit, torch.maximum(leave, last), leave)
     return cut_spans(part, enter, leave, u, v, cuts)
 
 
 @contextlib.contextmanager
 def one_thread():
-    """Run on one CPU thread: threads slow these thousands of small operations down, and would change the bytes. Use more processes."""
+    """Run on one CPU thread: more slow these many small operations down, and would change the bytes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -451,37 +527,54 @@ def one_thread():
 
 @one_thread()
 def project(heads, size, fine=False, device="cpu"):
-    """Line integrals through bone, soft tissue and brain, (B, 3, size, size), in cm of full density; fine adds sutures and grooves.
+    """Line integrals through bone, soft tissue and brain, (B, 3, size, size), in cm of full density.
 
-    Exact chords, cone beam. Parts of a kind and of similar size in the picture are worked out together as small patches, then added
-    in an order that depends on the head alone; only exactly rounded operations are used, so a head gets the same bytes in any company.
+    fine adds sutures and grooves. Exact chords, cone beam.
+    Parts of a kind and of similar size in the picture are worked out together as small patches, then added in
+    an order that depends on the head alone. Only exactly rounded operations are used: a head gets the same
+    bytes in any company.
     """
     g = geometry(heads)
     field = np.array([h.field for h in heads])
-    box = boxes(g, field, size)
-    extent = np.maximum(box[..., 1] - box[..., 0], box[..., 3] - box[..., 2])
-    extent[(box[..., 1] <= box[..., 0]) | (box[..., 3] <= box[..., 2]) | (FINE & (not fine))] = 0
-    grid = (np.arange(size) + .5) / size * 2 - 1                                          # pixel centres
+    grid = (np.arange(size) + .5) / size * 2 - 1  # pixel centres
     put = lambda x: torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(device)
+
+    box = boxes(g, field, size)
+    height, width = box[..., 1] - box[..., 0], box[..., 3] - box[..., 2]
+    extent = np.maximum(height, width)
+    extent[(height <= 0) | (width <= 0)] = 0
+    if not fine:
+        extent[:, FINE] = 0
+
     sums = torch.zeros(len(heads), len(FILLS), size, size, device=device)
+    on_cpu = sums.device.type == "cpu"
+    canvas = sums.numpy() if on_cpu else sums  # the same memory; small slices are quicker in numpy
     ladder = sorted({min(size, s) for s in (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, size)})
-    canvas = sums.numpy() if sums.device.type == "cpu" else sums                          # the same memory; small slices are quicker in numpy
+    needed = ("mu", "mv", "depth", "cuts", "k", "wc", "A", "Q")
     for side, below in zip(ladder, [0] + ladder):
         for capsule, cuts in itertools.product((False, True), range(3)):
-            b, k = np.nonzero((extent > below) & (extent <= side) & (CAPSULE == capsule) & (CUTS == cuts))
-            for some in np.array_split(np.arange(len(b)), -(-len(b) * side ** 2 // 2 ** 17)) if len(b) else ():
-                bb, kk = b[some], k[some]
-                row, col = (np.minimum(box[bb, kk, i], size - side) for i in (0, 2))
-                u, v = field[bb, None] * grid[col[:, None] + np.arange(side)], -field[bb, None] * grid[row[:, None] + np.arange(side)]
-                du, dv = u - g["uc"][bb, kk, None], v - g["vc"][bb, kk, None]
-                part = {n: put(x[bb, kk]) for n, x in g.items() if n not in ("uc", "vc", "centre", "mw")} | {"length": put(PARTS["length"][kk])}
+            kind = (CAPSULE == capsule) & (CUTS == cuts)
+            chosen = np.argwhere((extent > below) & (extent <= side) & kind)  # (n, 2): head and part
+            if not len(chosen):
+                continue
+            chunks = math.ceil(len(chosen) * side ** 2 / 2 ** 17)
+            for some in np.array_split(chosen, chunks):
+                b, k = some.T
+                row, col = np.minimum(box[b, k, 0], size - side), np.minimum(box[b, k, 2], size - side)
+                u = field[b, None] * grid[col[:, None] + np.arange(side)]
+                v = -field[b, None] * grid[row[:, None] + np.arange(side)]
+                du, dv = u - g["uc"][b, k, None], v - g["vc"][b, k, None]
                 rays = put(u[:, None, :]), put(v[:, :, None]), put(du[:, None, :]), put(dv[:, :, None])
-                spans = (capsule_spans if capsule else ellipsoid_spans)(part, *rays, cuts)
-                spans = spans.numpy() if sums.device.type == "cpu" else spans
-                for span, head, fill, r, c in zip(spans, bb.tolist(), PARTS["fill"][kk].tolist(), row.tolist(), col.tolist()):
+                part = {name: put(g[name][b, k]) for name in needed}
+                part["length"] = put(PARTS["length"][k])
+                spans = capsule_spans(part, *rays, cuts) if capsule else ellipsoid_spans(part, *rays, cuts)
+                spans = spans.numpy() if on_cpu else spans
+                places = zip(b.tolist(), PARTS["fill"][k].tolist(), row.tolist(), col.tolist())
+                for span, (head, fill, r, c) in zip(spans, places):
                     canvas[head, fill, r:r + side, c:c + side] += span
+
     u, v = put(field[:, None] * grid)[:, None, :], put(-field[:, None] * grid)[:, :, None]
-    slant = (u * u + v * v + SOURCE_DISTANCE ** 2).sqrt_()                                # |d|: from t to cm
+    slant = (u * u + v * v + SOURCE_DISTANCE ** 2).sqrt_()  # |d|: from t to cm
     materials = torch.zeros(len(heads), 3, size, size, device=device)
     for fill, weights in enumerate(FILLS.values()):
         for m in np.flatnonzero(weights):
@@ -489,13 +582,15 @@ def project(heads, size, fine=False, device="cpu"):
     return (materials * slant[:, None]).clamp_(min=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Physics. Images (B, 1, H, W); transmission 1 in air; the log image p = -ln(transmission) is 0 in air and about 4 behind a head.
+# ------------------------------------------------------------------------------------------------------------
+# Physics. Images (B, 1, H, W); transmission is 1 in air.
+# The log image p = -ln(transmission) is 0 in air and about 4 behind a head.
 
 ENERGIES = (30, 40, 49.6, 60.6, 74.7)           # keV, five bins for 90 kV, 4 mm Al, a 600 um CsI detector
 SPECTRUM = (.118, .227, .239, .285, .131)
-MU = ((2.81, 1.32, .840, .605, .468), (.432, .290, .243, .217, .199), (.425, .286, .239, .214, .196))   # per cm: bone, soft, brain
-MU_60 = ((.605,), (.217,), (.217,))             # one energy, brain like soft tissue: what a simple simulator does
+# attenuation per cm: bone, soft tissue, brain
+MU = ((2.81, 1.32, .840, .605, .468), (.432, .290, .243, .217, .199), (.425, .286, .239, .214, .196))
+MU_60 = ((.605,), (.217,), (.217,))             # one energy, brain like soft tissue, as in a simple simulator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -515,9 +610,12 @@ class Physics:
 PHYSICS = {
     "synthetic-low": Physics(dose=900, full=False, slope=.20),
     "synthetic-high": Physics(dose=5000, full=False, slope=.20),
-    "real-low": Physics(dose=2000, electronic=3., scatter=.2, width=.9, coarse=2.2, fine=2.3, rest=.20, slope=.44, air=.9),
-    "real-normal": Physics(dose=15000, electronic=3., scatter=.2, width=.5, coarse=2.2, fine=2.3, rest=.20, slope=.44, air=.9),
-    "real-exposure": Physics(dose=60000, electronic=3., scatter=.16, width=.4, coarse=.6, fine=4.5, rest=.36, slope=.42, air=.72),
+    "real-low": Physics(
+        dose=2000, electronic=3., scatter=.2, width=.9, coarse=2.2, fine=2.3, rest=.20, slope=.44, air=.9),
+    "real-normal": Physics(
+        dose=15000, electronic=3., scatter=.2, width=.5, coarse=2.2, fine=2.3, rest=.20, slope=.44, air=.9),
+    "real-exposure": Physics(
+        dose=60000, electronic=3., scatter=.16, width=.4, coarse=.6, fine=4.5, rest=.36, slope=.42, air=.72),
 }
 
 
@@ -528,13 +626,14 @@ def check_domain(domain):
 
 
 def each(function, x):
-    """function(x), one image of x (B, 1, H, W) at a time on a CPU: there exp and log round differently at the end of an array, so that an
-    image's bytes would depend on its place in the batch."""
-    return function(x) if x.is_cuda or len(x) == 1 else torch.stack([function(image) for image in x])
+    """function(x), on a CPU image by image: there exp and log round differently at the end of an array."""
+    if x.is_cuda or len(x) == 1:
+        return function(x)
+    return torch.stack([function(image) for image in x])
 
 
 def blur(x, width):
-    """Gaussian blur of (B, 1, H, W) with a standard deviation of `width` pixels: a sum over taps of shifted images, edges repeated."""
+    """Gaussian blur of (B, 1, H, W), its standard deviation `width` in pixels: a sum of shifted images."""
     if width <= 0:
         return x
     reach = max(1, math.ceil(2.5 * width))
@@ -559,29 +658,31 @@ def larger(x, like):
 
 
 def randn(heads, size, *stream):
-    """Standard normal fields (B, 1, size, size): one CPU generator per head and stream, so that every device draws the same picture."""
+    """Standard normal fields (B, 1, size, size): a CPU generator per head and stream, for any device."""
     seeds = [derive_seed(head.seed, head.prior, *stream) for head in heads]
-    return torch.stack([torch.randn(1, size, size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.randn(1, size, size, generator=generator) for generator in generators])
 
 
 def fine_bone(bone, heads, exposure=0, strength=1.):
-    """Bone path (B, 1, H, W) with trabeculae at two scales and thin curved channels; both are set per rendered pixel.
+    """Bone path (B, 1, H, W) with trabeculae at two scales and thin curved channels, set per rendered pixel.
 
-    A local mean is taken off, so that their power is at high frequencies: a low-pass hardly sees another texture seed.
+    A local mean is taken off: their power is at high frequencies, and a low-pass hardly sees another seed.
     """
     size = bone.shape[-1]
-    grain, worms = (randn(heads, size, stream, exposure).to(bone) for stream in ("grain", "lines"))
+    grain = randn(heads, size, "grain", exposure).to(bone)
+    worms = randn(heads, size, "lines", exposure).to(bone)
     fine = grain - blur(grain, .8)
     mid = blur(grain, .7) - blur(grain, 1.2)
     smooth = blur(worms, 1.1)
-    lines = each(torch.exp, -(smooth / .05).square())                                    # zero crossings of a smooth field are thin curves
+    lines = each(torch.exp, -(smooth / .05).square())  # zero crossings of a smooth field are thin curves
     lines = lines - blur(lines, 1.5)
     field = .08 * fine + .2 * mid - .2 * lines
     return bone + strength * field * (bone * 1.5 / (bone + 1.5))
 
 
 def attenuate(materials, mu=MU, spectrum=SPECTRUM):
-    """Transmission (B, 1, H, W) behind line integrals (B, 3, H, W) in cm: P = sum_b w_b exp(-sum_m mu_mb L_m), Beer-Lambert per energy."""
+    """Transmission (B, 1, H, W): Beer-Lambert per energy, P = sum_b w_b exp(-sum_m mu_mb L_m), L in cm."""
     total = 0
     for b, weight in enumerate(spectrum):
         path = sum(materials[:, m:m + 1] * -mu[m][b] for m in range(3))
@@ -590,17 +691,17 @@ def attenuate(materials, mu=MU, spectrum=SPECTRUM):
 
 
 def add_scatter(p, amount):
-    """Primary plus scattered radiation: S = G * (k P (-ln P)), G some 3 cm wide (an eighth of the frame), found on a coarse grid."""
+    """Primary plus scatter, P + G * (k P (-ln P)), on a coarse grid; G is 3 cm wide: an eighth of a frame."""
     source = p * log_image(p.clamp(min=1e-6)) * amount
     coarse = smaller(source, max(1, p.shape[-1] // 16))
     return p + larger(blur(coarse, 1.8), p)
 
 
 def add_quantum_noise(rate, dose, white, electronic=0., hiss=0.):
-    """Detected signal per incident quantum: (N + sqrt(N) z + e z') / dose, the Gaussian limit of Poisson counts N = dose rate.
+    """Detected signal per incident quantum, (N + sqrt(N) z + e z') / dose with N = dose rate.
 
+    That is the Gaussian limit of Poisson counts; counts stay above 2, for the log.
     white z and hiss z' are standard normal fields like rate (B, 1, H, W); electronic noise e in quanta.
-    Counts stay above 2, for the log.
     """
     counts = rate * dose
     return (counts + counts.sqrt() * white + electronic * hiss).clamp_(min=2.) / dose
@@ -612,10 +713,11 @@ def log_image(signal):
 
 
 def enhance(p, coarse, fine, rest):
-    """Multi-scale enhancement of the log image: a Laplacian pyramid whose bands x become gain x (x^2 + e^2)^((q-1)/2), q = .7.
+    """Multi-scale enhancement of the log image.
 
-    That is the compression sign(x) |x|^q made smooth at 0. Gains rise from `coarse` (an eighth of the frame) to `fine` (one pixel); what
-    is left is multiplied by `rest`, which flattens the brain and leaves the halo round the skin.
+    The bands x of a Laplacian pyramid become gain x (x^2 + e^2)^((q-1)/2), q = .7. That is the compression
+    sign(x) |x|^q made smooth at 0. Gains rise from `coarse` (an eighth of the frame) to `fine` (one pixel).
+    What is left is multiplied by `rest`, which flattens the brain and leaves the halo round the skin.
     """
     levels = max(1, round(math.log2(max(2, p.shape[-1]))) - 2)
     bands, x = [], p
@@ -635,33 +737,39 @@ def lookup(p, slope, air):
     """Grey level in [-1, 1]: air - slope p, with soft shoulders so that nothing saturates."""
     grey = air - slope * p
     room = 1 - air
-    if room > 0:                                                                         # halo: above air, below white
-        grey = torch.where(grey > air, air + room * each(torch.tanh, (grey - air) / room), grey)
-    return torch.where(grey < -.6, -.6 - .4 * each(torch.tanh, (-.6 - grey) / .4), grey).clamp_(-1, 1)
+    if room > 0:  # halo: above air, below white
+        halo = air + room * each(torch.tanh, (grey - air) / room)
+        grey = torch.where(grey > air, halo, grey)
+    shadow = -.6 - .4 * each(torch.tanh, (-.6 - grey) / .4)
+    return torch.where(grey < -.6, shadow, grey).clamp_(-1, 1)
 
 
 @one_thread()
 def picture(materials, heads, domain, noise=True, exposure=0):
-    """The physics of one domain, from line integrals (B, 3, H, W) of these heads to grey levels (B, 1, H, W)."""
+    """The physics of one domain: line integrals (B, 3, H, W) of these heads to grey levels (B, 1, H, W)."""
     physics, size = PHYSICS[domain], materials.shape[-1]
     white = hiss = torch.zeros(1, device=materials.device)
     if noise:
-        white, hiss = (randn(heads, size, stream, domain, exposure).to(materials) for stream in ("quanta", "hiss"))
+        white = randn(heads, size, "quanta", domain, exposure).to(materials)
+        hiss = randn(heads, size, "hiss", domain, exposure).to(materials)
     if not physics.full:
         signal = add_quantum_noise(attenuate(materials, MU_60, (1.,)), physics.dose, white)
         return lookup(log_image(signal), physics.slope, physics.air)
-    textured = torch.cat([fine_bone(materials[:, :1], heads, exposure), materials[:, 1:]], 1)
-    rate = blur(add_scatter(attenuate(textured), physics.scatter), physics.width)
-    if noise:                                                                            # the scintillator spreads quanta too
-        white = blur(white, physics.width)
+    bone = fine_bone(materials[:, :1], heads, exposure)
+    primary = attenuate(torch.cat([bone, materials[:, 1:]], 1))
+    rate = blur(add_scatter(primary, physics.scatter), physics.width)
+    if noise:
+        white = blur(white, physics.width)  # the scintillator spreads quanta too
     signal = add_quantum_noise(rate, physics.dose, white, physics.electronic, hiss)
-    return lookup(enhance(log_image(signal), physics.coarse, physics.fine, physics.rest), physics.slope, physics.air)
+    enhanced = enhance(log_image(signal), physics.coarse, physics.fine, physics.rest)
+    return lookup(enhanced, physics.slope, physics.air)
 
 
 def render(heads, domain, size, noise=True, exposure=0, device="cpu"):
-    """The picture of each head in a domain: (1, size, size) for one Head, (B, 1, size, size) for a list; float32 in [-1, 1], air white.
+    """The picture of each head in a domain: float32 in [-1, 1], air white.
 
-    domain is one name, or one per head. noise=False is the truth; exposure > 0 is another exposure: fresh noise and fresh fine texture.
+    (1, size, size) for one Head, (B, 1, size, size) for a list. domain is one name, or one per head.
+    noise=False is the truth; exposure > 0 is another exposure, with fresh noise and fresh fine texture.
     """
     if isinstance(heads, Head):
         return render([heads], domain, size, noise, exposure, device)[0]
@@ -673,14 +781,17 @@ def render(heads, domain, size, noise=True, exposure=0, device="cpu"):
     if len(names) != len(heads):
         raise ValueError(f"{len(names)} domains for {len(heads)} heads: give one name, or one for each head")
     out = torch.empty(len(heads), 1, size, size, device=device)
-    together = max(1, (2 ** 16 if out.device.type == "cpu" else 2 ** 22) // size ** 2)     # heads at once: what a cache or a GPU likes
+    pixels = 2 ** 16 if out.device.type == "cpu" else 2 ** 22  # at once: what a cache or a GPU likes
+    together = max(1, pixels // size ** 2)
     for full in (False, True):
         kind = [i for i, name in enumerate(names) if PHYSICS[name].full == full]
-        for some in (kind[i:i + together] for i in range(0, len(kind), together)):
+        for start in range(0, len(kind), together):
+            some = kind[start:start + together]
             materials = project([heads[i] for i in some], size, full, device)
-            for name in dict.fromkeys(names[i] for i in some):
+            for name in dict.fromkeys(names[i] for i in some):  # each domain once
                 here = [j for j, i in enumerate(some) if names[i] == name]
-                out[[some[j] for j in here]] = picture(materials[here], [heads[some[j]] for j in here], name, noise, exposure)
+                mine = [some[j] for j in here]
+                out[mine] = picture(materials[here], [heads[i] for i in mine], name, noise, exposure)
     return out
 
 

@@ -1,10 +1,10 @@
 """The simulated data set: which heads are drawn in which domains, rendered once and kept in the cache.
 
-    training heads     one domain each, never two; a share `shift` of a domain's heads comes from its own population
+    training heads     one domain each, never two; a share `shift` of them comes from its own population
     paired heads       validation and test: each head in every domain, so that a translation has a truth
     decoys             for each test head a few other people in exactly the same view
 
-Every head has a seed of its own. Paired heads do not depend on `shift`: all shifts are scored on the same heads.
+Every head has a seed of its own. Paired heads do not depend on `shift`: the same heads score all shifts.
 """
 
 import inspect
@@ -23,20 +23,21 @@ from . import UserError, data, phantom
 from .data import Dataset, Pairs
 
 BLOCK, BIG = 16, 500  # heads rendered at once; images worth starting processes for
-KINDS = {"images": {}, "truth": dict(noise=False), "second": dict(exposure=1)}  # what is kept of a paired head
-FIRST_SEED = {"valid": 0, "train": 2, "test": 7, "valid decoys": 8, "test decoys": 9, "supervised": 1.5}  # in millions; below 1.5 lay the tests of version 1
+KINDS = {"images": {}, "truth": dict(noise=False), "second": dict(exposure=1)}  # pictures of a paired head
+# first head seed of each split in millions; below 1.5 lay the tests of version 1
+FIRST_SEED = {"valid": 0, "train": 2, "test": 7, "valid decoys": 8, "test decoys": 9, "supervised": 1.5}
 DECOYS = 7
 
 
 def first_seed(seed, split, domain=0):
-    """The first head seed of a split: a million for each, and ten million for each `seed`, so that no two ever overlap."""
+    """The first head seed of a split: a million for each, ten million for each `seed`: none overlap."""
     return seed * 10_000_000 + int((FIRST_SEED[split] + domain) * 1_000_000)
 
 
-# ---------------------------------------------------------------- blocks of work: each renders BLOCK heads into arrays on disk
+# ---------------------------------------------- blocks of work: each renders BLOCK heads into arrays on disk
 
 def render_training(folder, domain, start, size, per_domain, seed, shift):
-    """Training heads `start` and following of one domain, into folder/train.npy (D, N, 1, H, W). Returns how many images."""
+    """Training heads of one domain from `start` on, into folder/train.npy (D, N, 1, H, W); how many."""
     name, first = phantom.DOMAINS[domain], first_seed(seed, "train", domain)
     seeds = range(first + start, first + min(start + BLOCK, per_domain))
     heads = [phantom.Head(s, phantom.population(s, name, shift)) for s in seeds]
@@ -46,31 +47,35 @@ def render_training(folder, domain, start, size, per_domain, seed, shift):
 
 
 def render_pairs(folder, start, size, count, split, seed, prior, decoys):
-    """Paired heads `start` and following: every kind of picture in every domain, their line integrals and their decoys.
+    """Paired heads from `start` on: every kind of picture in every domain, line integrals and decoys.
 
-    Into folder/KIND.npy (N, D, 1, H, W), materials.npy (N, 3, H, W) and decoys.npy (N, K, D, 1, H, W). Returns how many images.
+    Into folder/KIND.npy (N, D, 1, H, W), materials.npy (N, 3, H, W) and decoys.npy (N, K, D, 1, H, W).
+    Returns how many images.
     """
     first = first_seed(seed, split)
+    block = slice(start, start + BLOCK)
     heads = [phantom.Head(first + k, prior) for k in range(start, min(start + BLOCK, count))]
-    materials = {full: phantom.project(heads, size, full) for full in (False, True)}  # one geometry for every domain and kind
-    load = lambda name: np.load(Path(folder) / f"{name}.npy", mmap_mode="r+")
-    load("materials")[start:start + BLOCK] = materials[False].numpy()
+    array = lambda name: np.load(Path(folder) / f"{name}.npy", mmap_mode="r+")
+    # one geometry for every domain and kind; fine bone is seen in the domains of full physics alone
+    materials = {full: phantom.project(heads, size, full) for full in (False, True)}
+    array("materials")[block] = materials[False].numpy()
     for kind, how in KINDS.items():
         for d, domain in enumerate(phantom.DOMAINS):
             full = phantom.PHYSICS[domain].full
-            load(kind)[start:start + BLOCK, d] = phantom.picture(materials[full], heads, domain, **how).numpy()
+            array(kind)[block, d] = phantom.picture(materials[full], heads, domain, **how).numpy()
     for k in range(decoys):
-        person = lambda head: first_seed(seed, f"{split} decoys") + (head.seed - first) * decoys + k
-        others = [phantom.Head(head.seed, prior, person(head)) for head in heads]
+        person = first_seed(seed, f"{split} decoys") + k
+        others = [phantom.Head(head.seed, prior, person + (head.seed - first) * decoys) for head in heads]
         materials = {full: phantom.project(others, size, full) for full in (False, True)}
         for d, domain in enumerate(phantom.DOMAINS):
             full = phantom.PHYSICS[domain].full
-            load("decoys")[start:start + BLOCK, k, d] = phantom.picture(materials[full], others, domain, noise=False).numpy()
+            truth = phantom.picture(materials[full], others, domain, noise=False)
+            array("decoys")[block, k, d] = truth.numpy()
     return len(heads) * len(phantom.DOMAINS) * (len(KINDS) + decoys)
 
 
 def render_part(folder, part, parts, jobs):
-    """Every `parts`-th of `jobs`, [function's name, its arguments after `folder`]: a generator of the number of images just done."""
+    """Do every `parts`-th job, [function's name, arguments after `folder`]; yield how many images it made."""
     for name, arguments in jobs[part::parts]:
         yield globals()[name](folder, *arguments)
 
@@ -88,9 +93,10 @@ def render_all(folder, jobs, images, show, what):
 
 
 def render_apart(folder, parts, jobs):
-    """`render_part` in `parts` processes, which share one pipe to say what they have done. (Threads: half as fast.)"""
+    """`render_part` in `parts` processes; they report through one pipe. (Threads are half as fast.)"""
     code = ("import json, os, sys, torch; from minimedshift import simulated; torch.set_num_threads(1)\n"
-            "for n in simulated.render_part(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.load(open(sys.argv[4]))):\n"
+            "folder, part, parts, plan = sys.argv[1:]\n"
+            "for n in simulated.render_part(folder, int(part), int(parts), json.load(open(plan))):\n"
             "    os.write(1, b'%d\\n' % n)")
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
@@ -120,12 +126,12 @@ def new_array(folder, name, *shape):
 
 
 def recipe(*arguments):
-    """All that determines a simulated array: the simulator, this file's rendering, torch and the arguments. A part of the cache's key."""
+    """For the cache's key, all that determines an array: simulator, rendering here, torch, the arguments."""
     sources = [inspect.getsource(part) for part in (phantom, first_seed, render_training, render_pairs)]
     return [sources, FIRST_SEED, torch.__version__, arguments]
 
 
-# ---------------------------------------------------------------- the sets
+# ---------------------------------------------- the sets
 
 def training_images(size, per_domain, seed=0, shift=.1, cache=None, progress=True):
     """(D, N, 1, H, W) float16 on disk: N unpaired training images of each domain."""
@@ -133,7 +139,10 @@ def training_images(size, per_domain, seed=0, shift=.1, cache=None, progress=Tru
 
     def build(folder):
         new_array(folder, "train", D, per_domain, 1, size, size)
-        jobs = [("render_training", (d, i, size, per_domain, seed, shift)) for d in range(D) for i in range(0, per_domain, BLOCK)]
+        jobs = []
+        for d in range(D):
+            for start in range(0, per_domain, BLOCK):
+                jobs.append(("render_training", (d, start, size, per_domain, seed, shift)))
         render_all(folder, jobs, D * per_domain, progress, "simulating training heads, once")
 
     folder = data.cached(cache, f"train-{size}", recipe(size, per_domain, seed, shift), build)
@@ -141,7 +150,7 @@ def training_images(size, per_domain, seed=0, shift=.1, cache=None, progress=Tru
 
 
 def paired_heads(size, count, split, seed=0, prior=None, decoys=0, cache=None, progress=True):
-    """`Pairs` of `count` heads of a split, from one domain's own population or (None) the one that all share."""
+    """`Pairs` of `count` heads of a split. prior: a domain's own population, None: the shared one."""
     D, K = len(phantom.DOMAINS), len(KINDS)
 
     def build(folder):
@@ -149,32 +158,40 @@ def paired_heads(size, count, split, seed=0, prior=None, decoys=0, cache=None, p
             new_array(folder, kind, count, D, 1, size, size)
         new_array(folder, "materials", count, 3, size, size)
         new_array(folder, "decoys", count, decoys, D, 1, size, size)
-        jobs = [("render_pairs", (i, size, count, split, seed, prior, decoys)) for i in range(0, count, BLOCK)]
+        jobs = []
+        for start in range(0, count, BLOCK):
+            jobs.append(("render_pairs", (start, size, count, split, seed, prior, decoys)))
         render_all(folder, jobs, count * D * (K + decoys), progress, f"simulating {split} heads, once")
 
-    folder = data.cached(cache, f"{split}-{size}", recipe(size, count, split, seed, prior, decoys), build)
+    key = recipe(size, count, split, seed, prior, decoys)
+    folder = data.cached(cache, f"{split}-{size}", key, build)
     load = lambda name: np.load(folder / f"{name}.npy", mmap_mode="r")
-    return Pairs(*map(load, KINDS), materials=load("materials"), decoys=load("decoys"))
+    kinds = {kind: load(kind) for kind in KINDS}
+    return Pairs(**kinds, materials=load("materials"), decoys=load("decoys"))
 
 
-def phantom_set(size, train_images=5000, valid_heads=64, test_heads=128, seed=0, shift=.1, cache=None, progress=True):
-    """The simulated five-domain set: no training head appears twice; validation and test heads appear in every domain.
+def phantom_set(size, train_images=5000, valid_heads=64, test_heads=128, seed=0, shift=.1, cache=None,
+                progress=True):
+    """The simulated five-domain set. No training head appears twice; other heads appear in every domain.
 
-    shift: the share of each domain's training heads that comes from its own population, in [0, 1]. Validation and test heads are
-    from the population that all domains share. Raises UserError for a set too small.
+    shift: the share of each domain's training heads that comes from its own population, in [0, 1].
+    Validation and test heads are from the population that all share. Raises UserError for a set too small.
     """
     D = len(phantom.DOMAINS)
     if train_images < D or valid_heads < 1 or test_heads < 1 or size < 8:
-        raise UserError(f"a phantom set needs at least {D} training images, 1 validation head, 1 test head and size 8")
+        raise UserError(f"a phantom set needs at least {D} training images, 1 validation head, 1 test head "
+                        "and size 8")
     train = training_images(size, train_images // D, seed, float(shift), cache, progress)
     valid = paired_heads(size, valid_heads, "valid", seed, decoys=DECOYS, cache=cache, progress=progress)
     test = paired_heads(size, test_heads, "test", seed, decoys=DECOYS, cache=cache, progress=progress)
     count = train.shape[1]
-    facts = {name: dict(count=count, sizes={f"{size}x{size}": count}, depths={"simulated": count}) for name in phantom.DOMAINS}
+    facts = {}
+    for name in phantom.DOMAINS:
+        facts[name] = dict(count=count, sizes={f"{size}x{size}": count}, depths={"simulated": count})
     held_out = [test.images[:, d] for d in range(D)]
     return Dataset(tuple(phantom.DOMAINS), size, 1, list(train), held_out, valid, test, facts)
 
 
 def own_heads(dataset, source, heads, seed=0, cache=None, progress=True):
-    """`Pairs` of test heads from the own population of domain `source`: the user's case, his synthetic heads made real."""
+    """`Pairs` of test heads from `source`'s own population: a user's case, his synthetic heads made real."""
     return paired_heads(dataset.size, heads, "test", seed, source, DECOYS, cache, progress)

@@ -1,18 +1,20 @@
 """Translators that need no network. A method is worth something where it beats these.
 
     UNPAIRED   fitted on training images of two domains, each of other heads: they know what MedShift knows
-    PAIRED     ceilings, fitted on the same heads in both domains, the target noise-free: they know what MedShift never sees
+    PAIRED     ceilings, fitted on the same heads in both domains, the target without noise, which MedShift
+               never sees
 
-Both are tables, name -> fit function. source, target (N, C, H, W) in [-1, 1]: arrays or tensors, float16 or float32.
+Both are tables, name -> fit function. source, target (N, C, H, W) in [-1, 1]: arrays or tensors, float16 or
+float32.
 
     fitted = UNPAIRED["bands (Laplacian)"](source, target, rounds=5)
-    x = fitted(x1)                  translations (B, C, H, W) of any images of the source domain, not clipped, on their device
-    for x in fitted.each(x1): ...   after one round, after two, ...: the best number is chosen on validation heads
+    x = fitted(x1)                  translations (B, C, H, W) of any images of the source domain, not clipped
+    for x in fitted.each(x1): ...   after one round, after two, ...: to choose the number on validation heads
     x = fitted.first(2)(x1)         after the rounds that were chosen
 
-A fitted translator is a chain of parts: functions from images to images, each fitted to what the parts before it leave of the source.
-So a new rival is a function fit_something(source, target), which returns a part, and one line in a table.
-Channels and images are pooled: all see the same curves and filters.
+A fitted translator is a chain of parts: functions from images to images. Each is fitted to what the parts
+before it leave of the source. So a new rival is a function fit_something(source, target), which returns a
+part, and one line in a table. Channels and images are pooled: all see the same curves and filters.
 """
 
 import math
@@ -53,7 +55,7 @@ class Chain:
 
 
 def alternate(*fits):
-    """The fit function that goes through `fits` once a round: each is fitted to what those before it leave, then applied."""
+    """The fit function that goes through `fits` once a round: each is fitted to what is left and applied."""
     def fit(source, target, rounds=1):
         """A Chain of `rounds` parts, itself a chain each. Raises ValueError for fewer than one round."""
         if rounds < 1:
@@ -63,8 +65,9 @@ def alternate(*fits):
         for _ in range(rounds):
             parts = []
             for fit_part in fits:
-                parts.append(fit_part(x, target))
-                x = parts[-1](x)
+                part = fit_part(x, target)
+                parts.append(part)
+                x = part(x)
             chain.append(Chain(tuple(parts)))
         return Chain(tuple(chain))
     return fit
@@ -85,21 +88,25 @@ def spread(stack):
 
 @dataclass(frozen=True)
 class Curve:
-    """A function of the grey value: values (K,) at K equally spaced knots from low to high, straight between, constant outside."""
+    """A function of the grey value: straight lines between K equally spaced knots, constant outside.
+
+    values (K,) are those at the knots, from low to high.
+    """
     low: float
     high: float
     values: torch.Tensor
 
     def __call__(self, x):
         """x and the result: any shape."""
-        values, last = self.values.to(x), len(self.values) - 1
-        at = ((x - self.low) * (last / (self.high - self.low))).clamp(0, last)
+        values = self.values.to(x)
+        last = len(values) - 1
+        at = ((x - self.low) * (last / (self.high - self.low))).clamp(0, last)  # counted in knots
         left = at.long().clamp(max=last - 1)
         return torch.lerp(values[left], values[left + 1], at - left)
 
 
 def fit_histogram(source, target):
-    """Unpaired: the curve that sends each quantile of the source's pixels to the same quantile of the target's.
+    """Unpaired: the curve that sends each quantile of the source's pixels to that of the target's.
 
         curve = F_target^-1 o F_source        (Gonzalez and Woods, Digital Image Processing, 3.3.2)
 
@@ -115,9 +122,10 @@ def fit_histogram(source, target):
 
 
 def pixels(stack):
-    """About SORTED values of a stack, in order: taken at an odd stride, which no power of two divides, so that all columns are seen."""
+    """About SORTED values of a stack, in order. An odd stride sees all columns of images 2^n pixels wide."""
     v = tensor(stack).flatten()
-    return v[:: max(1, len(v) // SORTED) | 1].sort().values
+    stride = max(1, len(v) // SORTED) | 1  # odd
+    return v[::stride].sort().values
 
 
 def ends(values):
@@ -127,23 +135,26 @@ def ends(values):
 
 
 def fit_curve(source, target, bins=512):
-    """Paired: the best non-decreasing curve, in least squares of pixels. What any lookup table can do at most.
+    """Paired: the best non-decreasing curve, in least squares of pixels: the limit of any lookup table.
 
-    Pixels are binned by source value; the bins' target means, weighted by their counts, are made monotone (`isotonic`).
+    Pixels are binned by source value. The bins' target means, weighted by their counts, are made monotone.
     """
     s, t = tensor(source).double().flatten(), tensor(target).double().flatten()
     low, high = ends(s)
     bin = ((s - low) / (high - low) * bins).long().clamp(max=bins - 1)
-    count, s, t = (torch.bincount(bin, weights, minlength=bins) for weights in (None, s, t))
+    count = torch.bincount(bin, minlength=bins)
+    s = torch.bincount(bin, s, minlength=bins)  # the sum of each bin
+    t = torch.bincount(bin, t, minlength=bins)
     seen = count > 0
-    count, s, t = count[seen], s[seen] / count[seen], t[seen] / count[seen]
-    return through(s, isotonic(t, count))
+    count = count[seen]
+    return through(s[seen] / count, isotonic(t[seen] / count, count))
 
 
 def through(knots, values):
     """The Curve that is straight between any knots (K,), sorted."""
     low, high = ends(knots)
-    return Curve(low, high, torch.from_numpy(np.interp(np.linspace(low, high, KNOTS), knots, values)).float())
+    values = np.interp(np.linspace(low, high, KNOTS), knots, values)
+    return Curve(low, high, torch.from_numpy(values).float())
 
 
 def isotonic(y, weight):
@@ -151,14 +162,16 @@ def isotonic(y, weight):
 
         min sum_i weight_i (f_i - y_i)^2   with   f_1 <= f_2 <= ...
 
-    Pool adjacent violators (Ayer et al. 1955): while two neighbouring blocks are out of order, merge them into their mean.
+    Pool adjacent violators (Ayer et al. 1955): merge two neighbouring blocks that are out of order into their
+    mean, until there are none.
     """
     blocks = []  # (mean, weight, how many)
     for mean, w in zip(y.tolist(), weight.tolist()):
         n = 1
         while blocks and blocks[-1][0] >= mean:
             before, v, k = blocks.pop()
-            mean, w, n = (mean * w + before * v) / (w + v), w + v, n + k
+            mean = (mean * w + before * v) / (w + v)
+            w, n = w + v, n + k
         blocks.append((mean, w, n))
     means, _, counts = zip(*blocks)
     return torch.repeat_interleave(torch.tensor(means, dtype=y.dtype), torch.tensor(counts))
@@ -168,7 +181,10 @@ def isotonic(y, weight):
 
 @dataclass(frozen=True)
 class RingGains:
-    """A gain (R,) for each ring of spatial frequencies: ring r has about r periods per `side` pixels, in an image of any size."""
+    """A gain (R,) for each ring of spatial frequencies, in an image of any size.
+
+    Ring r has about r periods per `side` pixels.
+    """
     side: int
     gains: torch.Tensor
 
@@ -179,7 +195,7 @@ class RingGains:
 
 
 def rings(H, W, side):
-    """The ring of each Fourier coefficient of an (H, W) image: its periods per `side` pixels, rounded, (H, W) int64."""
+    """The ring of each Fourier coefficient: its periods per `side` pixels, rounded, (H, W) int64."""
     frequency = torch.hypot(torch.fft.fftfreq(H)[:, None], torch.fft.fftfreq(W)[None])  # periods per pixel
     return (frequency * side).round().long()
 
@@ -200,9 +216,10 @@ def fit_spectrum(source, target):
 # ---------------------------------------------------------------- bands
 
 def laplacian(x, levels=4):
-    """The Laplacian pyramid of x (B, C, H, W) (Burt and Adelson 1983): [detail at H, at H / 2, ..., the rest], levels + 1 bands.
+    """The Laplacian pyramid of x (B, C, H, W): [detail at H, at H / 2, ..., the rest], levels + 1 bands.
 
-    Halving weighs four pixels 1, 3, 3, 1 each way; doubling is linear interpolation, its adjoint.
+    (Burt and Adelson 1983.) Halving weighs four pixels 1, 3, 3, 1 each way; doubling, its adjoint, is linear
+    interpolation.
     """
     bands = []
     for _ in range(levels):
@@ -214,7 +231,7 @@ def laplacian(x, levels=4):
 
 
 def gaussians(x, widths=(1, 2, 4, 8)):
-    """Differences of Gaussians: what each wider blur of x (B, C, H, W) takes away, and the rest. All of x's size."""
+    """Differences of Gaussians: what each wider blur of x (B, C, H, W) takes away, and the rest."""
     bands = []
     fine = x
     for width in widths:
@@ -225,7 +242,10 @@ def gaussians(x, widths=(1, 2, 4, 8)):
 
 
 def smooth(x, width):
-    """Gaussian blur of (B, C, H, W), standard deviation in pixels: a matrix from each side, whose rows have sum 1 at the frame too."""
+    """Gaussian blur of (B, C, H, W), standard deviation `width` pixels: a matrix from each side.
+
+    Its rows have sum 1, at the frame too.
+    """
     def matrix(n):
         i = torch.arange(n, device=x.device, dtype=x.dtype)
         return torch.softmax(-((i[:, None] - i[None]) ** 2) / (2 * width**2), 1)
@@ -259,14 +279,16 @@ def fit_bands(split, source, target):
 # ---------------------------------------------------------------- least squares, from pairs
 
 def least_squares(equations, ridge=1e-6):
-    """w (K,) with A w nearest to b in least squares: the normal equations (A^T A + ridge I) w = A^T b, in float64.
+    """w (K,) with A w nearest to b in least squares, in float64: (A^T A + ridge I) w = A^T b.
 
-    equations: an iterable of (A (n, K), b (n,)), so that not all need be held at once. ridge: a share of the mean of A^T A's diagonal.
+    equations: an iterable of (A (n, K), b (n,)), so that not all are held at once. ridge: a share of the mean
+    of the diagonal of A^T A.
     """
     gram = right = 0
     for A, b in equations:
         A, b = A.double(), b.double()
-        gram, right = gram + A.T @ A, right + A.T @ b
+        gram = gram + A.T @ A
+        right = right + A.T @ b
     ridge = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     return torch.linalg.solve(gram + ridge, right).float()
 
@@ -289,7 +311,7 @@ class Filter:
 
 
 def fit_filter(source, target, width=13):
-    """Paired: the kernel (width, width), width odd, and constant that come nearest to the target, in least squares of pixels."""
+    """Paired: the kernel (width, width), width odd, and constant nearest to the target, in least squares."""
     def equations():
         for x, truth in zip(singly(source), singly(target)):
             padded = F.pad(x, (width // 2,) * 4, mode="replicate")
@@ -301,22 +323,25 @@ def fit_filter(source, target, width=13):
 
 
 def fit_band_curves(split, source, target, knots=24):
-    """Paired: the curves, one a band, whose sum comes nearest to the target, in least squares of pixels; all are fitted at once.
+    """Paired: the curves, one a band, whose sum comes nearest to the target, in least squares of pixels.
 
-    Before it is put together, a curve is a sum of hats, each 1 at one of its `knots`, which lie at quantiles of the band, and 0 at the others.
+    All are fitted at once. A curve is a sum of hats: each is 1 at one of the `knots`, which lie at quantiles
+    of the band, and 0 at the others.
     """
     places = [quantiles(band, knots) for band in split(tensor(source))]
 
     def equations():
         for x, truth in zip(singly(source), singly(target)):
-            bands, columns = split(x), []
+            bands = split(x)
+            columns = []
             for i, at in enumerate(places):
                 finer = [torch.zeros_like(band) for band in bands[:i]]
                 columns.append(join(finer + [hats(bands[i], at)]))  # (4, K, H, W)
             yield torch.cat(columns, 1).movedim(1, -1).flatten(0, -2), truth.flatten()
 
     values = least_squares(equations(), 1e-5).split([len(at) for at in places])
-    return BandCurves(split, tuple(through(at, v) for at, v in zip(places, values)))
+    curves = [through(at, v) for at, v in zip(places, values)]
+    return BandCurves(split, tuple(curves))
 
 
 def quantiles(x, count):
@@ -324,17 +349,22 @@ def quantiles(x, count):
     v = pixels(x)
     low, high = ends(v)
     step = (high - low) / (KNOTS - 1)
-    steps = ((v[torch.linspace(0, len(v) - 1, count).long()] - low) / step).round()
+    chosen = v[torch.linspace(0, len(v) - 1, count).long()]
+    steps = ((chosen - low) / step).round()
     steps[-1] = KNOTS - 1
     return low + steps.unique() * step
 
 
 def hats(x, knots):
-    """How much of a curve's value at each of `knots` (K,), sorted, goes to each pixel of x (B, 1, H, W): (B, K, H, W), with sum 1 over K."""
+    """The share of each knot's value in a curve at each pixel: (B, K, H, W), with sum 1 over K.
+
+    x (B, 1, H, W), knots (K,), sorted.
+    """
     right = torch.searchsorted(knots, x.contiguous()).clamp(1, len(knots) - 1)
     left = right - 1
     place = left + ((x - knots[left]) / (knots[right] - knots[left])).clamp(0, 1)  # counted in knots
-    return (1 - (place - torch.arange(len(knots)).view(1, -1, 1, 1)).abs()).clamp(min=0)
+    distance = (place - torch.arange(len(knots)).view(1, -1, 1, 1)).abs()  # (B, K, H, W)
+    return (1 - distance).clamp(min=0)
 
 
 # ---------------------------------------------------------------- the tables

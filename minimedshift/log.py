@@ -10,7 +10,7 @@ from . import whole
 
 
 class Log:
-    """log.csv, loss.png and the progress line. A loss on a GPU is read up to a second late, so that steps do not wait."""
+    """log.csv, loss.png and the progress line. A loss on a GPU is read up to a second late: no step waits."""
     COLUMNS = ("step", "loss", "lr", "entropy", "cost", "marginal_error", "coupling_seconds", "seconds")
 
     def __init__(self, out, first, steps, batch_size):
@@ -26,15 +26,22 @@ class Log:
     def __call__(self, step, loss, lr, plan, coupling_seconds):
         seconds = time.time() - self.start
         self.pending.append((step, loss, lr, *plan[1:], coupling_seconds, self.before + seconds))
-        if not loss.is_cuda or self.before + seconds - self.pending[0][-1] > 1:  # reading waits for a GPU: once a second will do
+        waited = self.before + seconds - self.pending[0][-1]
+        if not loss.is_cuda or waited > 1:  # reading waits for a GPU: once a second will do
             self.flush()
         every = 1 if sys.stdout.isatty() else 30
         if seconds - self.shown > every or step == self.steps:
+            self.shown = seconds
             self.flush()
-            self.shown, rate = seconds, (step - self.first) / seconds
-            recent, left = self.column("loss")[-100:], round((self.steps - step) / rate)
-            print(f"step {step}/{self.steps}  loss {sum(recent) / len(recent):.4f}  {rate * self.batch_size:.0f} images/s  "
-                  f"{left // 60}:{left % 60:02d} left  ", end="\r" if sys.stdout.isatty() and step < self.steps else "\n", flush=True)
+            self.show(step, (step - self.first) / seconds)
+
+    def show(self, step, rate):
+        """The progress line; rate: steps a second. A terminal gets the next one in its place."""
+        recent = self.column("loss")[-100:]
+        left = round((self.steps - step) / rate)
+        end = "\r" if sys.stdout.isatty() and step < self.steps else "\n"
+        print(f"step {step}/{self.steps}  loss {sum(recent) / len(recent):.4f}  {rate * self.batch_size:.0f} "
+              f"images/s  {left // 60}:{left % 60:02d} left  ", end=end, flush=True)
 
     def flush(self):
         for step, loss, lr, *plan, coupling_seconds, seconds in self.pending:
@@ -50,11 +57,13 @@ class Log:
         self.flush()
         mean = lambda name: float(np.mean(self.column(name) or [0.0]))
         spent = sum(self.column("coupling_seconds")) / self.column("seconds")[-1] if self.rows else 0.0
-        return dict(entropy=mean("entropy"), cost=mean("cost"), marginal_error=mean("marginal_error"), share_of_time=spent)
+        return dict(entropy=mean("entropy"), cost=mean("cost"), marginal_error=mean("marginal_error"),
+                    share_of_time=spent)
 
     def coupling(self):
         m = self.means()
-        return (f"coupling: normalised entropy {m['entropy']:.3f}, transport cost {m['cost']:.3f} of independent, marginal error {m['marginal_error']:.1g}, "
+        return (f"coupling: normalised entropy {m['entropy']:.3f}, transport cost {m['cost']:.3f} of "
+                f"independent, marginal error {m['marginal_error']:.1g}, "
                 f"{m['share_of_time']:.1%} of the time")
 
     def draw(self):
@@ -66,8 +75,9 @@ class Log:
         losses = torch.tensor(self.column("loss"))
         width = min(50, len(losses))
         figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+        smooth = losses.unfold(0, width, 1).mean(1)
         axes.plot(range(1, len(losses) + 1), losses, lw=.5, alpha=.4, label="each step")
-        axes.plot(range(width, len(losses) + 1), losses.unfold(0, width, 1).mean(1), label=f"mean of {width} steps")
+        axes.plot(range(width, len(losses) + 1), smooth, label=f"mean of {width} steps")
         axes.set(xlabel="step", ylabel=r"loss  $|v - u_t|^2$", yscale="log", title="flow-matching loss")
         axes.legend()
         with whole(self.out / "loss.png") as work:

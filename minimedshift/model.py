@@ -1,9 +1,10 @@
 """The network v(xt, t, y): one U-Net for all domains.
 
-Pixel-unshuffle in (so that all work happens at a fraction of the resolution), residual blocks modulated by time, self-attention
-at the lowest resolution, pixel-shuffle out. The label joins on the way up alone: the way down describes what is in the picture,
-whatever its domain, the way up draws it in one. Fully convolutional: any height and width divisible by `stride`. Label
-`num_domains` is the null label, for classifier-free guidance.
+Pixel-unshuffle in (so that all work happens at a fraction of the resolution), residual blocks modulated by
+time, self-attention at the lowest resolution, pixel-shuffle out. Only the way up knows the label: the way
+down describes what is in the picture, whatever its domain, and the way up draws it in one domain.
+Fully convolutional: any height and width divisible by `stride`. Label `num_domains` is the null label, for
+classifier-free guidance.
 """
 
 import math
@@ -25,33 +26,39 @@ class Shape:
     widths: tuple = (64, 128)  # channels of each level; each level halves the resolution
     blocks: tuple = (2, 3)  # residual blocks of each level, on the way down and again on the way up
     head: int = 32  # channels of an attention head
-    score: float = 0.0  # above 0: a score head for a bridge of this sigma, a second output beside the first (flow.py)
+    score: float = 0.0  # above 0: a score head (second output, flow.py) for a bridge of this sigma
 
 
 def time_features(t, dim=128):
-    """Sinusoids of 1000 t, frequencies 1 to 1e-4 (arXiv:1706.03762, sec. 3.5). t (B,) in [0, 1] -> (B, dim)."""
+    """Sinusoids of 1000 t, frequencies 1 to 1e-4 (arXiv:1706.03762, 3.5). t (B,) in [0, 1] -> (B, dim)."""
     w = torch.exp(torch.arange(dim // 2, device=t.device) * (-math.log(1e4) / (dim // 2)))
     angle = 1000 * t.float()[:, None] * w
     return torch.cat([angle.cos(), angle.sin()], 1)
 
 
 def act(norm, x, scale=None, shift=None):
-    """silu(norm(x) (1 + scale) + shift): x (B, C, H, W) through a GroupNorm, scale and shift (B, C) or left out."""
+    """silu(norm(x) (1 + scale) + shift): x (B, C, H, W), norm a GroupNorm, scale and shift (B, C) or None."""
     return norm_film_silu(x, norm.weight, norm.bias, norm.num_groups, scale, shift, norm.eps)
 
 
 class Block(nn.Module):
-    """x + conv2(act(norm2, conv1(act(norm1, x, scale, shift)))), scale and shift from emb; conv2 is zero at the start."""
+    """x + conv2(act(norm2, conv1(act(norm1, x, scale, shift)))), scale and shift from emb.
+
+    The weight of conv2 is zero at the start.
+    """
 
     def __init__(self, width, emb):
         super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(width // 16, width), nn.GroupNorm(width // 16, width)
+        self.norm1 = nn.GroupNorm(width // 16, width)
+        self.norm2 = nn.GroupNorm(width // 16, width)
         self.film = nn.Linear(emb, 2 * width)
-        self.conv1, self.conv2 = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x, emb):  # (B, C, H, W), (B, emb)
-        h = self.conv1(act(self.norm1, x, *self.film(emb).chunk(2, 1)))
+        scale, shift = self.film(emb).chunk(2, 1)  # (B, C) each
+        h = self.conv1(act(self.norm1, x, scale, shift))
         return x + self.conv2(act(self.norm2, h))
 
 
@@ -62,41 +69,49 @@ class Attention(nn.Module):
         super().__init__()
         self.head = head
         self.norm = nn.GroupNorm(width // 16, width)
-        self.qkv, self.out = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.out = nn.Conv2d(width, width, 1)
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x):
         B, C, H, W = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, C // self.head, self.head, H * W).transpose(-1, -2).unbind(1)
-        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, H W, head)
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, C // self.head, self.head, H * W)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)  # (B, heads, H W, head) each
+        h = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
 
 
 class UNet(nn.Module):
-    """v(xt, t, y) -> vt. xt (B, C, H, W) float, t (B,) in [0, 1], y (B,) int64 in 0..num_domains (the last: no label).
+    """v(xt, t, y) -> vt. xt (B, C, H, W) float, t (B,) in [0, 1], y (B,) int64 in 0..num_domains.
 
-    With a score head it returns d and n (flow.py) as (B, 2C, H, W).
+    Label num_domains means no label. With a score head it returns d and n (flow.py) as (B, 2C, H, W).
     """
 
     def __init__(self, shape):
         super().__init__()
         self.shape = shape
         self.stride = shape.stem * 2 ** (len(shape.widths) - 1)
-        widths, emb = shape.widths, 2 * shape.widths[-1]
+        widths = shape.widths
+        emb = 2 * widths[-1]
         pixels = shape.channels * shape.stem**2
         self.time = nn.Sequential(nn.Linear(128, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label = nn.Embedding(shape.num_domains + 1, emb)
         self.stem = nn.Conv2d(pixels, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for i, (width, blocks) in enumerate(zip(widths, shape.blocks)):
-            self.down.append(nn.ModuleList([nn.Conv2d(4 * widths[i - 1], width, 1) if i else nn.Identity(),
-                                            *[Block(width, emb) for _ in range(blocks)]]))
-        for i, (width, blocks) in reversed(list(enumerate(zip(widths, shape.blocks)))):
-            self.up.append(nn.ModuleList([nn.Conv2d(2 * width, width, 1), *[Block(width, emb) for _ in range(blocks)],
-                                          nn.Conv2d(width, 4 * widths[i - 1], 1) if i else nn.Identity()]))
+        levels = list(enumerate(zip(widths, shape.blocks)))
+        for i, (width, count) in levels:
+            enter = nn.Conv2d(4 * widths[i - 1], width, 1) if i else nn.Identity()
+            blocks = [Block(width, emb) for _ in range(count)]
+            self.down.append(nn.ModuleList([enter, *blocks]))
+        for i, (width, count) in reversed(levels):
+            merge = nn.Conv2d(2 * width, width, 1)
+            blocks = [Block(width, emb) for _ in range(count)]
+            leave = nn.Conv2d(width, 4 * widths[i - 1], 1) if i else nn.Identity()
+            self.up.append(nn.ModuleList([merge, *blocks, leave]))
         self.attention = Attention(widths[-1], shape.head)
         self.norm = nn.GroupNorm(widths[0] // 16, widths[0])
-        self.out = nn.Conv2d(widths[0], pixels * (2 if shape.score else 1), 3, padding=1)
+        outputs = 2 if shape.score else 1
+        self.out = nn.Conv2d(widths[0], outputs * pixels, 3, padding=1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -105,7 +120,8 @@ class UNet(nn.Module):
         if H % self.stride or W % self.stride:
             raise ValueError(f"height and width must be divisible by {self.stride}, got {H} x {W}")
         time = self.time(time_features(t))  # (B, emb)
-        describe, draw = F.silu(time), F.silu(time + self.label(y))
+        describe = F.silu(time)                 # for the way down
+        draw = F.silu(time + self.label(y))     # for the way up
         x = self.stem(F.pixel_unshuffle(xt, self.shape.stem))  # (B, widths[0], H / stem, W / stem)
         skips = []
         for i, (enter, *blocks) in enumerate(self.down):
@@ -122,23 +138,32 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.out(act(self.norm, x)), self.shape.stem)
 
     def compile_blocks(self, **options):
-        """torch.compile each residual block, in place: blocks of one width share the code, so that the first step comes soon; names of parameters
-        stay as they are. With dynamic=False there is code for each shape met, the fastest; with dynamic=True for all at once."""
+        """torch.compile each residual block, in place. Names of parameters stay as they are.
+
+        Blocks of one width share their code, so the first step comes soon. dynamic=False makes code for each
+        shape met, the fastest; dynamic=True makes code for all shapes at once.
+        """
         torch._dynamo.config.recompile_limit = 64  # shapes; beyond, a block would run uncompiled
         for module in self.modules():
             if isinstance(module, Block):
                 module.compile(**options)
 
     def capture(self, batch, size, dtype):
-        """Record the forward and the backward pass of `batch` images of size x size in number format dtype as a CUDA graph, in place: in train mode
-        the network then takes that batch alone, and a step is one launch instead of some thousand. In eval mode it stays as it is. Needs a CUDA device."""
+        """Record the forward and the backward pass as a CUDA graph, in place: one launch, not some thousand.
+
+        In train mode the network then takes only `batch` images of size x size, in number format dtype. In
+        eval mode it stays as it is. Needs a CUDA device.
+        """
         device = self.out.weight.device
-        inputs = torch.zeros(batch, self.shape.channels, size, size, device=device), torch.zeros(batch, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+        xt = torch.zeros(batch, self.shape.channels, size, size, device=device)
+        t = torch.zeros(batch, device=device)
+        y = torch.zeros(batch, dtype=torch.long, device=device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
-            torch.cuda.make_graphed_callables(self, inputs)
+            torch.cuda.make_graphed_callables(self, (xt, t, y))
 
 
-# Side of the training images in pixels, and the network. One evaluation of one image, a multiply-add counted as two:
+# Side of the training images in pixels, and the network. GFLOPs are of one evaluation of one image, a
+# multiply-add counted as two:
 #   cpu  2.65M parameters, 0.54 GFLOPs; the whole of `python train.py`, 16 images a step, peaked at 1.0 GB
 #   gpu  24.09M parameters, 27.11 GFLOPs; memory not measured yet
 PRESETS = {

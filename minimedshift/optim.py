@@ -1,10 +1,11 @@
 """Muon: momentum whose update has all its singular values made equal, for the weights of convolutions.
 
     M <- momentum M + (1 - momentum) G          the usual running mean of the gradient G
-    W <- W - lr sqrt(max(1, rows / columns)) U V^T          with U S V^T the SVD of M, as a matrix (out, in x 3 x 3)
+    W <- W - lr sqrt(max(1, rows / columns)) U V^T          U S V^T the SVD of M as a matrix (out, in x 3 x 3)
 
-A gradient's few large singular values would drown the many small ones; here each direction moves alike. (K. Jordan et al.
-2024, github.com/KellerJordan/Muon.) U V^T comes from five Newton-Schulz steps, which are matrix products only.
+A gradient's few large singular values would drown the many small ones. Here each direction moves alike.
+(K. Jordan et al. 2024, github.com/KellerJordan/Muon.) U V^T comes from five Newton-Schulz steps, which are
+matrix products only.
 """
 
 import torch
@@ -13,19 +14,21 @@ import torch
 def orthogonalise(matrices, rounds=5):
     """About U V^T of each matrix (R, C) of a list: singular values between .7 and 1.2.
 
-    Newton-Schulz, x <- p(x x^T) x with p(s) = a + b s + c s^2, is done on the small Gram matrix s = x x^T: all factors are polynomials
-    in s and commute, so s <- p^2 s, q <- p q, and only the last product q x is as large as x. Gram matrices of one size are worked on together.
+    Newton-Schulz is x <- p(x x^T) x with p(s) = a + b s + c s^2. Here it is done on the small Gram matrix
+    s = x x^T: all factors are polynomials in s and commute, so s <- p^2 s, q <- p q, and only the last
+    product q x is as large as x. Gram matrices of one size are worked on together.
     """
-    turned = [m.mT if m.shape[0] > m.shape[1] else m for m in matrices]
+    turned = [m.mT if m.shape[0] > m.shape[1] else m for m in matrices]  # at least as wide as high
     done, same = list(turned), {}
     for i, x in enumerate(turned):
         same.setdefault(len(x), []).append(i)
     for side, which in same.items():
         s = torch.stack([turned[i] @ turned[i].mT for i in which])  # (N, R, R)
-        square = s.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] + 1e-14  # of the norm of x, by which it is divided
-        s, eye = s / square, 3.4445 * torch.eye(side, device=s.device)
+        square = s.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] + 1e-14  # of the norm of x
+        s = s / square
+        a = 3.4445 * torch.eye(side, device=s.device)
         for i in range(rounds):
-            p = torch.baddbmm(torch.add(eye, s, alpha=-4.7750), s, s, alpha=2.0315)
+            p = torch.baddbmm(torch.add(a, s, alpha=-4.7750), s, s, alpha=2.0315)
             q = p @ q if i else p
             s = p @ p @ s if i < rounds - 1 else None
         for one, i in zip(q * square.rsqrt(), which):
@@ -34,7 +37,8 @@ def orthogonalise(matrices, rounds=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum and decoupled weight decay, for weights of convolutions (out, in, h, w), each seen as a matrix (out, h w in)."""
+    """Muon with Nesterov momentum and decoupled weight decay, for weights of convolutions (out, in, h, w).
+    Each is seen as a matrix (out, h w in)."""
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.01):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -46,17 +50,21 @@ class Muon(torch.optim.Optimizer):
             for p in some:
                 if not self.state[p]:
                     self.state[p]["mean"] = torch.zeros_like(p)
-            means, grads = [self.state[p]["mean"] for p in some], [p.grad for p in some]
+            grads = [p.grad for p in some]
+            means = [self.state[p]["mean"] for p in some]
             torch._foreach_lerp_(means, grads, 1 - group["momentum"])
-            m = [z.permute(0, 2, 3, 1).flatten(1) for z in torch._foreach_lerp(grads, means, group["momentum"])]  # no copy of channels-last memory
+            ahead = torch._foreach_lerp(grads, means, group["momentum"])  # Nesterov
+            m = [z.permute(0, 2, 3, 1).flatten(1) for z in ahead]  # no copy of channels-last memory
             torch._foreach_mul_(some, 1 - group["lr"] * group["weight_decay"])
             for p, u in zip(some, orthogonalise(m)):
                 u = u.unflatten(1, (*p.shape[2:], p.shape[1])).permute(0, 3, 1, 2)  # (out, in, h, w) again
-                p.add_(u, alpha=-group["lr"] * max(1, p.shape[0] / p[0].numel()) ** 0.5)
+                scale = max(1, p.shape[0] / p[0].numel()) ** 0.5
+                p.add_(u, alpha=-group["lr"] * scale)
 
 
 def split(model):
-    """The weights Muon is for, and the rest: convolutions inside the network, without its first and last layer."""
-    inside = [p for name, p in model.named_parameters() if p.ndim == 4 and not name.startswith(("stem.", "out."))]
+    """The weights Muon is for (convolutions, without the network's first and last layer), and the rest."""
+    ends = ("stem.", "out.")
+    inside = [p for name, p in model.named_parameters() if p.ndim == 4 and not name.startswith(ends)]
     chosen = set(map(id, inside))
     return inside, [p for p in model.parameters() if id(p) not in chosen]

@@ -1,7 +1,8 @@
-"""Learned rivals that are not train.py with other flags: SDEdit, an adversarial translator, and the supervised ceiling.
+"""Learned rivals that are not train.py with other flags: SDEdit, an adversarial translator, and supervision.
 
-The adversarial one is CycleGAN (arXiv:1703.10593) cut down: two local generators, two patch judges, least squares (arXiv:1611.04076).
-A pixel sees what is near it alone, so anatomy stays where it is; what each rival is worth stands in RESULTS.md.
+The adversarial one is CycleGAN (arXiv:1703.10593) cut down: two local generators, two patch judges, least
+squares (arXiv:1611.04076). A pixel sees only what is near it, so anatomy stays where it is. RESULTS.md says
+what each rival is worth.
 """
 
 import math
@@ -21,13 +22,14 @@ NAMES = {"adversarial": "CycleGAN"}  # of a file of weights, in tables
 # ---------------------------------------------------------------- SDEdit
 
 def sdedit(model, x1, y_target, tau, guidance=1.0, steps=20, solver="heun", end=1.0, colour=0.0, seed=0):
-    """SDEdit (arXiv:2108.01073, Alg. 1): drown the image in fresh noise down to time tau, then generate in the target domain.
+    """SDEdit (arXiv:2108.01073, Alg. 1): fresh noise down to time tau, then generate in the target domain.
 
-        xt = a x1 + b x0,   a = tau / end,   b^2 = (1 - tau)^2 - a^2 (1 - end)^2        end = 1: tau x1 + (1 - tau) x0
+        xt = a x1 + b x0,   a = tau / end,   b^2 = (1 - tau)^2 - a^2 (1 - end)^2
+        end = 1:   xt = tau x1 + (1 - tau) x0
 
-    x1 (B, C, H, W): source images, which count as xt at t = end, as in the sampler; of the 1 - tau of noise at tau they hold some already.
-    y_target: int or (B,). x0, the noise of training, is drawn from `seed` on the host, the same on every machine. The way down is the
-    only difference to MedShift: the way up is its own `decode`.
+    x1 (B, C, H, W): source images. They count as xt at t = end, as in the sampler, so they hold a part of the
+    noise of time tau already. y_target: int or (B,). x0, the noise of training, is drawn from `seed` on the
+    host, the same on every machine. Only the way down differs from MedShift: the way up is its own `decode`.
     """
     x0 = draw_noise(x1.shape, torch.Generator().manual_seed(seed), colour).to(x1)
     a = tau / end
@@ -40,11 +42,15 @@ def sdedit(model, x1, y_target, tau, guidance=1.0, steps=20, solver="heun", end=
 # ---------------------------------------------------------------- the networks of the adversarial rival
 
 class Residual(nn.Module):
-    """x + conv(silu(conv(silu(x)))), the second convolution zero at the start. No normalisation: it would look at the whole image."""
+    """x + conv2(silu(conv1(silu(x)))), conv2 zero at the start.
+
+    No normalisation: it would look at the whole image.
+    """
 
     def __init__(self, width):
         super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
@@ -53,9 +59,10 @@ class Residual(nn.Module):
 
 
 class Generator(nn.Module):
-    """x + net(x) for x (B, C, H, W), H and W even: it works at half the resolution and starts as the identity.
+    """x + net(x) for x (B, C, H, W), H and W even. It works at half resolution and starts as the identity.
 
-    A pixel depends on those at most 4 blocks + 5 pixels away (up, down, left or right), on nothing else: anatomy cannot be redrawn.
+    A pixel depends only on those at most 4 blocks + 5 pixels away (up, down, left or right): anatomy cannot
+    be redrawn.
     """
 
     def __init__(self, channels=1, width=48, blocks=4):
@@ -73,7 +80,10 @@ class Generator(nn.Module):
 
 
 def judge(channels, width=32):
-    """A PatchGAN discriminator (arXiv:1611.07004): (B, C, H, W) -> a mark for each patch of 34 x 34 pixels, (B, 1, ~H / 4, ~W / 4)."""
+    """A PatchGAN discriminator (arXiv:1611.07004), a mark for each patch of 34 x 34 pixels.
+
+    (B, C, H, W) -> (B, 1, ~H / 4, ~W / 4).
+    """
     return nn.Sequential(
         nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2),
         nn.Conv2d(width, 2 * width, 4, 2, 1), nn.LeakyReLU(0.2),
@@ -93,29 +103,39 @@ def apart(a, b):
     return (a - b).abs().mean()
 
 
-def adversarial(source, target, steps, batch_size=4, lr=1e-3, cycle=3.0, width=48, blocks=4, seed=0, dtype=torch.float32, device="cpu", progress=print):
-    """CycleGAN between two domains, from unpaired images: returns two Generators, source -> target and target -> source.
+def adversarial(source, target, steps, batch_size=4, lr=1e-3, cycle=3.0, width=48, blocks=4, seed=0,
+                dtype=torch.float32, device="cpu", progress=print):
+    """CycleGAN from unpaired images: returns two Generators, source -> target and target -> source.
 
-    source, target: (N, C, H, W) arrays or tensors, sides even and at least 16. Each step:
-        generators   min  (judge(fake) - 1)^2 + cycle |there and back - x|      both ways, arXiv:1703.10593, eq. 3 with least squares
+    source, target: (N, C, H, W) arrays or tensors, sides even and at least 16. In each step, both ways
+    (arXiv:1703.10593, eq. 3 with least squares):
+        generators   min  (judge(fake) - 1)^2 + cycle |there and back - x|
         judges       min  (judge(real) - 1)^2 + judge(fake)^2
-    Adam, the rate constant for half of the steps, then linear to 0. The weights returned are running means (checkpoint.EMA). All that is
-    random follows from `seed`; `dtype` is the autocast type.
+    Adam, the rate constant for half of the steps, then linear to 0. The weights returned are running means
+    (checkpoint.EMA). All that is random follows from `seed`; `dtype` is the autocast type.
     """
-    device, channels = torch.device(device), source.shape[1]
+    device = torch.device(device)
+    channels = source.shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         generators = nn.ModuleList([Generator(channels, width, blocks) for _ in range(2)])
         judges = nn.ModuleList([judge(channels) for _ in range(2)])
+    memory = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    rate = lambda step: min(1, 2 * (1 - step / steps))
+    optimizers, schedules = [], []
     for module in (generators, judges):
-        module.to(device=device, memory_format=torch.contiguous_format if device.type == "mps" else torch.channels_last)
-    (forth, back), (judge_source, judge_target) = generators, judges
-    optimizers = [torch.optim.Adam(module.parameters(), lr, betas=(0.5, 0.99)) for module in (generators, judges)]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, 2 * (1 - i / steps))) for optimizer in optimizers]
-    ema, draw, start = checkpoint.EMA(generators), torch.Generator().manual_seed(seed), time.time()
+        module.to(device=device, memory_format=memory)
+        optimizers.append(torch.optim.Adam(module.parameters(), lr, betas=(0.5, 0.99)))
+        schedules.append(torch.optim.lr_scheduler.LambdaLR(optimizers[-1], rate))
+    forth, back = generators
+    judge_source, judge_target = judges
+    ema = checkpoint.EMA(generators)
+    draw = torch.Generator().manual_seed(seed)
+    start = time.time()
 
     for step in range(1, steps + 1):
-        x, y = pick(source, batch_size, draw, device), pick(target, batch_size, draw, device)
+        x = pick(source, batch_size, draw, device)
+        y = pick(target, batch_size, draw, device)
 
         judges.requires_grad_(False)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -162,25 +182,33 @@ def report(progress, what, step, steps, start, loss):
 # ---------------------------------------------------------------- training with pairs
 
 def regress(model, x, y):
-    """The supervised translation x + model(x, t=1, y), with y an int or (B,): a network that starts at zero starts at the identity."""
+    """The supervised translation x + model(x, t=1, y), y an int or (B,).
+
+    A network whose output starts at zero starts as the identity.
+    """
     y = torch.as_tensor(y, device=x.device).expand(len(x))
     return x + model(x, torch.ones(len(x), device=x.device), y).float()
 
 
-def supervised(model, source, target, y_target, steps, batch_size=64, lr=1e-3, seed=0, dtype=torch.float32, progress=print):
-    """Train `model` in place on pairs, for one direction: the ceiling that is allowed to see what MedShift never sees.
+def supervised(model, source, target, y_target, steps, batch_size=64, lr=1e-3, seed=0,
+               dtype=torch.float32, progress=print):
+    """Train `model` in place on pairs, for one direction: a ceiling that sees what MedShift never sees.
 
-    source, target: (N, C, H, W) of the same heads, arrays or tensors; y_target: int. Returns the model, whose translation is
-    `regress`. Loss ||x + v(x, 1, y) - target||^2, AdamW, cosine decay to zero; `dtype` is the autocast type.
+    source, target: (N, C, H, W) of the same heads, arrays or tensors; y_target: int. Returns the model, whose
+    translation is `regress`. Loss ||x + v(x, 1, y) - target||^2, AdamW, cosine decay to zero; `dtype` is the
+    autocast type.
     """
     device = next(model.parameters()).device
-    draw, start = torch.Generator().manual_seed(seed), time.time()
+    draw = torch.Generator().manual_seed(seed)
+    start = time.time()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (1 + math.cos(math.pi * i / steps)) / 2)
+    cosine = lambda step: (1 + math.cos(math.pi * step / steps)) / 2
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
     model.train()
     for step in range(1, steps + 1):
         which = torch.randint(len(source), (batch_size,), generator=draw).numpy()
-        x, x1 = (torch.as_tensor(stack[which]).to(device, torch.float32) for stack in (source, target))  # (B, C, H, W)
+        x = torch.as_tensor(source[which]).to(device, torch.float32)  # (B, C, H, W)
+        x1 = torch.as_tensor(target[which]).to(device, torch.float32)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = (regress(model, x, y_target) - x1).square().mean()
         descend(loss, optimizer, schedule)
@@ -189,9 +217,10 @@ def supervised(model, source, target, y_target, steps, batch_size=64, lr=1e-3, s
 
 
 def steps_within(seconds, train, trial=5):
-    """How many steps of train(steps) take about `seconds`, at least 1. Tried out first: twice, so that what is done once does not count.
+    """How many steps of train(steps) take about `seconds`, at least 1.
 
-    A rival gets as long as MedShift had, yet a fixed number of steps, which can be repeated exactly.
+    A rival gets as long as MedShift had, yet a fixed number of steps, which can be repeated exactly. It is
+    tried out twice, so that what is done only once does not count.
     """
     train(trial)
     start = time.time()
@@ -202,7 +231,10 @@ def steps_within(seconds, train, trial=5):
 # ---------------------------------------------------------------- files
 
 def save(path, network, pair, y_target=None):
-    """Write a translator whole or not at all: a Generator, or a supervised UNet with its label. pair: the names of source and target."""
+    """Write a translator whole or not at all: a Generator, or a supervised UNet with its label.
+
+    pair: the names of source and target.
+    """
     if isinstance(network, Generator):
         how = dict(generator=network.config)
     else:
@@ -212,7 +244,7 @@ def save(path, network, pair, y_target=None):
 
 
 def load(path, device="cpu"):
-    """What `save` has written: a function from images (B, C, H, W) to their translations, and the pair's names.
+    """What `save` has written: a function from images (B, C, H, W) to translations, and the pair's names.
 
     Raises UserError if it is something else.
     """
@@ -225,6 +257,7 @@ def load(path, device="cpu"):
         raise UserError(f"{path} holds no rival: `python -m minimedshift.study rivals` trains them")
     checkpoint.load_weights(network, state["weights"], path)
     network.to(device).eval().requires_grad_(False)
+    pair = tuple(state["pair"])
     if "generator" in state:
-        return network, tuple(state["pair"])
-    return lambda x: regress(network, x, state["y_target"]), tuple(state["pair"])
+        return network, pair
+    return lambda x: regress(network, x, state["y_target"]), pair

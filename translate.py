@@ -254,6 +254,8 @@ def main(argv=None):
         start = "directly" if how["x0"] == "image" else f"tau {how['tau']:g}"
         way = f"{start}, guidance {how['guidance']:g}, {how['steps']} {how['solver']} steps a leg, {evaluations(how)} evaluations an image"
     print(f"{' -> '.join(names)} on {device} with the EMA weights of step {state['step']}: {way}", flush=True)
+    if files and translator and c.source == c.target:
+        print("source and target are one domain: the student leaves such images as they are", flush=True)
     if files:
         return translate_files(files, model, translator, state, c, how, device)
     return translate_heads(model, translator, state, c, how, device)

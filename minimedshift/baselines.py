@@ -1,11 +1,9 @@
 """Translators that need no network. A method is worth something where it beats these.
 
     UNPAIRED   fitted on training images of two domains, each of other heads: they know what MedShift knows
-    PAIRED     ceilings, fitted on the same heads in both domains, the target without noise, which MedShift
-               never sees
+    PAIRED     ceilings, fitted on the same heads in both domains, the target noise-free: unknown to MedShift
 
-Both are tables, name -> fit function. source, target (N, C, H, W) in [-1, 1]: arrays or tensors, float16 or
-float32.
+Both are tables, name -> fit function. source, target (N, C, H, W) in [-1, 1], float16 or float32.
 
     fitted = UNPAIRED["bands (Laplacian)"](source, target, rounds=5)
     x = fitted(x1)                  translations (B, C, H, W) of any images of the source domain, not clipped
@@ -89,9 +87,7 @@ def spread(stack):
 @dataclass(frozen=True)
 class Curve:
     """A function of the grey value: straight lines between K equally spaced knots, constant outside.
-
-    values (K,) are those at the knots, from low to high.
-    """
+    values (K,) are those at the knots, from low to high."""
     low: float
     high: float
     values: torch.Tensor
@@ -136,9 +132,7 @@ def ends(values):
 
 def fit_curve(source, target, bins=512):
     """Paired: the best non-decreasing curve, in least squares of pixels: the limit of any lookup table.
-
-    Pixels are binned by source value. The bins' target means, weighted by their counts, are made monotone.
-    """
+    Pixels are binned by source value. The bins' target means, weighted by their counts, are made monotone."""
     s, t = tensor(source).double().flatten(), tensor(target).double().flatten()
     low, high = ends(s)
     bin = ((s - low) / (high - low) * bins).long().clamp(max=bins - 1)
@@ -182,9 +176,7 @@ def isotonic(y, weight):
 @dataclass(frozen=True)
 class RingGains:
     """A gain (R,) for each ring of spatial frequencies, in an image of any size.
-
-    Ring r has about r periods per `side` pixels.
-    """
+    Ring r has about r periods per `side` pixels."""
     side: int
     gains: torch.Tensor
 
@@ -217,10 +209,8 @@ def fit_spectrum(source, target):
 
 def laplacian(x, levels=4):
     """The Laplacian pyramid of x (B, C, H, W): [detail at H, at H / 2, ..., the rest], levels + 1 bands.
-
     (Burt and Adelson 1983.) Halving weighs four pixels 1, 3, 3, 1 each way; doubling, its adjoint, is linear
-    interpolation.
-    """
+    interpolation."""
     bands = []
     for _ in range(levels):
         half = [-(-side // 2) for side in x.shape[-2:]]
@@ -243,9 +233,7 @@ def gaussians(x, widths=(1, 2, 4, 8)):
 
 def smooth(x, width):
     """Gaussian blur of (B, C, H, W), standard deviation `width` pixels: a matrix from each side.
-
-    Its rows have sum 1, at the frame too.
-    """
+    Its rows have sum 1, at the frame too."""
     def matrix(n):
         i = torch.arange(n, device=x.device, dtype=x.dtype)
         return torch.softmax(-((i[:, None] - i[None]) ** 2) / (2 * width**2), 1)
@@ -280,10 +268,8 @@ def fit_bands(split, source, target):
 
 def least_squares(equations, ridge=1e-6):
     """w (K,) with A w nearest to b in least squares, in float64: (A^T A + ridge I) w = A^T b.
-
     equations: an iterable of (A (n, K), b (n,)), so that not all are held at once. ridge: a share of the mean
-    of the diagonal of A^T A.
-    """
+    of the diagonal of A^T A."""
     gram = right = 0
     for A, b in equations:
         A, b = A.double(), b.double()
@@ -324,10 +310,8 @@ def fit_filter(source, target, width=13):
 
 def fit_band_curves(split, source, target, knots=24):
     """Paired: the curves, one a band, whose sum comes nearest to the target, in least squares of pixels.
-
     All are fitted at once. A curve is a sum of hats: each is 1 at one of the `knots`, which lie at quantiles
-    of the band, and 0 at the others.
-    """
+    of the band, and 0 at the others."""
     places = [quantiles(band, knots) for band in split(tensor(source))]
 
     def equations():
@@ -357,9 +341,7 @@ def quantiles(x, count):
 
 def hats(x, knots):
     """The share of each knot's value in a curve at each pixel: (B, K, H, W), with sum 1 over K.
-
-    x (B, 1, H, W), knots (K,), sorted.
-    """
+    x (B, 1, H, W), knots (K,), sorted."""
     right = torch.searchsorted(knots, x.contiguous()).clamp(1, len(knots) - 1)
     left = right - 1
     place = left + ((x - knots[left]) / (knots[right] - knots[left])).clamp(0, 1)  # counted in knots

@@ -50,8 +50,7 @@ def couple(name, x0, x1, y, eps=0.0, generator=None):
     which stay where they are; every image is used once. Raises ValueError for a coupling that makes no plan
     of a batch, or eps <= 0.
     """
-    one = torch.ones((), device=x1.device)
-    zero = torch.zeros((), device=x1.device)
+    one, zero = torch.ones((), device=x1.device), torch.zeros((), device=x1.device)
     if name == "independent":
         return Plan(torch.arange(len(x1), device=x1.device), one, one, zero)
     if name == "exact":
@@ -79,10 +78,8 @@ def label_mean(x, y, labels):
 
 def centred(x):
     """x (n, ...) as (n, d) float32 less its mean.
-
     Of ||x1 - x0||^2 only -2 <x1, x0> matters to a plan, and only up to row and column constants. Of centred
-    vectors it is a small number, exact enough in float32.
-    """
+    vectors it is a small number, exact enough in float32."""
     x = x.flatten(1).float()
     return x - x.mean(0)
 
@@ -91,20 +88,16 @@ def centred(x):
 
 def half_step(lse, g, eps, count):
     """f_i = -log mean_j exp(g_j - C_ij / eps), over the count_i entries of i's label: g (n,) -> f (n,).
-
     After it, every row of the plan has its weight (arXiv:1803.00567, eq. 4.43; potentials in units of eps).
-    lse(g, eps) is log sum_j exp(g_j - C_ij / eps).
-    """
+    lse(g, eps) is log sum_j exp(g_j - C_ij / eps)."""
     return count.log() - lse(g, eps)
 
 
 def solve(x0, x1, y, eps, iterations=ITERATIONS):
     """The dual of the entropic plan. y (n,) on the device.
-
     Returns g (n,), one potential a noise in units of eps, and a function that gives -C + constants in blocks
     of rows: the matrix 2 <x1_i, x0_j>, -inf across labels. eps shrinks to its value during the first half of
-    a fixed number of iterations, so that none waits for the device.
-    """
+    a fixed number of iterations, so that none waits for the device."""
     a, b = centred(x1), centred(x0)
     of_label = torch.zeros(len(y), device=y.device).index_add_(0, y, torch.ones(len(y), device=y.device))
     count = of_label[y]  # (n,): how many have i's label
@@ -155,18 +148,13 @@ def sinkhorn(x0, x1, y, eps, generator=None, iterations=ITERATIONS):
 
 def find_eps(x0, x1, y, entropy, steps=20):
     """The eps whose plan of these noises and images has this normalised entropy in (0, 1): a float.
-
-    By bisection of log eps. Not for the hot loop.
-    """
+    By bisection of log eps. Not for the hot loop."""
     variance = x1.flatten(1).float().var(0).sum().item()
     low, high = np.log(variance) + np.log((1e-5, 1e2))
     for _ in range(steps):
         middle = (low + high) / 2
         found = sinkhorn(x0, x1, y, float(np.exp(middle)))[1].item()
-        if found > entropy:
-            high = middle
-        else:
-            low = middle
+        low, high = (low, middle) if found > entropy else (middle, high)
     return float(np.exp((low + high) / 2))
 
 
@@ -174,9 +162,7 @@ def find_eps(x0, x1, y, entropy, steps=20):
 
 def exact(x0, x1, y):
     """Optimal transport: in each label the permutation j of least sum ||x1_i - x0_j(i)||^2, (n,) int64.
-
-    y is on the host.
-    """
+    y is on the host."""
     index = torch.empty(len(y), dtype=torch.int64)
     for label in y.unique().tolist():
         mine = (y == label).nonzero()[:, 0]
@@ -268,12 +254,9 @@ class Semidiscrete:
 
     def pick(self, x0, y):
         """The image of each noise x0 (n, ...), among those of its label y (n,), which is on the host.
-
         Where labels are ignored: among all images. Returns x1 (n, ...), the label y (n,) of each, and a Plan,
-        whose index is that of the image in its group.
-        """
-        if self.labels is not None:
-            y = 0 * y
+        whose index is that of the image in its group."""
+        y = y if self.labels is None else 0 * y
         j = torch.empty(len(y), dtype=torch.int64, device=x0.device)
         x1 = torch.empty_like(x0)
         independent = 0  # the cost of pairing every noise with all images of its label
@@ -284,8 +267,7 @@ class Semidiscrete:
             x1[rows] = self.images[label][j[rows]]
             squares = mine.square().sum() + len(rows) * self.square[label]
             independent = independent + (squares - 2 * (mine * self.centre[label]).sum())
-        if self.labels is not None:
-            y = self.labels[j.cpu()]
+        y = y if self.labels is None else self.labels[j.cpu()]
         zero = torch.zeros((), device=x0.device)
         return x1, y, Plan(j, zero, (x1 - x0).square().sum() / independent, zero)
 

@@ -61,10 +61,8 @@ def per_image(t, x):
 
 def bridge(x0, x1, t, sigma=0.0, noise=None):
     """The point xt of the bridge and its velocity ut (equations above).
-
     x0, x1, noise (B, ...), t (B,) in [0, 1], sigma >= 0. noise is needed where sigma > 0.
-    Returns xt, ut like x1. Raises ValueError for a negative sigma, or sigma > 0 without noise.
-    """
+    Returns xt, ut like x1. Raises ValueError for a negative sigma, or sigma > 0 without noise."""
     if sigma < 0 or (sigma > 0 and noise is None):
         raise ValueError(f"bridge needs sigma >= 0, and noise with sigma > 0; got sigma = {sigma}")
     t = per_image(t, x1)
@@ -108,9 +106,7 @@ def loss(model, x0, x1, y, t, sigma=0.0, noise=None):
 
 def velocity_and_score(out, t, sigma):
     """v and s = sigma^2 / 2 grad log p_t at one time t (a float), each (B, C, H, W).
-
-    out (B, 2C, H, W) is what a network with a score head returns.
-    """
+    out (B, 2C, H, W) is what a network with a score head returns."""
     d, n = out.chunk(2, 1)
     t = min(max(t, EDGE), 1 - EDGE)
     s = -sigma / (2 * math.sqrt(t * (1 - t))) * n

@@ -24,10 +24,8 @@ def pick_device(name):
 @cache
 def pick_formats(dtype, device):
     """The number format of arithmetic and the memory format of weights with which a convolution is fastest.
-
     On CUDA channels-last and bfloat16, where the GPU has a unit for it; on mps plain; on a CPU measured, with
-    gradients, in under two seconds. dtype: "auto", or the name of the one to use.
-    """
+    gradients, in under two seconds. dtype: "auto", or the name of the one to use."""
     wanted = [torch.float32, torch.bfloat16] if dtype == "auto" else [getattr(torch, dtype)]
     if device.type == "cuda":
         can = dtype != "auto" or has_bfloat16()
@@ -76,10 +74,8 @@ def can_compile(device):
 
 def keep_memory():
     """Let the C library keep memory that a step frees, for the next step. Does nothing without glibc.
-
     By default glibc gives large blocks back to the system, which hands them out again page by page, each
-    filled with zeros: a fifth of a CPU training step.
-    """
+    filled with zeros: a fifth of a CPU training step."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     try:
         libc = ctypes.CDLL("libc.so.6")

@@ -43,9 +43,7 @@ def act(norm, x, scale=None, shift=None):
 
 class Block(nn.Module):
     """x + conv2(act(norm2, conv1(act(norm1, x, scale, shift)))), scale and shift from emb.
-
-    The weight of conv2 is zero at the start.
-    """
+    The weight of conv2 is zero at the start."""
 
     def __init__(self, width, emb):
         super().__init__()
@@ -83,9 +81,7 @@ class Attention(nn.Module):
 
 class UNet(nn.Module):
     """v(xt, t, y) -> vt. xt (B, C, H, W) float, t (B,) in [0, 1], y (B,) int64 in 0..num_domains.
-
-    Label num_domains means no label. With a score head it returns d and n (flow.py) as (B, 2C, H, W).
-    """
+    Label num_domains means no label. With a score head it returns d and n (flow.py) as (B, 2C, H, W)."""
 
     def __init__(self, shape):
         super().__init__()
@@ -110,8 +106,7 @@ class UNet(nn.Module):
             self.up.append(nn.ModuleList([merge, *blocks, leave]))
         self.attention = Attention(widths[-1], shape.head)
         self.norm = nn.GroupNorm(widths[0] // 16, widths[0])
-        outputs = 2 if shape.score else 1
-        self.out = nn.Conv2d(widths[0], outputs * pixels, 3, padding=1)
+        self.out = nn.Conv2d(widths[0], (2 if shape.score else 1) * pixels, 3, padding=1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -139,10 +134,8 @@ class UNet(nn.Module):
 
     def compile_blocks(self, **options):
         """torch.compile each residual block, in place. Names of parameters stay as they are.
-
         Blocks of one width share their code, so the first step comes soon. dynamic=False makes code for each
-        shape met, the fastest; dynamic=True makes code for all shapes at once.
-        """
+        shape met, the fastest; dynamic=True makes code for all shapes at once."""
         torch._dynamo.config.recompile_limit = 64  # shapes; beyond, a block would run uncompiled
         for module in self.modules():
             if isinstance(module, Block):
@@ -150,10 +143,8 @@ class UNet(nn.Module):
 
     def capture(self, batch, size, dtype):
         """Record the forward and the backward pass as a CUDA graph, in place: one launch, not some thousand.
-
         In train mode the network then takes only `batch` images of size x size, in number format dtype. In
-        eval mode it stays as it is. Needs a CUDA device.
-        """
+        eval mode it stays as it is. Needs a CUDA device."""
         device = self.out.weight.device
         xt = torch.zeros(batch, self.shape.channels, size, size, device=device)
         t = torch.zeros(batch, device=device)

@@ -49,10 +49,8 @@ def wide(x):
 
 def norm_film_silu(x, weight, bias, groups, scale=None, shift=None, eps=1e-5):
     """silu(GroupNorm(x; weight, bias) (1 + scale) + shift): y like x.
-
     x (B, C, H, W), weight, bias (C,), scale, shift (B, C) or both None. Raises ValueError where one of scale
-    and shift is missing.
-    """
+    and shift is missing."""
     if (scale is None) != (shift is None):
         raise ValueError("norm_film_silu needs scale and shift, or neither")
     fused = x.is_cuda and triton is not None and FUSED["norm_film_silu"]
@@ -159,19 +157,15 @@ def dx_kernel(x, dy, dx, A0, A1, mean, rstd, gain, offset, groups,
     at, there, col, _ = place(pixels, rows, C, ROWS, COLS)
     xhat, u, group, rstd, gain = normalised(x, mean, rstd, gain, offset, at, there, col, groups, C)
     du = gain * silu_gradient(tl.load(dy + at, there, 0.), u)
-    a0 = tl.load(A0 + group, col < C, 0.)
-    a1 = tl.load(A1 + group, col < C, 0.)
-    v = rstd * (du - a0 - a1 * xhat)
+    v = rstd * (du - tl.load(A0 + group, col < C, 0.) - tl.load(A1 + group, col < C, 0.) * xhat)
     tl.store(dx + at, v.to(dx.dtype.element_ty), there)
 
 
 @cache
 def tiling(B, C, H, W):
     """The grid (chunks, B, blocks of channels), and the sizes that kernels take: pixels, rows, C, ROWS, COLS.
-
     A tile has at most 8192 elements, fewer where a GPU would be idle. The chunks of an image are equally
-    long, so that its moments are plain means of theirs (a large prime H W would be slow).
-    """
+    long, so that its moments are plain means of theirs (a large prime H W would be slow)."""
     cols = min(triton.next_power_of_2(C), 128)
     blocks = triton.cdiv(C, cols)
     most = 512
@@ -271,10 +265,8 @@ def row_lse_dot(a, b, ya, yb, g, eps):
 
 def row_lse_dot_reference(a, b, ya, yb, g, eps):
     rows = max(1, BLOCK // len(b))  # of the matrix at a time
-    found = []
-    for some, labels in zip(a.split(rows), ya.split(rows)):
-        found.append(row_lse_reference(scores(some, b, labels, yb), g, eps))
-    return torch.cat(found)
+    blocks = zip(a.split(rows), ya.split(rows))
+    return torch.cat([row_lse_reference(scores(part, b, labels, yb), g, eps) for part, labels in blocks])
 
 
 def scores(a, b, ya, yb):
@@ -296,8 +288,7 @@ def row_lse_kernel(matrix, g, parts, n, m, down, right, eps, span, ROWS: tl.cons
     """`span` columns of ROWS rows, from left to right. Into parts (n, programs a row)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * span
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
+    top, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     for start in range(first, tl.minimum(first + span, m), COLS):
         col = start + tl.arange(0, COLS).to(tl.int64)
         there = (row < n)[:, None] & (col < m)[None, :]
@@ -312,8 +303,7 @@ def row_lse_dot_kernel(a, b, ya, yb, g, parts, n, m, d, eps, span,
                        ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * span
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
+    top, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     label = tl.load(ya + row, row < n, 0)
     for start in range(first, tl.minimum(first + span, m), COLS):
         col = start + tl.arange(0, COLS).to(tl.int64)
@@ -365,10 +355,8 @@ def keep_all(ctx, inputs, output):
 
 def lse_gradients(ctx, dout):
     """dz_ij = dout_i exp(z_ij - out_i), z = g + matrix / eps; 0 in a row of -inf.
-
     For both ops: `first` is the matrix, or a, followed by b, ya and yb. dz is stored whole: the couplings ask
-    for no gradient.
-    """
+    for no gradient."""
     first, *more, g, out = ctx.saved_tensors
     matrix = scores(first, *more) if more else wide(first)
     out = out.masked_fill(out == -torch.inf, 0)

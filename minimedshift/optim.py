@@ -13,11 +13,9 @@ import torch
 
 def orthogonalise(matrices, rounds=5):
     """About U V^T of each matrix (R, C) of a list: singular values between .7 and 1.2.
-
     Newton-Schulz is x <- p(x x^T) x with p(s) = a + b s + c s^2. Here it is done on the small Gram matrix
     s = x x^T: all factors are polynomials in s and commute, so s <- p^2 s, q <- p q, and only the last
-    product q x is as large as x. Gram matrices of one size are worked on together.
-    """
+    product q x is as large as x. Gram matrices of one size are worked on together."""
     turned = [m.mT if m.shape[0] > m.shape[1] else m for m in matrices]  # at least as wide as high
     done, same = list(turned), {}
     for i, x in enumerate(turned):

@@ -50,13 +50,10 @@ def patches(x, count, side, generator):
 
 def sliced_wasserstein(a, b, count=4096, side=7, directions=128, seed=0):
     """Sliced Wasserstein distance of 7x7 patches, mean over the levels of a Laplacian pyramid.
-
     arXiv:1710.10196, section 5. a, b: (N, C, H, W) in [-1, 1], of any two counts. Patches of both sets are
     projected on random unit directions. Sorted projections are compared: mean |difference|. Patches are
-    normalised per level and set, so it sees the shape of detail, not its strength.
-    """
-    draw = torch.Generator().manual_seed(seed)
-    total = 0.0
+    normalised per level and set, so it sees the shape of detail, not its strength."""
+    draw, total = torch.Generator().manual_seed(seed), 0.0
     levels = list(zip(pyramid(a.cpu()), pyramid(b.cpu())))
     for fine_a, fine_b in levels:
         p = patches(fine_a, count, side, draw).flatten(1)  # (count, C side side)
@@ -118,18 +115,14 @@ def kernel_terms(fa, fb):
 
 def density_coverage(real, fake, k=5):
     """Density and coverage (arXiv:2002.09797, eq. 4 and 5).
-
     Around each real feature a ball reaches to its k-th real neighbour. density: the mean number of balls that
     hold a fake feature, over k. coverage: the share of balls that hold any; of two sets of one distribution
-    about 1 - 2^-k.
-    """
+    about 1 - 2^-k."""
     real, fake = real.double(), fake.double()
     k = min(k, len(real) - 1)
     radius = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # the nearest is the image itself
     held = torch.cdist(real, fake) < radius[:, None]                # (real, fake)
-    density = held.sum() / (k * len(fake))
-    coverage = held.any(1).double().mean()
-    return float(density), float(coverage)
+    return float(held.sum() / (k * len(fake))), float(held.any(1).double().mean())
 
 
 # ---------------------------------------------------------------- features
@@ -175,12 +168,9 @@ def corrupt(x, kind, generator):
 
 def train_features(sets, seed=0, steps=300, batch=48, progress=data.progress):
     """A small network learns to tell from which set an image is and how it was spoilt.
-
     sets: arrays (N_d, C, H, W) in [-1, 1], one a domain. Returns features(x), (B, 64), without gradients.
-    Deterministic in the seed.
-    """
-    draw = torch.Generator().manual_seed(seed)
-    start = time.time()
+    Deterministic in the seed."""
+    draw, start = torch.Generator().manual_seed(seed), time.time()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = Features(sets[0].shape[1], (len(sets), len(CORRUPTIONS)))
@@ -260,11 +250,6 @@ def score(x, reference):
     `realism_heads` are the N terms of the kernel distance."""
     found, real = reference.features(x), reference.found
     density, coverage = density_coverage(real, found)
-    return dict(
-        swd=sliced_wasserstein(x, reference.images),
-        frechet=frechet(found, real),
-        kernel=kernel_distance(found, real),
-        density=density,
-        coverage=coverage,
-        realism_heads=kernel_terms(found, real).tolist(),
-    )
+    return dict(swd=sliced_wasserstein(x, reference.images), frechet=frechet(found, real),
+                kernel=kernel_distance(found, real), density=density, coverage=coverage,
+                realism_heads=kernel_terms(found, real).tolist())

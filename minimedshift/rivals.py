@@ -43,9 +43,7 @@ def sdedit(model, x1, y_target, tau, guidance=1.0, steps=20, solver="heun", end=
 
 class Residual(nn.Module):
     """x + conv2(silu(conv1(silu(x)))), conv2 zero at the start.
-
-    No normalisation: it would look at the whole image.
-    """
+    No normalisation: it would look at the whole image."""
 
     def __init__(self, width):
         super().__init__()
@@ -60,10 +58,8 @@ class Residual(nn.Module):
 
 class Generator(nn.Module):
     """x + net(x) for x (B, C, H, W), H and W even. It works at half resolution and starts as the identity.
-
     A pixel depends only on those at most 4 blocks + 5 pixels away (up, down, left or right): anatomy cannot
-    be redrawn.
-    """
+    be redrawn."""
 
     def __init__(self, channels=1, width=48, blocks=4):
         super().__init__()
@@ -81,9 +77,7 @@ class Generator(nn.Module):
 
 def judge(channels, width=32):
     """A PatchGAN discriminator (arXiv:1611.07004), a mark for each patch of 34 x 34 pixels.
-
-    (B, C, H, W) -> (B, 1, ~H / 4, ~W / 4).
-    """
+    (B, C, H, W) -> (B, 1, ~H / 4, ~W / 4)."""
     return nn.Sequential(
         nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2),
         nn.Conv2d(width, 2 * width, 4, 2, 1), nn.LeakyReLU(0.2),
@@ -130,8 +124,7 @@ def adversarial(source, target, steps, batch_size=4, lr=1e-3, cycle=3.0, width=4
     forth, back = generators
     judge_source, judge_target = judges
     ema = checkpoint.EMA(generators)
-    draw = torch.Generator().manual_seed(seed)
-    start = time.time()
+    draw, start = torch.Generator().manual_seed(seed), time.time()
 
     for step in range(1, steps + 1):
         x = pick(source, batch_size, draw, device)
@@ -183,9 +176,7 @@ def report(progress, what, step, steps, start, loss):
 
 def regress(model, x, y):
     """The supervised translation x + model(x, t=1, y), y an int or (B,).
-
-    A network whose output starts at zero starts as the identity.
-    """
+    A network whose output starts at zero starts as the identity."""
     y = torch.as_tensor(y, device=x.device).expand(len(x))
     return x + model(x, torch.ones(len(x), device=x.device), y).float()
 
@@ -193,14 +184,11 @@ def regress(model, x, y):
 def supervised(model, source, target, y_target, steps, batch_size=64, lr=1e-3, seed=0,
                dtype=torch.float32, progress=print):
     """Train `model` in place on pairs, for one direction: a ceiling that sees what MedShift never sees.
-
     source, target: (N, C, H, W) of the same heads, arrays or tensors; y_target: int. Returns the model, whose
     translation is `regress`. Loss ||x + v(x, 1, y) - target||^2, AdamW, cosine decay to zero; `dtype` is the
-    autocast type.
-    """
+    autocast type."""
     device = next(model.parameters()).device
-    draw = torch.Generator().manual_seed(seed)
-    start = time.time()
+    draw, start = torch.Generator().manual_seed(seed), time.time()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     cosine = lambda step: (1 + math.cos(math.pi * step / steps)) / 2
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
@@ -218,10 +206,8 @@ def supervised(model, source, target, y_target, steps, batch_size=64, lr=1e-3, s
 
 def steps_within(seconds, train, trial=5):
     """How many steps of train(steps) take about `seconds`, at least 1.
-
     A rival gets as long as MedShift had, yet a fixed number of steps, which can be repeated exactly. It is
-    tried out twice, so that what is done only once does not count.
-    """
+    tried out twice, so that what is done only once does not count."""
     train(trial)
     start = time.time()
     train(trial)
@@ -232,9 +218,7 @@ def steps_within(seconds, train, trial=5):
 
 def save(path, network, pair, y_target=None):
     """Write a translator whole or not at all: a Generator, or a supervised UNet with its label.
-
-    pair: the names of source and target.
-    """
+    pair: the names of source and target."""
     if isinstance(network, Generator):
         how = dict(generator=network.config)
     else:
@@ -245,9 +229,7 @@ def save(path, network, pair, y_target=None):
 
 def load(path, device="cpu"):
     """What `save` has written: a function from images (B, C, H, W) to translations, and the pair's names.
-
-    Raises UserError if it is something else.
-    """
+    Raises UserError if it is something else."""
     state = checkpoint.load(path, device)
     if "generator" in state:
         network = Generator(**state["generator"])

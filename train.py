@@ -267,7 +267,7 @@ def load_data(config):
 def teach(model, dataset, config, dtype, device):
     """The student of a trained flow, with progress."""
     def say(what):
-        start, unit = time.time(), "steps" if what == "the student learns" else "images"
+        start, unit = time.time(), {"the student learns": "steps", "its finish": "pairs"}.get(what, "images")
         return lambda done, total: data.progress(done, total, start, what, unit)
 
     how = dict(steps=5, solver="fireflow", end=config.student_end, colour=config.colour, x0=config.x0)

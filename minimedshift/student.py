@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import checkpoint, finish, sampler
+from . import UserError, checkpoint, finish, sampler
 
 
 @dataclass(frozen=True)
@@ -218,13 +218,17 @@ class Translator:
 
 
 def restore(state, device="cpu", path="the checkpoint"):
-    """The Translator of Translator.state(). Raises UserError naming the first tensor that does not fit."""
-    student = Student(Shape(**state["shape"])).to(device)
-    checkpoint.load_weights(student, state["weights"], path)
-    finishes = {}
-    for pair, part in state["finishes"].items():
-        s, t = map(int, pair.split())
-        finishes[s, t] = finish.restore(part)
+    """The Translator of Translator.state(). Raises UserError where it is none, or naming the first tensor that does not fit."""
+    try:
+        student = Student(Shape(**state["shape"])).to(device)
+        finishes = {}
+        for pair, part in state["finishes"].items():
+            s, t = map(int, pair.split())
+            finishes[s, t] = finish.restore(part)
+        weights = state["weights"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} holds a student that cannot be read ({type(error).__name__})") from None
+    checkpoint.load_weights(student, weights, path)
     return Translator(student.eval().requires_grad_(False), finishes)
 
 

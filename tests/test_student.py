@@ -134,6 +134,9 @@ def test_a_translator_goes_through_a_checkpoint(translator, tmp_path):
     state = checkpoint.load(tmp_path / "net.pt")["student"]
     x = torch.rand(2, 1, 16, 16)
     assert torch.equal(student.restore(state)(x, 2, 0), translator(x, 2, 0))
+    for broken in (dict(state, finishes=None), dict(shape=state["shape"]), dict(state, shape=dict(state["shape"], depth=1))):
+        with pytest.raises(UserError, match="net.pt holds a student that cannot be read"):
+            student.restore(broken, path="net.pt")
     state["shape"]["width"] = 24
     with pytest.raises(UserError, match="net.pt holds another network: blocks.0"):
         student.restore(state, path="net.pt")

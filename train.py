@@ -18,15 +18,18 @@ from pathlib import Path
 
 import torch
 
-from minimedshift import UserError, flag, parse, run
-from minimedshift import balance, checkpoint, data, evaluate, sampler, simulated, student
-from minimedshift.batches import batches, null_label
+from minimedshift.support.command import UserError, flag, parse, run
+from minimedshift import balance, data, evaluate, sampler, student
+from minimedshift.phantom import sets
+from minimedshift.support import checkpoint
+from minimedshift.support.batches import batches, null_label
 from minimedshift.coupling import COUPLINGS
 from minimedshift.flow import loss as flow_loss
-from minimedshift.log import Log
-from minimedshift.machine import can_compile, has_bfloat16, keep_memory, machine, pick_device, pick_formats
+from minimedshift.support.log import Log
+from minimedshift.support.machine import (can_compile, has_bfloat16, keep_memory, machine, pick_device,
+    pick_formats)
 from minimedshift.model import PRESETS, UNet
-from minimedshift.optim import Muon, split
+from minimedshift.support.optim import Muon, split
 
 
 @dataclass(frozen=True)
@@ -257,7 +260,7 @@ def load_data(config):
     if config.data:
         dataset = data.folder_set(config.data, config.size, config.seed)
     else:
-        dataset = simulated.phantom_set(config.size, config.train_images, config.valid_heads, config.test_heads,
+        dataset = sets.phantom_set(config.size, config.train_images, config.valid_heads, config.test_heads,
                                         config.seed, config.shift)
     if config.domains:
         dataset = data.only(dataset, [name.strip() for name in config.domains.split(",")])

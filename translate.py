@@ -19,12 +19,16 @@ from pathlib import Path
 
 import torch
 
-from minimedshift import UserError, data, domain, film, flag, metrics, parse, run, sampler, simulated, student
-from minimedshift.carry import carry, resize, working_shape
-from minimedshift.checkpoint import load_model
+from minimedshift import data, sampler, student
+from minimedshift.measure import metrics
+from minimedshift.phantom import sets
+from minimedshift.support import domain, film
+from minimedshift.support.command import UserError, flag, parse, run
+from minimedshift.support.carry import carry, resize, working_shape
+from minimedshift.support.checkpoint import load_model
 from minimedshift.evaluate import TAUS, in_batches, main_domains
 from minimedshift.flow import draw_noise
-from minimedshift.machine import can_compile, keep_memory, pick_device
+from minimedshift.support.machine import can_compile, keep_memory, pick_device
 
 
 @dataclass(frozen=True)
@@ -189,9 +193,9 @@ def translate_files(files, model, translator, state, c, how, device):
 def translate_heads(model, translator, state, c, how, device, heads=8):
     """Write translate.png beside the checkpoint: source | translations at several tau | the student's | truth, of test heads."""
     config, domains = state["config"], list(state["domains"])
-    test = simulated.paired_heads(state["image"]["size"], config["test_heads"], "test", config["seed"], decoys=simulated.DECOYS)
+    test = sets.paired_heads(state["image"]["size"], config["test_heads"], "test", config["seed"], decoys=sets.DECOYS)
     source, target = main_domains(domains, c.source, c.target)
-    column = [simulated.phantom.DOMAINS.index(name) for name in domains]  # of each of the network's domains in the test set
+    column = [sets.phantom.DOMAINS.index(name) for name in domains]  # of each of the network's domains in the test set
     load = lambda array, d: torch.from_numpy(array[:heads, column[d]].astype("float32")).to(device)
     x1, truth = load(test.images, source), load(test.truth, target)
     score = lambda x: f"{metrics.structure(x, truth).mean():.1f} dB"

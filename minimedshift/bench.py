@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import UserError, data, evaluate, flag, ops, parse, phantom, run, sampler, whole
-from .coupling import Semidiscrete, couple, exact
-from .flow import draw_noise
-from .flow import loss as flow_loss
-from .machine import can_compile, keep_memory, machine, pick_device, pick_formats
-from .model import PRESETS, Shape, UNet
-from .optim import Muon, split
+from minimedshift import data, evaluate, ops, phantom, sampler
+from minimedshift.support.command import UserError, flag, parse, run, whole
+from minimedshift.coupling import Semidiscrete, couple, exact
+from minimedshift.flow import draw_noise
+from minimedshift.flow import loss as flow_loss
+from minimedshift.support.machine import can_compile, keep_memory, machine, pick_device, pick_formats
+from minimedshift.model import PRESETS, Shape, UNet
+from minimedshift.support.optim import Muon, split
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .ops import row_lse, row_lse_dot, scores
+from minimedshift.ops import row_lse, row_lse_dot, scores
 
 COUPLINGS = ("independent", "sinkhorn", "exact", "semidiscrete")
 DENSE = 4096  # the costs of up to so many images are stored; of more, they are computed whenever needed

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from . import UserError, whole
+from minimedshift.support.command import UserError, whole
 
 
 # ---------------------------------------------------------------- what a data set is

@@ -18,9 +18,12 @@ from typing import Callable
 import numpy as np
 import torch
 
-from . import UserError, balance, baselines, data, flag, metrics, parse, realism, rivals, run, sampler, simulated, student, whole
-from .checkpoint import load_model
-from .machine import keep_memory, machine, pick_device
+from minimedshift import balance, data, sampler, student
+from minimedshift.measure import baselines, metrics, realism, rivals
+from minimedshift.phantom import sets
+from minimedshift.support.command import UserError, flag, parse, run, whole
+from minimedshift.support.checkpoint import load_model
+from minimedshift.support.machine import keep_memory, machine, pick_device
 
 MAIN = ("synthetic-high", "real-normal")
 STUDENT = "MedShift's student"
@@ -430,7 +433,7 @@ def report(model, dataset, how, device="cpu", translator=None, heads=128, heads_
     for name, mean in means.items():
         at = "" if tau is None or name == STUDENT else f", tau {tau:g}"
         say(f"all {mean['pairs']} ordered pairs, {name}{at}: {summary_line(mean)}", flush=True)
-    return dict(simulated=simulation, version=simulated.phantom.VERSION if simulation else None, translation=how, main_pair=main,
+    return dict(simulated=simulation, version=sets.phantom.VERSION if simulation else None, translation=how, main_pair=main,
                 pairs=each[flow.name], all_pairs=means[flow.name], student_pairs=each.get(STUDENT), student_all_pairs=means.get(STUDENT),
                 evaluation_seconds=time.time() - start), pictures
 
@@ -468,7 +471,7 @@ def open_data(c, state):
     if c.data or config.get("data"):
         dataset = data.folder_set(c.data or config["data"], state["image"]["size"], config["seed"])
     else:
-        dataset = simulated.phantom_set(state["image"]["size"], config["train_images"], c.valid_heads, c.heads, config["seed"], config["shift"])
+        dataset = sets.phantom_set(state["image"]["size"], config["train_images"], c.valid_heads, c.heads, config["seed"], config["shift"])
     if not set(state["domains"]) <= set(dataset.domains):
         raise UserError(f"{c.checkpoint} knows the domains {', '.join(state['domains'])}, the data has {', '.join(dataset.domains)}")
     dataset = data.only(dataset, state["domains"])
@@ -545,7 +548,7 @@ def without_truth(methods, dataset, s, t, reference, device):
 
 
 def main(argv=None):
-    from . import tables
+    from minimedshift.measure import tables
     c = parse(Config, __doc__, argv)
     device, phase = pick_device(c.device), Phase()
     keep_memory()
@@ -583,9 +586,9 @@ def main(argv=None):
     else:
         pairs_of = {"shared": lambda source: dataset.test}
         if dataset.test.truth is not None:
-            own = lambda source: simulated.own_heads(dataset, dataset.domains[source], c.heads, config["seed"])
+            own = lambda source: sets.own_heads(dataset, dataset.domains[source], c.heads, config["seed"])
             pairs_of["own"] = cache(own)
-            results.update(simulated=True, version=simulated.phantom.VERSION, shift=config["shift"], balance=config.get("balance", False))
+            results.update(simulated=True, version=sets.phantom.VERSION, shift=config["shift"], balance=config.get("balance", False))
         found, kept = with_truth(c, methods, dataset, pairs_of, s, t, reference, device, phase)
         results.update(heads=min(c.heads, len(dataset.test.images)), heads_each=min(c.heads_each, len(dataset.test.images)), **found)
         tables.pareto(out / "pareto.png", results)
@@ -609,15 +612,15 @@ def heads_picture(path, methods, results, dataset, s, t, seed, stride, device, s
 
     The columns are our median head, the one at the edge of its worst tenth, and its worst.
     """
-    from . import tables
-    from .carry import carry, resize, working_shape
+    from minimedshift.measure import tables
+    from minimedshift.support.carry import carry, resize, working_shape
     rows = results["main_pair"]["shared"]
     best_of_ours = ours(rows)
     order = np.argsort(rows[best_of_ours]["E_heads"])
     places = {"median head": .5, "90th percentile": .9, "worst head": 1.0}
     shown = {name: int(order[min(len(order) - 1, int(share * len(order)))]) for name, share in places.items()}
-    people = [simulated.phantom.Head(simulated.first_seed(seed, "test") + i) for i in shown.values()]
-    draw = lambda domain, **how: simulated.phantom.render(people, dataset.domains[domain], max(size, dataset.size), **how).to(device)
+    people = [sets.phantom.Head(sets.first_seed(seed, "test") + i) for i in shown.values()]
+    draw = lambda domain, **how: sets.phantom.render(people, dataset.domains[domain], max(size, dataset.size), **how).to(device)
     full, truth = draw(s), draw(t, noise=False)
     small = resize(full, working_shape(*full.shape[-2:], dataset.size, stride))
     q = Question(s, t, small, small, small, small)

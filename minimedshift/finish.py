@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from . import metrics
-from .baselines import BandCurves, Curve, fit_bands, fit_histogram, gaussians, join, laplacian, smooth
+from minimedshift.measure import metrics
+from minimedshift.measure.baselines import (BandCurves, Curve, fit_bands, fit_histogram, gaussians, join,
+    laplacian, smooth)
 
 IMAGES = 500  # of each domain are looked at; of a histogram, too few images pull the tone off
 NOISY = 250   # of them are enough for the noise

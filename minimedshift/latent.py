@@ -11,9 +11,12 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from . import UserError, domain, evaluate, flag, parse, run, sampler, simulated, whole
-from .checkpoint import load_model
-from .machine import pick_device
+from minimedshift import evaluate, sampler
+from minimedshift.phantom import sets
+from minimedshift.support import domain
+from minimedshift.support.command import UserError, flag, parse, run, whole
+from minimedshift.support.checkpoint import load_model
+from minimedshift.support.machine import pick_device
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ def main(argv=None):
     if config.get("data") or how["x0"] == "image" or config["valid_heads"] < 2:
         raise UserError(f"{c.checkpoint}: needs a flow from noise, and two simulated validation heads")
     N, D = config["valid_heads"], len(state["domains"])
-    pairs = simulated.paired_heads(size, N, "valid", config["seed"], decoys=simulated.DECOYS)
-    columns = [simulated.phantom.DOMAINS.index(name) for name in state["domains"]]
+    pairs = sets.paired_heads(size, N, "valid", config["seed"], decoys=sets.DECOYS)
+    columns = [sets.phantom.DOMAINS.index(name) for name in state["domains"]]
     found = {i / 10: None for i in range(11)}  # tau: (domain told, same head)
     for tau in found:
         z = [evaluate.load(pairs.images[:, column], device) for column in columns]

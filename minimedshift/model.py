@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .ops import norm_film_silu
+from minimedshift.ops import norm_film_silu
 
 
 @dataclass(frozen=True)

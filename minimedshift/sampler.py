@@ -15,8 +15,8 @@ import math
 
 import torch
 
-from .flow import direct_label, draw_noise, velocity_and_score
-from .machine import has_bfloat16
+from minimedshift.flow import direct_label, draw_noise, velocity_and_score
+from minimedshift.support.machine import has_bfloat16
 
 
 class Velocity:

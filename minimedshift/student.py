@@ -20,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import UserError, checkpoint, finish, sampler
+from minimedshift import finish, sampler
+from minimedshift.support import checkpoint
+from minimedshift.support.command import UserError
 
 
 @dataclass(frozen=True)

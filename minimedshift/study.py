@@ -21,13 +21,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import UserError, data, evaluate, flag, parse, rivals, run, sampler, simulated, student, tables, whole
-from .checkpoint import load, load_model
-from .coupling import assign, couple
-from .flow import draw_noise
-from .flow import loss as flow_loss
-from .machine import pick_formats
-from .model import PRESETS, UNet
+from minimedshift import data, evaluate, sampler, student
+from minimedshift.measure import rivals, tables
+from minimedshift.phantom import sets
+from minimedshift.support.command import UserError, flag, parse, run, whole
+from minimedshift.support.checkpoint import load, load_model
+from minimedshift.coupling import assign, couple
+from minimedshift.flow import draw_noise
+from minimedshift.flow import loss as flow_loss
+from minimedshift.support.machine import pick_formats
+from minimedshift.model import PRESETS, UNet
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ def phantom_run(name, seed, steps, heads, folder):
     train(flags, folder)
     model, state = load_model(folder / "checkpoint.pt")
     c = state["config"]
-    dataset = simulated.phantom_set(state["image"]["size"], c["train_images"], c["valid_heads"], c["test_heads"], c["seed"], c["shift"])
+    dataset = sets.phantom_set(state["image"]["size"], c["train_images"], c["valid_heads"], c["test_heads"], c["seed"], c["shift"])
     how = {key: value for key, value in state["translate"].items() if key != "tau"}
     rows = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()[1:]]
     mean = lambda column: float(np.mean([float(row[column]) for row in rows]))
@@ -265,7 +268,7 @@ def rivals_run(shift, seed, steps, folder):
     for name, share in ONE_PAIR.items():
         train_once(["--domains", ",".join(evaluate.MAIN), "--shift", f"{shift:g}", "--seed", str(seed), "--no-balance", "--steps", str(total // share)], folder / name)
     config = state["config"]
-    dataset = simulated.phantom_set(state["image"]["size"], config["train_images"], config["valid_heads"], config["test_heads"], seed, shift)
+    dataset = sets.phantom_set(state["image"]["size"], config["train_images"], config["valid_heads"], config["test_heads"], seed, shift)
     train_rivals(dataset, folder, seconds, seed)
     evaluate.main(["--checkpoint", str(checkpoint), "--rivals", str(folder), "--out", str(folder / "evaluation")])
     evaluate.write_json(folder / "one_pair.json", one_network_or_many(folder, dataset))
@@ -291,10 +294,10 @@ def train_rivals(dataset, folder, seconds, seed):
         rivals.save(folder / "adversarial.pt", forth, pair)
         rivals.save(folder / "adversarial-back.pt", back, pair[::-1])
     if not (folder / "supervised.pt").exists():
-        first = simulated.first_seed(seed, "supervised")
-        heads = [simulated.phantom.Head(first + i) for i in range(PAIRED_HEADS)]
-        source = simulated.phantom.render(heads, pair[0], dataset.size).numpy()
-        target = simulated.phantom.render(heads, pair[1], dataset.size, noise=False).numpy()
+        first = sets.first_seed(seed, "supervised")
+        heads = [sets.phantom.Head(first + i) for i in range(PAIRED_HEADS)]
+        source = sets.phantom.render(heads, pair[0], dataset.size).numpy()
+        target = sets.phantom.render(heads, pair[1], dataset.size, noise=False).numpy()
         shape = replace(PRESETS["cpu"][1], num_domains=len(dataset.domains), channels=dataset.channels)
 
         def learn(steps, progress=print):

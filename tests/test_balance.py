@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from minimedshift import balance, simulated
+from minimedshift import balance
+from minimedshift.phantom import sets
 from minimedshift.coupling import Semidiscrete, learn_potentials
 from minimedshift.data import Dataset
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    return simulated.paired_heads(64, 48, "valid", cache=tmp_path_factory.mktemp("cache"), progress=False)
+    return sets.paired_heads(64, 48, "valid", cache=tmp_path_factory.mktemp("cache"), progress=False)
 
 
 def test_a_head_is_known_again_in_another_domain(pairs):

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from minimedshift import baselines, metrics
-from minimedshift.baselines import PAIRED, UNPAIRED, Curve
+from minimedshift.measure import baselines, metrics
+from minimedshift.measure.baselines import PAIRED, UNPAIRED, Curve
 
 
 def uniform(*shape, seed=0):

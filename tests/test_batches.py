@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from minimedshift.batches import ahead, draw, randomness
+from minimedshift.support.batches import ahead, draw, randomness
 
 
 def test_labels_hidden_and_noise_come_from_two_streams():

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minimedshift import bench, run
+from minimedshift import bench
+from minimedshift.support.command import run
 
 ROOT = Path(bench.__file__).parents[1]
 

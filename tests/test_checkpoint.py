@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from minimedshift import UserError, checkpoint
-from minimedshift.checkpoint import EMA
-from minimedshift.optim import Muon, orthogonalise
+from minimedshift.support import checkpoint
+from minimedshift.support.command import UserError
+from minimedshift.support.checkpoint import EMA
+from minimedshift.support.optim import Muon, orthogonalise
 
 
 def test_round_trip_of_plain_types(tmp_path):

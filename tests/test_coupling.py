@@ -7,7 +7,8 @@ import torch
 from gaussians import covariance, gaussian_bridge, power
 
 from minimedshift import coupling, ops
-from minimedshift.coupling import Semidiscrete, assign, couple, exact, find_eps, learn_potentials, sinkhorn, solve
+from minimedshift.coupling import (Semidiscrete, assign, couple, exact, find_eps, learn_potentials,
+    sinkhorn, solve)
 from minimedshift.flow import bridge, draw_noise, tint
 
 

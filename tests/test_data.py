@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from minimedshift import UserError, data
+from minimedshift import data
+from minimedshift.support.command import UserError
 
 rng = np.random.default_rng(0)
 noise = lambda *shape: rng.integers(0, 256, shape, dtype=np.uint8)

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minimedshift import domain, phantom
+from minimedshift import phantom
+from minimedshift.support import domain
 from minimedshift.flow import draw_noise, tint
 
 

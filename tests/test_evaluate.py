@@ -12,7 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from minimedshift import UserError, checkpoint, data, evaluate, metrics, simulated, tables
+from minimedshift import data, evaluate
+from minimedshift.measure import metrics, tables
+from minimedshift.phantom import sets
+from minimedshift.support import checkpoint
+from minimedshift.support.command import UserError
 from minimedshift.evaluate import Method
 from minimedshift.model import Shape, UNet
 
@@ -23,7 +27,7 @@ HOW = dict(tau=.4, guidance=1.0, steps=1, solver="euler", end=.97, colour=1.0, x
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    return simulated.phantom_set(32, 100, 8, 8, cache=cache, progress=False)
+    return sets.phantom_set(32, 100, 8, 8, cache=cache, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +144,7 @@ def network(tmp_path_factory):
     model = UNet(shape)
     torch.nn.init.normal_(model.out.weight, std=.1)
     config = dict(data=None, domains="", train_images=100, valid_heads=4, test_heads=4, seed=0, shift=.55, coupling="independent", sigma=0.0, colour=1.0)
-    checkpoint.save(folder / "checkpoint.pt", dict(config=config, shape=asdict(shape), domains=list(simulated.phantom.DOMAINS), step=3, translate=HOW,
+    checkpoint.save(folder / "checkpoint.pt", dict(config=config, shape=asdict(shape), domains=list(sets.phantom.DOMAINS), step=3, translate=HOW,
                     image=dict(size=32, channels=1, range=[-1.0, 1.0]), model=model.state_dict(), ema=model.state_dict()))
     return folder
 
@@ -215,7 +219,7 @@ def test_test_images_of_one_name_are_pairs_and_others_are_not(tmp_path):
 
 @pytest.mark.parametrize("paired", [True, False])
 def test_a_folder_is_evaluated_with_and_without_pairs(network, tmp_path, paired):
-    for i, domain in enumerate(simulated.phantom.DOMAINS):
+    for i, domain in enumerate(sets.phantom.DOMAINS):
         write(tmp_path / "images" / "train" / domain, [f"t{k}" for k in range(6)], 20 * i, seed=i)
         write(tmp_path / "images" / "test" / domain, [f"{'' if paired else domain}{k}" for k in range(8)], 20 * i)
     (tmp_path / "features.py").write_text("def features(x):\n    return x.flatten(1)[:, :3]\n")

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from test_sampler import MEANS, SPREADS, gaussian
 
-from minimedshift import film, sampler
+from minimedshift import sampler
+from minimedshift.support import film
 
 
 @pytest.mark.parametrize("target, tau", [(0, 0.4), (1, 0.4), (1, 0.0)])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minimedshift import finish, student
-from minimedshift.baselines import Curve, gaussians
+from minimedshift.measure.baselines import Curve, gaussians
 
 
 def blobs(count, side=64, seed=0):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from minimedshift import UserError, check, flag, parse
+from minimedshift.support.command import UserError, check, flag, parse
 
 
 @dataclass(frozen=True)

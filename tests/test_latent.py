@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from minimedshift import UserError, checkpoint, latent, phantom
+from minimedshift import latent, phantom
+from minimedshift.support import checkpoint
+from minimedshift.support.command import UserError
 from minimedshift.model import Shape, UNet
 
 

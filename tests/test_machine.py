@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minimedshift import evaluate, machine
+from minimedshift import evaluate
+from minimedshift.support import machine
 
 pick = machine.pick_formats.__wrapped__  # without the memory of an earlier answer
 CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))

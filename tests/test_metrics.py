@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from minimedshift import metrics
+from minimedshift.measure import metrics
 
 
 def noise(*shape, seed=0):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from minimedshift import UserError, realism
+from minimedshift.measure import realism
+from minimedshift.support.command import UserError
 
 
 def normal(*shape, seed=0):

@@ -10,7 +10,7 @@ from gaussians import covariance, gaussian_bridge
 from minimedshift.flow import EDGE
 from minimedshift.model import Shape, UNet
 from minimedshift.sampler import (SOLVERS, Velocity, adaptive, decode, encode, grid, last, reversible,
-                                  trajectory, translate)
+    trajectory, translate)
 
 
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("fireflow", 2)])

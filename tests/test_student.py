@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minimedshift import UserError, checkpoint, finish, sampler, student
-from minimedshift.baselines import Curve
+from minimedshift import finish, sampler, student
+from minimedshift.support import checkpoint
+from minimedshift.support.command import UserError
+from minimedshift.measure.baselines import Curve
 from minimedshift.data import Dataset
 from minimedshift.model import Shape as FlowShape
 from minimedshift.model import UNet

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import train
-from minimedshift import UserError, study
+from minimedshift import study
+from minimedshift.support.command import UserError
 
 
 def test_points_lie_where_they_should():

@@ -14,8 +14,11 @@ import torch
 from PIL import Image
 
 import train
-from minimedshift import UserError, checkpoint, data, evaluate, phantom, run, simulated, student
-from minimedshift.log import Log
+from minimedshift import data, evaluate, phantom, student
+from minimedshift.phantom import sets
+from minimedshift.support import checkpoint
+from minimedshift.support.command import UserError, run
+from minimedshift.support.log import Log
 from minimedshift.model import Shape, UNet
 
 ROOT = Path(train.__file__).parent
@@ -261,7 +264,7 @@ def test_the_readme_run_beats_the_grey_value_curves(tmp_path, cache, monkeypatch
     assert len(report["pairs"]) == 20 and report["all_pairs"]["same_head"] is not None
     model, state = checkpoint.load_model(tmp_path / "checkpoint.pt")  # what is asked of it is asked on validation heads
     monkeypatch.setenv("MINIMEDSHIFT_CACHE", cache["MINIMEDSHIFT_CACHE"])
-    dataset = simulated.phantom_set(64, 10000, 64, 128)
+    dataset = sets.phantom_set(64, 10000, 64, 128)
     flow, pupil = evaluate.with_network(model, state["translate"]), evaluate.with_student(student.restore(state["student"]))
     methods = {method.name: method for method in [*evaluate.without_network(dataset), *flow, pupil]}
     s, t = evaluate.main_domains(dataset.domains)

@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 import translate
-from minimedshift import checkpoint, domain, phantom, run, sampler, student
+from minimedshift import phantom, sampler, student
+from minimedshift.support import checkpoint, domain
+from minimedshift.support.command import run
 from minimedshift.model import Shape, UNet
 
 ROOT = Path(translate.__file__).parent

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from . import coupling as plans
-from . import data
-from .coupling import Semidiscrete, couple
-from .flow import direct_label, draw_noise, tint
+from minimedshift import coupling as plans
+from minimedshift import data
+from minimedshift.coupling import Semidiscrete, couple
+from minimedshift.flow import direct_label, draw_noise, tint
 
 
 class Step(NamedTuple):

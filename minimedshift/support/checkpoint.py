@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from . import UserError, whole
-from .model import Shape, UNet
+from minimedshift.support.command import UserError, whole
+from minimedshift.model import Shape, UNet
 
 FORMAT = 4  # 1 had no `end` among the settings of a translation, 2 no `colour` and `x0`, 3 knew only whether populations shift
 

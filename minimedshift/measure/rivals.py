@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import UserError, checkpoint, sampler
-from .flow import draw_noise
-from .model import Shape, UNet
+from minimedshift import sampler
+from minimedshift.support import checkpoint
+from minimedshift.support.command import UserError
+from minimedshift.flow import draw_noise
+from minimedshift.model import Shape, UNet
 
 NAMES = {"adversarial": "CycleGAN"}  # of a file of weights, in tables
 

@@ -9,8 +9,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from . import UserError
-from .ops import triton
+from minimedshift.support.command import UserError
+from minimedshift.ops import triton
 
 
 def pick_device(name):

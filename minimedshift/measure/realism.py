@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import UserError, data
+from minimedshift import data
+from minimedshift.support.command import UserError
 
 
 # ---------------------------------------------------------------- patches of a Laplacian pyramid

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import UserError, data, phantom
-from .data import Dataset, Pairs
+from minimedshift import data, phantom
+from minimedshift.support.command import UserError
+from minimedshift.data import Dataset, Pairs
 
 BLOCK, BIG = 16, 500  # heads rendered at once; images worth starting processes for
 KINDS = {"images": {}, "truth": dict(noise=False), "second": dict(exposure=1)}  # pictures of a paired head
@@ -94,11 +95,11 @@ def render_all(folder, jobs, images, show, what):
 
 def render_apart(folder, parts, jobs):
     """`render_part` in `parts` processes; they report through one pipe. (Threads are half as fast.)"""
-    code = ("import json, os, sys, torch; from minimedshift import simulated; torch.set_num_threads(1)\n"
+    code = ("import json, os, sys, torch; from minimedshift.phantom import sets; torch.set_num_threads(1)\n"
             "folder, part, parts, plan = sys.argv[1:]\n"
-            "for n in simulated.render_part(folder, int(part), int(parts), json.load(open(plan))):\n"
+            "for n in sets.render_part(folder, int(part), int(parts), json.load(open(plan))):\n"
             "    os.write(1, b'%d\\n' % n)")
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     plan = Path(folder) / "jobs.json"
     plan.write_text(json.dumps(jobs))

@@ -2,7 +2,7 @@
 
 import sys
 
-from . import whole
+from minimedshift.support.command import whole
 
 KINDS = {"unpaired": "unpaired, no network", "learned": "unpaired, learned", "ours": "**MedShift**", "ceiling": "sees pairs", "bound": "bound"}
 ORDER = ("bound", "unpaired", "learned", "ours", "ceiling")

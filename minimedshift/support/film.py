@@ -8,9 +8,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from . import data, sampler, whole
-from .flow import draw_noise
-from .metrics import low_pass
+from minimedshift import data, sampler
+from minimedshift.support.command import whole
+from minimedshift.flow import draw_noise
+from minimedshift.measure.metrics import low_pass
 
 ROWS = 8      # images in a picture
 MOST = 4      # steps of a leg that are shown

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from minimedshift import UserError, data, phantom, simulated
+from minimedshift import data, phantom
+from minimedshift.phantom import sets
+from minimedshift.support.command import UserError
 
 SMALL = dict(size=16, train_images=10, valid_heads=2, test_heads=3, progress=False)
 KINDS = (("images", {}), ("truth", dict(noise=False)), ("second", dict(exposure=1)))
@@ -14,11 +16,11 @@ KINDS = (("images", {}), ("truth", dict(noise=False)), ("second", dict(exposure=
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    return simulated.phantom_set(**SMALL, cache=tmp_path_factory.mktemp("cache"))
+    return sets.phantom_set(**SMALL, cache=tmp_path_factory.mktemp("cache"))
 
 
 def arrays(dataset):
-    pairs = [getattr(pairs, kind) for pairs in (dataset.valid, dataset.test) for kind in simulated.KINDS]
+    pairs = [getattr(pairs, kind) for pairs in (dataset.valid, dataset.test) for kind in sets.KINDS]
     return [np.stack(dataset.train), dataset.test.materials, dataset.test.decoys, *pairs]
 
 
@@ -26,34 +28,34 @@ def test_the_set_holds_what_the_simulator_renders(dataset):
     assert dataset.domains == tuple(phantom.DOMAINS) and dataset.channels == 1
     assert np.stack(dataset.train).shape == (5, 2, 1, 16, 16) and dataset.test.images.shape == (3, 5, 1, 16, 16)
     for split, pairs in (("valid", dataset.valid), ("test", dataset.test)):
-        head = phantom.Head(simulated.first_seed(0, split) + 1)
+        head = phantom.Head(sets.first_seed(0, split) + 1)
         for d, domain in enumerate(phantom.DOMAINS):
             for kind, how in KINDS:
                 picture = phantom.render([head], domain, 16, **how)[0].half()
                 torch.testing.assert_close(torch.tensor(getattr(pairs, kind)[1, d]), picture)
         torch.testing.assert_close(torch.tensor(pairs.materials[1]), phantom.project([head], 16)[0].half())
     for d, domain in enumerate(phantom.DOMAINS):
-        seed = simulated.first_seed(0, "train", d) + 1
+        seed = sets.first_seed(0, "train", d) + 1
         head = phantom.Head(seed, phantom.population(seed, domain, .1))
         torch.testing.assert_close(torch.tensor(dataset.train[d][1]), phantom.render([head], domain, 16)[0].half())
 
 
 def test_decoys_are_other_people_in_the_same_view(dataset):
-    seed = simulated.first_seed(0, "test") + 1
+    seed = sets.first_seed(0, "test") + 1
     head, seen = phantom.Head(seed), set()
-    for k in range(simulated.DECOYS):
-        person = simulated.first_seed(0, "test decoys") + simulated.DECOYS + k
+    for k in range(sets.DECOYS):
+        person = sets.first_seed(0, "test decoys") + sets.DECOYS + k
         other = phantom.Head(seed, anatomy=person)
         assert other.view == head.view and other.field == head.field and not np.array_equal(other.matrix, head.matrix)
         picture = phantom.render([other], "real-low", 16, noise=False)[0].half()
         torch.testing.assert_close(torch.tensor(dataset.test.decoys[1, k, 2]), picture)
         seen.add(dataset.test.decoys[1, k, 2].tobytes())
-    assert len(seen) == simulated.DECOYS
+    assert len(seen) == sets.DECOYS
 
 
 def test_own_heads_come_from_the_population_of_their_domain(dataset, tmp_path):
-    own = simulated.own_heads(dataset, "real-low", 2, cache=tmp_path, progress=False)
-    head = phantom.Head(simulated.first_seed(0, "test") + 1, "real-low")
+    own = sets.own_heads(dataset, "real-low", 2, cache=tmp_path, progress=False)
+    head = phantom.Head(sets.first_seed(0, "test") + 1, "real-low")
     torch.testing.assert_close(torch.tensor(own.images[1, 3]), phantom.render([head], "real-normal", 16)[0].half())
 
 
@@ -67,12 +69,12 @@ def test_shift_is_the_share_of_heads_from_their_own_population():
 
 
 def test_two_builds_are_the_same_bytes_in_one_process_or_three(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(simulated.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
-    monkeypatch.setattr(simulated, "BIG", 0)
+    monkeypatch.setattr(sets.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(sets, "BIG", 0)
     started = []
-    apart = simulated.render_apart
-    monkeypatch.setattr(simulated, "render_apart", lambda folder, parts, jobs: started.append(parts) or apart(folder, parts, jobs))
-    again = simulated.phantom_set(**SMALL, cache=tmp_path)
+    apart = sets.render_apart
+    monkeypatch.setattr(sets, "render_apart", lambda folder, parts, jobs: started.append(parts) or apart(folder, parts, jobs))
+    again = sets.phantom_set(**SMALL, cache=tmp_path)
     assert started == [3, 3, 3]
     for a, b in zip(arrays(dataset), arrays(again)):
         np.testing.assert_array_equal(a, b)
@@ -90,12 +92,12 @@ def test_no_head_is_in_two_domains_or_two_splits(tmp_path, monkeypatch):
     for name in ("render", "picture"):
         monkeypatch.setattr(phantom, name, lambda heads, *_, **__: torch.zeros(1, 1, 8, 8))
     monkeypatch.setattr(phantom, "project", lambda heads, *_, **__: torch.zeros(1, 3, 8, 8))
-    monkeypatch.setattr(simulated, "BIG", 10**9)
-    simulated.phantom_set(8, 5 * 300, 70, 130, seed=3, cache=tmp_path, progress=False)
+    monkeypatch.setattr(sets, "BIG", 10**9)
+    sets.phantom_set(8, 5 * 300, 70, 130, seed=3, cache=tmp_path, progress=False)
     everyone = seen + people
-    assert len(seen) == 5 * 300 + 70 + 130 and len(people) == (70 + 130) * simulated.DECOYS
+    assert len(seen) == 5 * 300 + 70 + 130 and len(people) == (70 + 130) * sets.DECOYS
     assert len(everyone) == len(set(everyone))
-    simulated.phantom_set(8, 5 * 300, 70, 130, seed=4, cache=tmp_path, progress=False)
+    sets.phantom_set(8, 5 * 300, 70, 130, seed=4, cache=tmp_path, progress=False)
     assert len(set(seen + people)) == 2 * len(everyone)
     looked_at = range(1_000_000, 1_500_000)  # the test split before version 2: its heads are not test heads any more
     assert not any(seed % 10_000_000 in looked_at for seed in seen)
@@ -107,12 +109,12 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(phantom, "render", stop)
     with pytest.raises(KeyboardInterrupt):
-        simulated.phantom_set(**SMALL, cache=tmp_path)
+        sets.phantom_set(**SMALL, cache=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_cache_key_holds_everything_that_matters(monkeypatch):
-    contents, source = [], simulated.inspect.getsource
+    contents, source = [], sets.inspect.getsource
 
     def note(root, name, content, build):
         contents.append(json.dumps([name, content]))
@@ -121,23 +123,23 @@ def test_the_cache_key_holds_everything_that_matters(monkeypatch):
     monkeypatch.setattr(data, "cached", note)
     pairs = dict(size=16, count=2, split="valid", progress=False)
     train = dict(size=16, per_domain=2, progress=False)
-    calls = [(simulated.training_images, dict(train, **change)) for change in ({}, dict(size=32), dict(per_domain=3), dict(seed=1), dict(shift=.55))]
+    calls = [(sets.training_images, dict(train, **change)) for change in ({}, dict(size=32), dict(per_domain=3), dict(seed=1), dict(shift=.55))]
     changes = ({}, dict(size=32), dict(count=3), dict(split="test"), dict(seed=1), dict(prior="real-low"), dict(decoys=3))
-    calls += [(simulated.paired_heads, dict(pairs, **change)) for change in changes]
+    calls += [(sets.paired_heads, dict(pairs, **change)) for change in changes]
     for function, arguments in calls:
         with pytest.raises(KeyboardInterrupt):
             function(**arguments)
     for change in ("source", "torch"):
         with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
             if change == "source":
-                m.setattr(simulated.inspect, "getsource", lambda part: source(part) + "# edited")
+                m.setattr(sets.inspect, "getsource", lambda part: source(part) + "# edited")
             else:
                 m.setattr(torch, "__version__", "9.9")
-            simulated.paired_heads(**pairs)
+            sets.paired_heads(**pairs)
     assert len(set(contents)) == len(contents) == len(calls) + 2
 
 
 @pytest.mark.parametrize("wrong", [dict(train_images=4), dict(valid_heads=0), dict(size=4)])
 def test_a_set_too_small_is_a_sentence(wrong):
     with pytest.raises(UserError, match="at least 5 training images"):
-        simulated.phantom_set(**{**SMALL, **wrong})
+        sets.phantom_set(**{**SMALL, **wrong})

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import torch
 
-from . import whole
+from minimedshift.support.command import whole
 
 
 class Log:

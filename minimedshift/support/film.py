@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from minimedshift import data, sampler
+from minimedshift.bands import low_pass
 from minimedshift.support.command import whole
 from minimedshift.flow import draw_noise
-from minimedshift.measure.metrics import low_pass
 
 ROWS = 8      # images in a picture
 MOST = 4      # steps of a leg that are shown

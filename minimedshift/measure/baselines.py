@@ -62,7 +62,7 @@ def alternate(*fits):
 def spread(stack):
     """Every n-th image, for the smallest n that leaves at most PIXELS pixels: a float32 tensor."""
     n = math.ceil(math.prod(stack.shape) / PIXELS)
-    return torch.from_numpy(np.array(stack[::n], np.float32))
+    return torch.from_numpy(np.asarray(stack[::n], np.float32))
 
 
 # ---------------------------------------------------------------- the spectrum

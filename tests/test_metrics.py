@@ -299,15 +299,15 @@ def test_bootstrap_draws_the_same_heads_from_all():
 
 def test_intervals_of_the_gap():
     curve, second = .02 + .004 * noise(128).abs(), .001 + 0 * noise(128)
-    low, high = metrics.gap_interval(.5 * (curve + second), curve, second)
+    low, high = metrics.difference_interval(.5 * (curve + second), curve, curve, second)
     assert low == pytest.approx(.5, abs=1e-4) and high == pytest.approx(.5, abs=1e-4)
     E = .5 * (curve + second) + .003 * noise(128, seed=1)
-    low, high = metrics.gap_interval(E, curve, second)
+    low, high = metrics.difference_interval(E, curve, curve, second)
     closed = metrics.gap_closed(E.mean().item(), curve.mean().item(), second.mean().item())
     assert low < closed < high and .01 < high - low < .2
     low, high = metrics.difference_interval(E, E + .1 * (curve - second), curve, second)
     assert low == pytest.approx(.1, abs=1e-4) and high == pytest.approx(.1, abs=1e-4)
-    assert metrics.gap_interval(E, second, second) is None
+    assert metrics.difference_interval(E, second, second, second) is None
     in_the_noise = second + .001 * noise(128, seed=2)
     assert metrics.difference_interval(E, E, in_the_noise, second) is None
 

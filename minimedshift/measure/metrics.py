@@ -210,12 +210,6 @@ def sharpness(x, truth, materials):
     return None if own is None or right is None else own / right
 
 
-def second_difference(x):
-    """Noise, and next to nothing of any edge: second differences along both axes (Immerkaer 1996)."""
-    x = F.pad(x, (1, 1, 1, 1), mode="reflect").diff(n=2, dim=-1)
-    return x.diff(n=2, dim=-2)
-
-
 def soft_tissue(x, images, truth, materials):
     """Contrast to noise of soft tissue against air in x over that in the target's own images; 1 is right.
 
@@ -227,13 +221,16 @@ def soft_tissue(x, images, truth, materials):
     air = (bone + tissue) == 0
     if not soft.any() or not air.any():
         return None
-    noise, right = noise_residuals(x, images, truth, soft, second_difference)  # a high-pass sees the skin
-    share = (noise.square().sum() / right.square().sum()).clamp(min=NOISE_FLOOR).sqrt()
+
+    def second_difference(images):  # hardly sees an edge such as the skin's (Immerkaer 1996)
+        return F.pad(images, (1,) * 4, mode="reflect").diff(n=2, dim=-1).diff(n=2, dim=-2)
 
     def contrast(images):
         grey = images.mean(1, keepdim=True)
         return (grey[air].mean() - grey[soft].mean()).abs()
 
+    noise, right = noise_residuals(x, images, truth, soft, second_difference)
+    share = (noise.square().sum() / right.square().sum()).clamp(min=NOISE_FLOOR).sqrt()
     return float(contrast(x) / contrast(images) / share)
 
 
@@ -275,11 +272,6 @@ def difference_interval(E_a, E_b, E_curve, E_second):
     return bootstrap(share, E_a, E_b, E_curve, E_second)
 
 
-def gap_interval(E, E_curve, E_second):
-    """95 % interval of `gap_closed`, (low, high) or None: the curve itself closes 0."""
-    return difference_interval(E, E_curve, E_curve, E_second)
-
-
 def ranks(errors):
     """Rank of each method, {name: int}, from {name: E (N,)}: 1 + how many methods are clearly better.
     Clearly: the 95 % interval of the paired difference of mean E lies below 0."""
@@ -305,10 +297,10 @@ def score(x, truth, images, E_curve, E_second, decoys=None, materials=None):
     x = x.to(truth)
     E, heads = structure_mse(x, truth), structure(x, truth)  # (N,)
     row = dict(structure=heads.mean().item(), median=heads.median().item(), E=E.mean().item(),
-               worst_tenth=decibels(worst_tenth(E)).item(), E_heads=E.tolist(),
+               worst_tenth=10 * torch.log10(4 / worst_tenth(E)).item(), E_heads=E.tolist(),
                psnr=psnr(x, truth).mean().item(), ssim=ssim(x, truth).mean().item())
     row["gap_closed"] = gap_closed(row["E"], E_curve.mean().item(), E_second.mean().item())
-    row["gap_interval"] = gap_interval(E, E_curve, E_second)
+    row["gap_interval"] = difference_interval(E, E_curve, E_curve, E_second)  # the curve closes 0
     row["recall"], row["false"] = fine_structure(x, truth)
     row.update(dict.fromkeys(("noise", "spectrum", "same_head", "bone", "soft", "sharpness", "soft_tissue")))
     noisy = not torch.equal(images, truth)

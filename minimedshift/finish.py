@@ -3,8 +3,8 @@
     tone    the histogram of each pyramid band, then of the pixels, is brought to the target's
     grain   fine bands get the strength of noise that the target has, by grey level
 
-A median does not outvote a teacher that is wrong in the same way on every head, but it shows in the histograms.
-And a median is smooth, while strong noise of the source passes through a local network.
+A median does not outvote a teacher that is wrong in the same way on every head, but histograms show it. And a
+median is smooth, while strong noise of the source passes through a local network.
 """
 
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ NORMAL = 0.6745  # median of |N(0, 1)|
 def grain(images, robust):
     """The noise of images (N, C, H, W): for each fine band a Curve, grey level -> standard deviation.
 
-    Measured in flat places inside heads and in the air around. robust: from the median of |band|, which a bit of
-    fine texture does not move; else from its mean square.
+    Measured in flat places inside heads and in the air around. robust: from the median of |band|, which a bit
+    of fine texture does not move; else from its mean square.
     """
     *bands, coarse = gaussians(images, WIDTHS)
     flat = (flat_region(images) | erode(~inside(images), 3)).expand_as(images)
@@ -47,7 +47,7 @@ def grain(images, robust):
 
 
 def through_levels(values):
-    """A Curve through the middles of grey levels. A level without a value (nan) takes the nearest one, or 0."""
+    """A Curve through the middles of grey levels. A level without a value (nan) takes the nearest, or 0."""
     half = 1 / len(values)
     seen = values.isfinite().nonzero()[:, 0]
     if len(seen):
@@ -57,12 +57,12 @@ def through_levels(values):
 
 
 def regrain(x, own, wanted, noise):
-    """x (B, C, H, W) with the grain `wanted` instead of `own`: Curves of each fine band. noise: white, like x.
+    """x (B, C, H, W) with the grain `wanted` instead of `own`, Curves of each band; noise: white, like x.
 
         band <- gain band + sqrt(max(0, w^2 - o^2)) e        o, w: own and wanted deviation at the grey level
         gain^2 = 1 - max(0, o^2 - w^2) / P                   P: the band's power around; gain at least w / o
 
-    e is noise in this band, of unit variance. The gain is a Wiener filter's: 1 near edges, far above the noise.
+    e is noise in this band, of variance 1. The gain is a Wiener filter's: 1 near edges, far above the noise.
     """
     *bands, coarse = gaussians(x, WIDTHS)
     *fresh, _ = gaussians(noise, WIDTHS)
@@ -78,7 +78,7 @@ def regrain(x, own, wanted, noise):
 
 
 def gaussian_deviations(sides):
-    """The standard deviation of each band of white noise of variance 1: from the bands of one bright pixel."""
+    """The deviation of each band of white noise of variance 1: from the bands of one bright pixel."""
     point = torch.zeros(1, 1, *sides)
     point[..., sides[0] // 2, sides[1] // 2] = 1
     return [band.square().sum().sqrt().item() for band in gaussians(point, WIDTHS)]
@@ -124,12 +124,12 @@ def fit(student, images, dtype=torch.float32, say=lambda done, total: None, batc
         for t in range(D):
             if s == t:
                 continue
-            parts = []
+            answers = []
             for x in images[s].split(batch):
                 labels = (torch.full((len(x),), y, device=device) for y in (s, t))
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    parts.append(student(x.to(device), *labels).float().cpu())
-            x = torch.cat(parts)
+                    answers.append(student(x.to(device), *labels).float().cpu())
+            x = torch.cat(answers)
             bands = fit_bands(laplacian, x, images[t])
             x = bands(x)
             pixels = fit_histogram(x, images[t])

@@ -1,7 +1,5 @@
 """Distances between sets: closed forms, brute force, and the properties they were published with."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -51,44 +49,6 @@ def test_the_terms_of_the_kernel_distance_say_how_it_moves_with_each_image():
     assert distances.std().item() == pytest.approx(predicted.item(), rel=.2)
 
 
-# ---------------------------------------------------------------- patches
-
-def test_sliced_wasserstein_of_noise_and_flat_images_is_its_closed_form():
-    """White noise projects on N(0, 1). A patch that is +1 or -1 everywhere projects on +-s, and s = sum w of a
-    random direction w in 49 dimensions is N(0, 1) too: the distance is E | |Z| - |S| | = 2 (E max - E) =
-    2 (2 / sqrt pi - sqrt(2 / pi)) of two half normals."""
-    noise = normal(300, 1, 16, 16)  # 16 pixels: one level
-    flat = torch.tensor([1.0, -1.0]).repeat(150)[:, None, None, None].expand(300, 1, 16, 16)
-    expected = 2 * (2 / math.pi**.5 - (2 / math.pi) ** .5)
-    assert realism.sliced_wasserstein(noise, flat, count=4000, directions=2000) == pytest.approx(expected, rel=.05)
-
-
-def test_sliced_wasserstein_has_a_floor_and_sees_the_shape_of_detail():
-    x = normal(64, 1, 32, 32)
-    floor = realism.sliced_wasserstein(x, normal(64, 1, 32, 32, seed=5))
-    blurred = torch.nn.functional.avg_pool2d(x, 3, 1, 1)
-    assert realism.sliced_wasserstein(x, blurred) > 1.5 * floor > 0
-    assert realism.sliced_wasserstein(x, 3 * x) < 1.2 * floor  # normalised: the strength of detail does not count
-
-
-def test_a_pyramid_adds_up_and_patches_are_normalised():
-    x = normal(4, 2, 64, 64)
-    levels = realism.pyramid(x)
-    assert [level.shape[-1] for level in levels] == [64, 32, 16]
-    back = levels[-1]
-    for level in reversed(levels[:-1]):
-        back = level + torch.nn.functional.interpolate(back, level.shape[-2:], mode="bilinear")
-    assert_close(back, x)
-    some = realism.patches(x * 5 + 2, 1000, 7, torch.Generator().manual_seed(0))
-    assert some.shape == (1000, 2, 7, 7)
-    assert_close(some.mean((0, 2, 3)), torch.zeros(2), atol=1e-5, rtol=0)
-    assert_close(some.std((0, 2, 3)), torch.ones(2), atol=1e-5, rtol=0)
-    ramp = (torch.arange(64.0)[:, None] * 64 + torch.arange(64.0)).expand(1, 1, 64, 64)
-    one = realism.patches(ramp, 50, 7, torch.Generator().manual_seed(0))
-    steps = one[:, 0].diff(dim=2)
-    assert_close(steps, steps[0, 0, 0].expand_as(steps), atol=1e-4, rtol=0)  # neighbours stay neighbours
-
-
 # ---------------------------------------------------------------- the networks of features
 
 def test_learned_features_tell_sets_and_corruptions_apart():
@@ -107,7 +67,7 @@ def test_learned_features_tell_sets_and_corruptions_apart():
     for key in ("frechet", "kernel"):
         assert floor[key] < other[key] / 5 and floor[key] < blurred[key] / 5
     assert len(floor["realism_heads"]) == 200
-    assert all(isinstance(floor[key], float) for key in ("swd", "frechet", "kernel"))
+    assert all(isinstance(floor[key], float) for key in ("frechet", "kernel"))
 
 
 @pytest.mark.parametrize("kind", range(realism.KINDS))

@@ -1,10 +1,8 @@
 """Does a set of images look like the target domain's? Distances between two sets, without pairs or truth.
 
-    sliced_wasserstein          of patches, band by band
-    frechet, kernel_distance    of features: from a small network that is trained here, or the user's own
-
-All have a floor that is not 0: two sets of real images differ too. Compare a number with that of real against
-real, for the same number of images. Feature distances are biased when images are few; the kernel's is not.
+The distances are between features, of a small network that is trained here or of the user's own. Two sets of
+real images differ too: compare a number with that of real against real, for the same number of images. The
+Frechet distance is biased when images are few, the kernel distance is not.
 """
 
 import runpy
@@ -15,48 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from minimedshift.support.command import UserError
-
-
-# ---------------------------------------------------------------- patches of a Laplacian pyramid
-
-def pyramid(x, smallest=16):
-    """The Laplacian pyramid of x (N, C, H, W): details at H, H / 2, ..., and the rest.
-    No side has less than `smallest` pixels."""
-    levels = []
-    while min(x.shape[-2:]) >= 2 * smallest:
-        small = F.avg_pool2d(x, 2)
-        levels.append(x - F.interpolate(small, x.shape[-2:], mode="bilinear"))
-        x = small
-    return levels + [x]
-
-
-def patches(x, count, side, generator):
-    """`count` random patches of x (N, C, H, W): (count, C, side, side).
-    Each channel has mean 0 and variance 1 over all patches."""
-    N, C, H, W = x.shape
-    n = torch.randint(N, (count,), generator=generator)
-    i = torch.randint(H - side + 1, (count,), generator=generator)
-    j = torch.randint(W - side + 1, (count,), generator=generator)
-    some = x.unfold(2, side, 1).unfold(3, side, 1)[n, :, i, j]
-    mean = some.mean((0, 2, 3), keepdim=True)
-    spread = some.std((0, 2, 3), keepdim=True)
-    return (some - mean) / spread.clamp_min(1e-6)
-
-
-def sliced_wasserstein(a, b, count=4096, side=7, directions=128, seed=0):
-    """Sliced Wasserstein distance of patches of a and b (N, C, H, W) in [-1, 1] (arXiv:1710.10196, section 5).
-    On each random direction, sorted projections are compared: mean |difference|, mean over levels of the
-    pyramid. It sees the shape of detail, not its strength."""
-    draw, total = torch.Generator().manual_seed(seed), 0.0
-    levels = list(zip(pyramid(a.cpu()), pyramid(b.cpu())))
-    for fine_a, fine_b in levels:
-        p = patches(fine_a, count, side, draw).flatten(1)  # (count, C side side)
-        q = patches(fine_b, count, side, draw).flatten(1)
-        ways = torch.randn(p.shape[1], directions, generator=draw)
-        ways = ways / ways.norm(dim=0)
-        difference = (p @ ways).sort(0).values - (q @ ways).sort(0).values
-        total += difference.abs().mean().item()
-    return total / len(levels)
 
 
 # ---------------------------------------------------------------- distances of features (N, D)
@@ -192,10 +148,10 @@ def load_features(path):
 # ---------------------------------------------------------------- all together
 
 class Reference:
-    """The target domain's images (M, C, H, W), and what `features` makes of them (M, D)."""
+    """What `features` makes of the target domain's images (M, C, H, W): (M, D)."""
 
     def __init__(self, images, features):
-        self.images, self.features, self.found = images, features, features(images)
+        self.features, self.found = features, features(images)
 
 
 @torch.no_grad()
@@ -203,5 +159,5 @@ def score(x, reference):
     """Distances of a set x (N, C, H, W) to a Reference as plain floats.
     `realism_heads` are the N terms of the kernel distance."""
     found, real = reference.features(x), reference.found
-    return dict(swd=sliced_wasserstein(x, reference.images), frechet=frechet(found, real),
-                kernel=kernel_distance(found, real), realism_heads=kernel_terms(found, real).tolist())
+    return dict(frechet=frechet(found, real), kernel=kernel_distance(found, real),
+                realism_heads=kernel_terms(found, real).tolist())

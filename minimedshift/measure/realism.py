@@ -148,10 +148,10 @@ def load_features(path):
 # ---------------------------------------------------------------- all together
 
 class Reference:
-    """What `features` makes of the target domain's images (M, C, H, W): (M, D)."""
+    """The target domain's images (M, C, H, W), and what `features` makes of them: found (M, D)."""
 
     def __init__(self, images, features):
-        self.features, self.found = features, features(images)
+        self.images, self.features, self.found = images, features, features(images)
 
 
 @torch.no_grad()

@@ -137,10 +137,13 @@ def load_features(path):
         raise UserError(f"--features {path}: no function features(x) can be read ({what})") from None
 
     def features(x):
-        found = user_features(x)
-        if not torch.is_tensor(found) or found.ndim != 2 or len(found) != len(x):
+        try:
+            found = user_features(x).detach().float().cpu()
+        except Exception as error:  # and in a user's function
+            raise UserError(f"--features {path}: {type(error).__name__} in features(x): {error}") from None
+        if found.ndim != 2 or len(found) != len(x):
             raise UserError(f"--features {path}: features(x) must return a tensor ({len(x)}, D)")
-        return found.detach().float().cpu()
+        return found
 
     return features
 

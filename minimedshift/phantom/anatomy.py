@@ -1,8 +1,8 @@
 """What a head is: a table of ellipsoids and capsules, and how it varies from head to head.
 
-    the parts       ELLIPSOIDS, CAPSULES, spine, teeth, vault_lines -> PARTS
-    the priors      how anatomies, poses and frames are drawn, for each population
-    Head            one anatomy in one pose and frame, from a seed
+    ELLIPSOIDS, CAPSULES, vault_lines    the parts; `build_parts` makes arrays of them: PARTS
+    PRIORS                               how anatomies, poses and frames are drawn, for each population
+    Head                                 one anatomy in one pose and frame, from a seed
 
 Head coordinates in cm: x to the side, y to the front, z up; origin at the centre of the cranium.
 """
@@ -13,9 +13,8 @@ import math
 import numpy as np
 
 # ---------------------------------------------------------------- the parts
-# Overlaps add: the density of a material at a point is the sum over all parts that contain
-# the point, so a hollow is a part with negative density.
-# What each kind of part adds: (bone, soft tissue, brain), 1 = full density.
+# Overlaps add: the density of a material at a point is the sum over all parts that contain the point, so a
+# hollow is a part with negative density. Each kind of part adds (bone, soft tissue, brain), 1 = full density.
 
 FILLS = {
     "flesh": (0., 1., 0.), "fat": (0., -.4, 0.), "air": (0., -1., 0.),
@@ -51,6 +50,7 @@ FRONT, BACK = plane(90., +1), plane(90., -1)
 ABOVE, BELOW = plane(BASE, -1), plane(BASE, +1)
 FACE, NECK = plane(THROAT, -1), plane(THROAT, +1)
 OCCIPUT, NUCHAL = plane(NAPE, +1), plane(NAPE, -1)
+NO_CUT = (0., 0., 0., 1.)
 
 # The vault is two half ellipsoids, long in front, short behind, widest at the parietal bones where they meet.
 VAULT_CENTRE, VAULT_FRONT, VAULT_BACK = (0., -1., 0.), (7.1, 9.5, 7.0), (7.1, 8.3, 7.0)
@@ -109,31 +109,22 @@ CAPSULES = [
     ("neck", "bone", (0, -.9, -7.6), (0, -.9, -9.6), (.45, .45)),           # dens
 ]
 
+for i in range(5):  # the neck's vertebrae: body, lateral mass, lamina, spinous and transverse process
+    y, z = -1.2 + .12 * i, -8.3 - 1.65 * i
+    ELLIPSOIDS += [("neck", "bone", (0, y, z), (1.15, .85, .62), (0, 0, 0)),
+                   ("neck", "bone", (1.5, y - .9, z), (.65, .75, .5), (0, 0, 0))]
+    CAPSULES += [("neck", "bone", (1.5, y - 1.5, z), (.2, y - 2.8, z - .3), (.25, .4)),
+                 ("neck", "bone", (0, y - 2.8, z - .3), (0, y - 4.3, z - .9), (.22, .35)),
+                 ("neck", "bone", (1.5, y - .5, z), (2.5, y - .6, z - .1), (.3, .3))]
 
-def spine(levels=5):
-    """Rows for `levels` neck vertebrae: body, lateral mass, lamina, spinous and transverse process."""
-    ellipsoids, capsules = [], []
-    for i in range(levels):
-        y, z = -1.2 + .12 * i, -8.3 - 1.65 * i
-        ellipsoids += [("neck", "bone", (0, y, z), (1.15, .85, .62), (0, 0, 0)),
-                       ("neck", "bone", (1.5, y - .9, z), (.65, .75, .5), (0, 0, 0))]
-        capsules += [("neck", "bone", (1.5, y - 1.5, z), (.2, y - 2.8, z - .3), (.25, .4)),
-                     ("neck", "bone", (0, y - 2.8, z - .3), (0, y - 4.3, z - .9), (.22, .35)),
-                     ("neck", "bone", (1.5, y - .5, z), (2.5, y - .6, z - .1), (.3, .3))]
-    return ellipsoids, capsules
-
-
-def teeth():
-    """Rows for 28 teeth along the dental arch, each a root and an enamel crown."""
-    rows = []
-    arch = ((.42, 8.0, .40), (1.15, 7.75, .33), (1.75, 7.25, .36), (2.2, 6.6, .33),
-            (2.55, 5.9, .34), (2.85, 5.0, .48), (3.05, 3.9, .46))                 # x, y, half width
-    for x, y, w in arch:
-        rows += [("teeth", "root", (x, y - .1, -7.2), (.8 * w, .3, 1.1), (5, 0, 0)),
-                 ("teeth", "enamel", (x, y, -8.15), (w, .36, .48), (0, 0, 0)),
-                 ("jaw", "root", (.93 * x, y - .4, -10.0), (.75 * w, .3, 1.1), (-5, 0, 0)),
-                 ("jaw", "enamel", (.93 * x, y - .25, -9.05), (.9 * w, .34, .46), (0, 0, 0))]
-    return rows
+# 28 teeth along the dental arch, each a root and an enamel crown: x, y, half width
+ARCH = ((.42, 8.0, .40), (1.15, 7.75, .33), (1.75, 7.25, .36), (2.2, 6.6, .33),
+        (2.55, 5.9, .34), (2.85, 5.0, .48), (3.05, 3.9, .46))
+for x, y, w in ARCH:
+    ELLIPSOIDS += [("teeth", "root", (x, y - .1, -7.2), (.8 * w, .3, 1.1), (5, 0, 0)),
+                   ("teeth", "enamel", (x, y, -8.15), (w, .36, .48), (0, 0, 0)),
+                   ("jaw", "root", (.93 * x, y - .4, -10.0), (.75 * w, .3, 1.1), (-5, 0, 0)),
+                   ("jaw", "enamel", (.93 * x, y - .25, -9.05), (.9 * w, .34, .46), (0, 0, 0))]
 
 
 def on_vault(direction, share):
@@ -143,14 +134,13 @@ def on_vault(direction, share):
 
 
 def vault_lines():
-    """Rows for sutures in mid-bone (zigzags) and vessel grooves on its inside: chains of thin capsules."""
+    """Capsules for sutures in mid-bone (zigzags) and vessel grooves on its inside: thin chains."""
     angles = np.linspace(.02, 1, 10)
     coronal = [(math.sin(a), .28 - .1 * a, math.cos(a)) for a in 1.75 * angles]
     lambdoid = [(math.sin(a), -.85 - .15 * a, .55 * math.cos(a)) for a in 1.2 * angles]
     sagittal = [(0., math.sin(a), math.cos(a)) for a in np.linspace(.28, -1.05, 11)]
     # fill, share of the vault's semi-axes, radius in cm, zigzag, points
-    lines = [("suture", .955, .085, .012, coronal),
-             ("suture", .955, .085, .015, lambdoid),
+    lines = [("suture", .955, .085, .012, coronal), ("suture", .955, .085, .015, lambdoid),
              ("suture", .955, .085, 0., sagittal)]
     for front, up in ((.1, 1.2), (-.6, 1.), (-.9, .6)):                          # branches of an artery
         branch = [(1., .25 + front * t, -.45 + up * t) for t in np.linspace(0, 1, 6)]
@@ -176,15 +166,14 @@ def euler(x, y, z):
 def build_parts():
     """All K parts as a dict of arrays (K, ...): what `Head` varies and poses.
 
-    Part k is {x : y = axes^-1 rotation^T (x - centre) lies within distance 1 of the segment |y_z| <= length},
+    Part k is {x : y = axes^-1 rotation^T (x - centre) is within distance 1 of the segment |y_z| <= length},
     cut by up to two half-spaces n.x <= h. length 0 is an ellipsoid.
     The mirror image of a part follows it; both have the same `pair`, so that they vary together.
     """
-    no_cut = (0., 0., 0., 1.)
     parts = []
 
     def add(group, fill, centre, axes, rotation, length=0., cuts=(), depth=0.):
-        cuts = (*cuts, no_cut, no_cut)[:2]
+        cuts = (*cuts, NO_CUT, NO_CUT)[:2]
         pair = parts[-1]["pair"] + 1 if parts else 0
         for side in (1., -1.) if centre[0] > 0 else (1.,):
             flip = np.diag([side, 1., 1.])
@@ -202,10 +191,9 @@ def build_parts():
         add("vault", fill, VAULT_CENTRE, VAULT_BACK, straight, cuts=(BACK,), depth=depth)
     for fill, depth in (VAULT_LAYERS[0], VAULT_LAYERS[-1]):  # the two hollows under the temporal lobes
         add("vault", fill, (2.9, 2.4, -4.55), (2.4, 3.6, 1.9), euler(BASE, 0, 0), cuts=(BELOW,), depth=depth)
-    more_ellipsoids, more_capsules = spine()
-    for group, fill, centre, axes, tilt, *ends in ELLIPSOIDS + more_ellipsoids + teeth():
+    for group, fill, centre, axes, tilt, *ends in ELLIPSOIDS:
         add(group, fill, centre, axes, euler(*tilt), cuts=[beyond(centre, end) for end in ends])
-    for group, fill, a, b, radii in CAPSULES + more_capsules + vault_lines():
+    for group, fill, a, b, radii in CAPSULES + vault_lines():
         a, b = np.array(a, float), np.array(b, float)
         distance = np.linalg.norm(b - a)
         along = (b - a) / distance
@@ -225,22 +213,20 @@ FINE = PARTS["fill"] >= FILL_NAMES.index("suture")      # (K,) fine lines
 # ---------------------------------------------------------------- the priors
 # Angles in degrees, lengths in cm; (mean, spread) unless said otherwise.
 
-
 @dataclasses.dataclass(frozen=True)
 class Prior:
-    turns: tuple            # (weight, mean, spread) of the turn about the long axis: 0 frontal, +-90 lateral
-    tilt: tuple             # cranial (+) or caudal (-) angle
-    roll: tuple             # in the image plane
-    field: tuple            # half the side of the frame, lowest and highest
-    shift: float            # spread of the head's place in the frame
-    skin: tuple             # thickness of the scalp, lowest and highest
-    ears: float             # probability of ears
-    spread: float           # of the anatomy, 1 = human range
+    """How one population is drawn. The defaults are the population that all domains share."""
+    # (weight, mean, spread) of the turn about the long axis: 0 frontal, +-90 lateral
+    turns: tuple = ((.3, 0, 10), (.12, 90, 6), (.12, -90, 6), (.25, 45, 15), (.21, -45, 15))
+    tilt: tuple = (0, 11)           # cranial (+) or caudal (-) angle
+    roll: tuple = (0, 14)           # in the image plane
+    field: tuple = (10., 12.5)      # half the side of the frame, lowest and highest
+    shift: float = .9               # spread of the head's place in the frame
+    skin: tuple = (.35, 1.1)        # thickness of the scalp, lowest and highest
+    ears: float = .5                # probability of ears
+    spread: float = 1.              # of the anatomy, 1 = human range
 
 
-SHARED = Prior(
-    turns=((.3, 0, 10), (.12, 90, 6), (.12, -90, 6), (.25, 45, 15), (.21, -45, 15)), tilt=(0, 11), roll=(0, 14),
-    field=(10., 12.5), shift=.9, skin=(.35, 1.1), ears=.5, spread=1.)
 SYNTHETIC = Prior(
     turns=((1., 0, 14),), tilt=(-3, 8), roll=(4, 11),
     field=(10.5, 12.5), shift=1.1, skin=(.5, 1.2), ears=.9, spread=1.2)
@@ -248,7 +234,7 @@ REAL = Prior(
     turns=((.7, -58, 17), (.3, 58, 17)), tilt=(3, 9), roll=(14, 14),
     field=(9.8, 11.5), shift=1., skin=(.3, .8), ears=.2, spread=.7)
 PRIORS = {
-    None: SHARED,
+    None: Prior(),
     "synthetic-low": SYNTHETIC,
     "synthetic-high": dataclasses.replace(SYNTHETIC, roll=(-6, 10), tilt=(-6, 8)),
     "real-low": REAL,
@@ -353,5 +339,3 @@ def place(matrix, centre, cuts, view, shift):
     cuts[:, :, :3] = cuts[:, :, :3] @ pose.T
     cuts[:, :, 3] += cuts[:, :, :3] @ move
     return matrix @ pose.T, centre @ pose.T + move, cuts
-
-

@@ -76,9 +76,9 @@ def polynomial(c, du, dv):
 
 
 def ellipsoid_spans(part, u, v, du, dv, cuts):
-    """Length in units of t of each ray inside ellipsoids: from (-y0.w - sqrt(A - Q)) / A to (-y0.w + ...) / A.
+    """Length in units of t of each ray inside ellipsoids: (-y0.w +- sqrt(A - Q)) / A are its ends.
 
-    part: tensors (..., n, 1, 1) of n parts; u, du (n, 1, columns); v, dv (n, rows, 1). Returns (n, rows, columns).
+    part: tensors (..., n, 1, 1) of n parts; u, du (n, 1, columns); v, dv (n, rows, 1).
     """
     a0, a1, a2, a3, a4, a5 = part["A"]
     q0, q1, q2 = part["Q"]
@@ -143,9 +143,9 @@ def one_thread():
 def project(heads, size, fine=False):
     """Line integrals through bone, soft tissue and brain, (B, 3, size, size), in cm of full density.
 
-    fine adds sutures and grooves. Parts of a kind and of similar size in the picture are worked out together as
-    small patches, then added in an order that depends on the head alone. All operations are exactly rounded:
-    a head gets the same bytes in any company.
+    fine adds sutures and grooves. Parts of a kind and of similar size in the picture are worked out together
+    as small patches, then added in an order that depends on the head alone: a head gets the same bytes in any
+    company.
     """
     single = lambda x: torch.from_numpy(x.astype(np.float32))
     g = geometry(heads)
@@ -164,7 +164,8 @@ def project(heads, size, fine=False):
             kind = ((PARTS["length"] > 0) == (spans_of is capsule_spans)) & (CUTS == cuts)
             chosen = np.argwhere((extent > below) & (extent <= side) & kind)  # (n, 2): head and part
             chunks = math.ceil(len(chosen) * side ** 2 / 2 ** 17)  # what a processor's cache likes
-            for b, k in (some.T for some in np.array_split(chosen, max(1, chunks))):
+            for some in np.array_split(chosen, max(1, chunks)):
+                b, k = some.T
                 row, col = np.minimum(first[:, b, k], size - side)
                 u = (field[b] * grid[col[:, None] + np.arange(side)])[:, None, :]
                 v = (-field[b] * grid[row[:, None] + np.arange(side)])[:, :, None]

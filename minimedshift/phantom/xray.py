@@ -168,16 +168,17 @@ def picture(materials, heads, domain, noise=True, exposure=0):
     physics, size = PHYSICS[domain], materials.shape[-1]
     white = noise * randn(heads, size, "quanta", domain, exposure)
     hiss = noise * randn(heads, size, "hiss", domain, exposure)
-    if not physics.full:
-        signal = add_quantum_noise(attenuate(materials, MU_60, (1.,)), physics.dose, white)
-        return lookup(log_image(signal), physics.slope, physics.air)
-    bone = fine_bone(materials[:, :1], heads, exposure)
-    primary = attenuate(torch.cat([bone, materials[:, 1:]], 1))
+    if physics.full:
+        bone = fine_bone(materials[:, :1], heads, exposure)
+        primary = attenuate(torch.cat([bone, materials[:, 1:]], 1), MU, SPECTRUM)
+    else:
+        primary = attenuate(materials, MU_60, (1.,))
     rate = blur(add_scatter(primary, physics.scatter), physics.width)
     white = blur(white, physics.width)  # the scintillator spreads quanta too
-    signal = add_quantum_noise(rate, physics.dose, white, physics.electronic, hiss)
-    enhanced = enhance(log_image(signal), physics.coarse, physics.fine, physics.rest)
-    return lookup(enhanced, physics.slope, physics.air)
+    p = log_image(add_quantum_noise(rate, physics.dose, white, physics.electronic, hiss))
+    if physics.full:
+        p = enhance(p, physics.coarse, physics.fine, physics.rest)
+    return lookup(p, physics.slope, physics.air)
 
 
 def render(heads, domain, size, noise=True, exposure=0):

@@ -11,6 +11,9 @@ from minimedshift.support.command import UserError, run
 def main(argv=None):
     """Draw the figure. Raises UserError for a missing file name, or one that cannot be written."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     if len(argv) != 1 or argv[0].startswith("-"):
         raise UserError("usage: python -m minimedshift.phantom FILE.png")
     own = [Head(seed, domain) for seed, domain in zip((2, 4, 1, 1, 4), DOMAINS)]
@@ -27,6 +30,7 @@ def main(argv=None):
     except (OSError, ValueError) as error:
         raise UserError(f"{argv[0]} cannot be written: {error}") from None
     print(f"{argv[0]} written")
+    return 0
 
 
 if __name__ == "__main__":

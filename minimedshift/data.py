@@ -10,9 +10,8 @@ import math
 import os
 import sys
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +50,6 @@ class Dataset:
     held_out: list                      # per domain: images never trained on
     valid: Pairs | None = None
     test: Pairs | None = None
-    facts: dict = field(default_factory=dict)  # per domain: {size and depth: how many files}
     weights: list | None = None         # per domain (N_d,): how often an image is drawn, mean 1; None: alike
 
     def batch(self, y, generator):
@@ -82,13 +80,9 @@ class Dataset:
 
 def only(dataset, names):
     """The domains `names` alone, in this order. Raises UserError for fewer than two, or an unknown one."""
-    for name in names:
-        if name not in dataset.domains:
-            raise UserError(f"--domains: {name or 'an empty name'} is no domain of this data, "
-                            f"choose from {', '.join(dataset.domains)}")
-    keep = [dataset.domains.index(name) for name in names]
-    if len(set(keep)) < max(2, len(keep)):
-        raise UserError("--domains needs two or more different names, separated by commas")
+    keep = [dataset.domains.index(name) for name in names if name in dataset.domains]
+    if len(set(keep)) < max(2, len(names)):
+        raise UserError(f"--domains needs two or more different names of {', '.join(dataset.domains)}")
     some = lambda per_domain: per_domain and [per_domain[d] for d in keep]
     return replace(dataset, domains=tuple(names), train=some(dataset.train), held_out=some(dataset.held_out),
                    weights=some(dataset.weights), valid=dataset.valid and dataset.valid.only(keep),
@@ -126,7 +120,7 @@ def folder_set(root, size, seed=0, cache=None, progress=True):
     found = json.loads((folder / "found.json").read_text())
     if found["bad"]:
         print(*found["bad"], f"skipped {len(found['bad'])} unreadable files", sep="\n", file=sys.stderr)
-    train, test, names, facts = [], [], [], {}
+    train, test = [], []
     for d, domain in enumerate(domains):
         mine, kept = (np.load(folder / f"{split}-{d}.npy", mmap_mode="r") for split in ("train", "test"))
         if not len(mine):
@@ -137,9 +131,8 @@ def folder_set(root, size, seed=0, cache=None, progress=True):
             mine, kept = mine[np.sort(order[count:])], mine[np.sort(order[:count])]
         train.append(mine)
         test.append(kept)
-        names.append([name for name, _ in found[f"test-{d}"]])
-        facts[domain] = Counter(kind for _, kind in found[f"train-{d}"] + found[f"test-{d}"])
-    return Dataset(domains, size, train[0].shape[1], train, test, *paired_by_name(test, names), facts)
+    valid, paired = paired_by_name(test, [found[f"test-{d}"] for d in range(len(domains))])
+    return Dataset(domains, size, train[0].shape[1], train, test, valid, paired)
 
 
 def by_domain(base, skip=None):
@@ -153,25 +146,23 @@ def by_domain(base, skip=None):
 
 
 def read_files(folder, files, size, show):
-    """Read {key: paths}: images (N, C, size, size) into KEY.npy, their names and kinds into found.json."""
+    """Read {key: paths}: images (N, C, size, size) into KEY.npy, their names into found.json."""
     def read(path):
         try:
-            x, info = read_image(path)
+            return fit(read_image(path)[0], size).half().numpy(), path.stem
         except UserError as error:
             return None, str(error)
-        height, width = info.size
-        return fit(x, size).half().numpy(), (path.stem, f"{width}x{height} {info.depth}-bit {info.mode}")
 
     arrays = {key: [] for key in files}
     found = {key: [] for key in ("bad", *files)}
     start, done, total = time.time(), 0, sum(map(len, files.values()))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for key, paths in files.items():
-            for x, told in pool.map(read, paths):
+            for x, name in pool.map(read, paths):
                 done += 1
                 if show:
                     progress(done, total, start, "reading images, once")
-                found["bad" if x is None else key].append(told)
+                found["bad" if x is None else key].append(name)
                 if x is not None:
                     arrays[key].append(x)
     channels = max((len(x) for images in arrays.values() for x in images), default=1)
@@ -209,13 +200,11 @@ def paired_by_name(images, names, fewest=8):
 
 
 def check(dataset, path, each=6):
-    """A grid of examples to `path`; print and return a line per domain: count, files, values."""
+    """A grid of examples to `path`; print and return a line per domain: count and values."""
     rows, lines = [], []
     for domain, images, kept in zip(dataset.domains, dataset.train, dataset.held_out):
         some = np.asarray(images[:: math.ceil(len(images) / 500)], np.float32)
-        kinds = Counter(dataset.facts[domain]).most_common(4)
-        kinds = ", ".join(f"{kind} ({count})" for kind, count in kinds)
-        lines.append(f"{domain}: {len(images)} to train, {len(kept)} held out; {kinds}; "
+        lines.append(f"{domain}: {len(images)} to train, {len(kept)} held out; "
                      f"values {some.min():.2f} to {some.max():.2f}, mean {some.mean():.2f}")
         shown = np.linspace(0, len(some) - 1, min(each, len(some))).astype(int)
         rows.append(list(some[shown]))

@@ -188,9 +188,8 @@ def phantom_set(size, train_images=5000, valid_heads=64, test_heads=128, seed=0,
     valid = paired_heads(size, valid_heads, "valid", seed, decoys=DECOYS, cache=cache, progress=progress)
     test = paired_heads(size, test_heads, "test", seed, decoys=DECOYS, cache=cache, progress=progress)
     count = train.shape[1]
-    facts = {name: {f"{size}x{size} simulated": count} for name in phantom.DOMAINS}
     held_out = [test.images[:, d] for d in range(D)]
-    return Dataset(tuple(phantom.DOMAINS), size, 1, list(train), held_out, valid, test, facts)
+    return Dataset(tuple(phantom.DOMAINS), size, 1, list(train), held_out, valid, test)
 
 
 def own_heads(dataset, source, heads, seed=0, cache=None, progress=True):

@@ -77,10 +77,11 @@ def load_weights(module, weights, path):
     module.load_state_dict(weights)
 
 
-def load_model(path, device="cpu", ema=True):
+def load_model(path, device="cpu"):
     """The network of a checkpoint, with its EMA weights, in eval mode, and the checkpoint itself."""
     state = load(path, device)
     model = UNet(Shape(**state["shape"])).to(device)
-    load_weights(model, state["ema" if ema else "model"], path)
-    plain = torch.device(device).type == "mps"
-    return model.eval().to(memory_format=torch.contiguous_format if plain else torch.channels_last), state
+    load_weights(model, state["ema"], path)
+    if torch.device(device).type != "mps":
+        model = model.to(memory_format=torch.channels_last)
+    return model.eval(), state

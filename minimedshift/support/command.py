@@ -86,12 +86,10 @@ def run(main):
     try:
         sys.exit(main())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status, says = 2, f"error: {error}"
     except torch.OutOfMemoryError:
-        print("error: the GPU has too little memory for this: try a smaller --batch-size, or --preset cpu",
-              file=sys.stderr)
-        sys.exit(2)
+        status, says = 2, "error: too little memory on the GPU: try a smaller --batch-size, or --preset cpu"
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+        status, says = 130, "\ninterrupted"
+    print(says, file=sys.stderr)
+    sys.exit(status)

@@ -25,9 +25,10 @@ def orthogonalise(matrices, rounds=5):
         s = s / square
         a = 3.4445 * torch.eye(side, device=s.device)
         for i in range(rounds):
+            if i:
+                s = p @ p @ s
             p = torch.baddbmm(torch.add(a, s, alpha=-4.7750), s, s, alpha=2.0315)
             q = p @ q if i else p
-            s = p @ p @ s
         for i, factor in zip(which, q * square.rsqrt()):
             done[i] = factor @ turned[i]
     return [u.mT if m.shape[0] > m.shape[1] else u for u, m in zip(done, matrices)]
@@ -43,8 +44,11 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             some = [p for p in group["params"] if p.grad is not None]
+            for p in some:
+                if not self.state[p]:
+                    self.state[p]["mean"] = torch.zeros_like(p)
             grads = [p.grad for p in some]
-            means = [self.state[p].setdefault("mean", torch.zeros_like(p)) for p in some]
+            means = [self.state[p]["mean"] for p in some]
             torch._foreach_lerp_(means, grads, 1 - group["momentum"])
             ahead = torch._foreach_lerp(grads, means, group["momentum"])  # Nesterov
             m = [z.permute(0, 2, 3, 1).flatten(1) for z in ahead]  # no copy of channels-last memory

@@ -92,7 +92,7 @@ def only(dataset, names):
 # ---------------------------------------------------------------- your own folders
 
 def folder_set(root, size, seed=0, cache=None, progress=True):
-    """The Dataset of ROOT/DOMAIN, a tenth of it held out by `seed`, or of ROOT/train/DOMAIN and ROOT/test/DOMAIN.
+    """The Dataset of ROOT/DOMAIN, a tenth held out by `seed`, or of ROOT/train/DOMAIN and ROOT/test/DOMAIN.
 
     Raises UserError for a missing folder, fewer than two domains, or a domain without a readable image.
     """

@@ -74,7 +74,7 @@ def can_compile(device):
 
 
 def keep_memory():
-    """Let glibc keep large blocks that a step frees for the next one: saves a fifth of a CPU training step."""
+    """Let glibc keep large blocks that a step frees for the next: saves a fifth of a CPU training step."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     try:
         libc = ctypes.CDLL("libc.so.6")

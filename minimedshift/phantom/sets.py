@@ -17,9 +17,11 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import torch
 
-from minimedshift import data, phantom
+from minimedshift import phantom
 from minimedshift.data import Dataset, Pairs
+from minimedshift.support import log
 from minimedshift.support.command import UserError
+from minimedshift.support.files import cached
 
 BLOCK, BIG = 16, 500  # heads rendered at once; images worth starting processes for
 KINDS = {"images": {}, "truth": dict(noise=False), "second": dict(exposure=1)}  # pictures of a paired head
@@ -78,13 +80,13 @@ def simulate(render, jobs, images, name, what, cache, progress):
                 blocks.append(block)
                 if progress:
                     done = images * len(blocks) // len(jobs)
-                    data.progress(done, images, start, f"simulating {what} heads, once")
+                    log.progress(done, images, start, f"simulating {what} heads, once")
         for kind in blocks[0]:
             np.save(folder / f"{kind}.npy", np.concatenate([block[kind] for block in blocks]))
 
     modules = (phantom.anatomy, phantom.rays, phantom.xray, phantom.sets)
     key = [[inspect.getsource(module) for module in modules], torch.__version__, jobs]
-    folder = data.cached(cache, name, key, build)
+    folder = cached(cache, name, key, build)
     return {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
 
 
@@ -125,12 +127,8 @@ def phantom_set(size, train_images=5000, valid_heads=64, test_heads=128, seed=0,
     train = training_images(size, train_images // D, seed, float(shift), cache, progress)
     valid = paired_heads(size, valid_heads, "valid", seed, decoys=DECOYS, cache=cache, progress=progress)
     test = paired_heads(size, test_heads, "test", seed, decoys=DECOYS, cache=cache, progress=progress)
-    count = train.shape[1]
-    facts = {}
-    for name in phantom.DOMAINS:
-        facts[name] = dict(count=count, sizes={f"{size}x{size}": count}, depths={"simulated": count})
     held_out = [test.images[:, d] for d in range(D)]
-    return Dataset(phantom.DOMAINS, size, 1, list(train), held_out, valid, test, facts)
+    return Dataset(phantom.DOMAINS, size, 1, list(train), held_out, valid, test)
 
 
 def own_heads(dataset, source, heads, seed=0, cache=None, progress=True):

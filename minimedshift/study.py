@@ -43,7 +43,7 @@ class Config:
 
 
 def show(path, found):
-    """Print and write a Markdown table, mean and standard error over seeds. found: {run: [{column: number}]}."""
+    """Print and write a Markdown table: mean and standard error over seeds of {run: [{column: number}]}."""
     columns = list(next(iter(found.values()))[0])
     lines = [["run", *columns], ["---"] * (1 + len(columns))]
     for name, seeds in found.items():
@@ -169,8 +169,8 @@ def train(flags, folder):
 
 
 def study_phantom(c):
-    """Everything at tau .4. Seeds start at 1: the test heads of seed 0 are there to report on, not to choose a
-    default by."""
+    """Everything at tau .4. Seeds start at 1: the test heads of seed 0 are there to report on, not to choose
+    by."""
     if c.only not in ("", *PHANTOM):
         raise UserError(f"--only {c.only} is no run of phantom: choose from {'; '.join(PHANTOM)}")
     found = {}

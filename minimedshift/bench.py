@@ -6,7 +6,6 @@ ops         each fused op beside its compiled reference (where there is no GPU, 
 couplings   what a plan costs beside the training step that it serves
 """
 
-import json
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from minimedshift import flow, ops, sampler
 from minimedshift.coupling import Semidiscrete, couple
 from minimedshift.model import PRESETS, UNet
 from minimedshift.support.command import flag, parse, run
+from minimedshift.support.files import write_json
 from minimedshift.support.machine import can_compile, keep_memory, machine, pick_device, pick_formats
 from minimedshift.support.optim import Muon, split
 
@@ -172,7 +172,7 @@ def main(argv=None):
             numbers = [f"{key} {value:.4g}" for key, value in row.items()]
             print(f"{part}, {name}: {', '.join(numbers)}", flush=True)
     Path(c.out).mkdir(parents=True, exist_ok=True)
-    (Path(c.out) / "bench.json").write_text(json.dumps(results, indent=1))
+    write_json(Path(c.out) / "bench.json", results)
 
 
 if __name__ == "__main__":

@@ -322,7 +322,7 @@ def test_evaluations_are_those_the_sampler_makes(net):
             calls.clear()
             how = dict(tau=.4, guidance=guidance, steps=3, solver=solver, end=1.0, colour=0.0, x0=x0)
             sampler.translate(model, torch.zeros(1, 1, 8, 8), 0, 1, **how)
-            assert translate.evaluations(how) == len(calls)
+            assert sampler.evaluations(solver, 3, guidance, x0) == len(calls)
 
 
 def test_without_arguments_held_out_heads_become_a_figure(tmp_path, monkeypatch, capsys):

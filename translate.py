@@ -17,15 +17,16 @@ from pathlib import Path
 
 import torch
 
-from minimedshift import data, sampler, student
+from minimedshift import sampler, student
+from minimedshift.evaluate import TAUS, main_domains
 from minimedshift.measure import metrics
 from minimedshift.phantom import sets
-from minimedshift.support import domain, film
-from minimedshift.support.command import UserError, flag, parse, run
+from minimedshift.support import domain, film, images
 from minimedshift.support.carry import carry, resize, working_shape
 from minimedshift.support.checkpoint import load_model
-from minimedshift.evaluate import TAUS, in_batches, main_domains
-from minimedshift.support.machine import can_compile, keep_memory, pick_device
+from minimedshift.support.command import UserError, flag, parse, run
+from minimedshift.support.log import progress
+from minimedshift.support.machine import can_compile, in_batches, keep_memory, pick_device
 
 HOW = "flow (default: as the checkpoint says)"
 
@@ -109,15 +110,15 @@ def plan_files(c):
         refuse(target.is_file(), f"INPUT {source} is a folder but OUTPUT {target} is a file")
         refuse(source.resolve() in target.resolve().parents,
                f"OUTPUT {target} lies inside INPUT {source}: choose a folder outside")
-        files = [(path, target / path.relative_to(source)) for path in data.image_files(source)]
-        refuse(not files, f"INPUT {source} has no image files ({' '.join(data.FORMATS)})")
+        files = [(path, target / path.relative_to(source)) for path in images.image_files(source)]
+        refuse(not files, f"INPUT {source} has no image files ({' '.join(images.FORMATS)})")
     outputs = [path for _, path in files]
     outputs += [Path(getattr(c, name)) for name in PICTURES if getattr(c, name)]
     refuse(len({path.resolve() for path in outputs}) < len(outputs),
            "two of the files to be written have the same name: choose another for one of them")
     for path in outputs:
         refuse(path.is_dir(), f"{path} is a folder: name the file that is to be written")
-        refuse(path.suffix.lower() not in data.FORMATS, f"{path}: an image ends in {' '.join(data.FORMATS)}")
+        refuse(path.suffix.lower() not in images.FORMATS, f"{path}: an image ends in {' '.join(images.FORMATS)}")
         refuse(path.exists() and not c.overwrite,
                f"{path} would be replaced: choose another name, or say --overwrite")
     for folder in {path.parent for path in outputs}:
@@ -135,8 +136,8 @@ def batches(files, shape_of, most, bad):
     waiting = {}
     for source, path in files:
         try:
-            x, info = data.read_image(source)
-            data.check_writable(path, info)
+            x, info = images.read_image(source)
+            images.check_writable(path, info)
         except UserError as error:
             if len(files) == 1:
                 raise
@@ -157,7 +158,7 @@ def translate_files(files, translate, model, state, c, how, device):
     pictures = film.Pictures(c, model, how, state["domains"])
     bad, done, start = [], 0, time.time()
     for batch in batches(files, shape_of, most, bad):
-        full = [data.channels_to(x, state["image"]["channels"])[None] for _, _, x, _ in batch]  # on the host
+        full = [images.channels_to(x, state["image"]["channels"])[None] for _, _, x, _ in batch]  # on the host
         shape = shape_of(*full[0].shape[-2:])
         x1 = torch.cat([resize(x.to(device), shape) for x in full])
         y_source = domain.sources(x1, [path for path, *_ in batch], model, state, c.source, c.target, c.seed)
@@ -168,11 +169,11 @@ def translate_files(files, translate, model, state, c, how, device):
         for (source, path, _, info), large, small, new in zip(batch, full, x1, out):
             if large.shape[-2:] != shape:
                 new = carry(large.to(device), small[None], new[None])[0]
-            data.write_image(path, new, info)
+            images.write_image(path, new, info)
             changed.append((source.name, large[0], new.clamp(-1, 1).cpu()))
         pictures.add(changed, x1, y_source, y_target, out)
         done += len(batch)
-        data.progress(done, len(files) - len(bad), start, "translating")
+        progress(done, len(files) - len(bad), start, "translating")
     pictures.write()
     if bad:
         print(f"{len(bad)} of {len(files)} images could not be read; the others are done", file=sys.stderr)
@@ -199,7 +200,7 @@ def translate_heads(flow, pupil, state, c, how, device):
     captions = [f"{name}\n{metrics.structure(x, truth).mean():.1f} dB" for name, x in pictures.items()]
     columns = [x.cpu() for x in (*pictures.values(), truth)]
     path = Path(c.checkpoint).parent / "translate.png"
-    data.figure(path, list(zip(*columns)), [*captions, f"{c.target}\nsimulated truth"], [""] * len(x1))
+    images.figure(path, list(zip(*columns)), [*captions, f"{c.target}\nsimulated truth"], [""] * len(x1))
     print(f"{path}: simulated test heads, with their mean structure PSNR against the simulated truth")
     return 0
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minimedshift import data, phantom
+from minimedshift import phantom
 from minimedshift.phantom import sets
 from minimedshift.support.command import UserError
 
@@ -120,7 +120,7 @@ def test_the_cache_key_holds_everything_that_matters(monkeypatch):
         contents.append(json.dumps([name, content]))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "cached", note)
+    monkeypatch.setattr(sets, "cached", note)
     pairs = dict(size=16, count=2, split="valid", progress=False)
     train = dict(size=16, per_domain=2, progress=False)
     calls = [(sets.training_images, dict(train, **change)) for change in ({}, dict(size=32), dict(per_domain=3), dict(seed=1), dict(shift=.55))]

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minimedshift import data
+from minimedshift.support.log import progress
 from minimedshift.support.command import UserError
 
 
@@ -167,7 +167,7 @@ def corrupt(x, kind, generator):
     return x
 
 
-def train_features(sets, seed=0, steps=300, batch=48, progress=data.progress):
+def train_features(sets, seed=0, steps=300, batch=48, progress=progress):
     """A small network learns to tell from which set an image is and how it was spoilt.
     sets: arrays (N_d, C, H, W) in [-1, 1], one a domain. Returns features(x), (B, 64), without gradients.
     Deterministic in the seed."""

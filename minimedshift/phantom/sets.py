@@ -19,9 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minimedshift import data, phantom
+from minimedshift import phantom
 from minimedshift.support.command import UserError
 from minimedshift.data import Dataset, Pairs
+from minimedshift.support.files import cached
+from minimedshift.support.log import progress
 
 BLOCK, BIG = 16, 500  # heads rendered at once; images worth starting processes for
 KINDS = {"images": {}, "truth": dict(noise=False), "second": dict(exposure=1)}  # pictures of a paired head
@@ -90,7 +92,7 @@ def render_all(folder, jobs, images, show, what):
     for n in counts:
         done += n
         if show:
-            data.progress(done, images, start, what)
+            progress(done, images, start, what)
 
 
 def render_apart(folder, parts, jobs):
@@ -146,7 +148,7 @@ def training_images(size, per_domain, seed=0, shift=.1, cache=None, progress=Tru
                 jobs.append(("render_training", (d, start, size, per_domain, seed, shift)))
         render_all(folder, jobs, D * per_domain, progress, "simulating training heads, once")
 
-    folder = data.cached(cache, f"train-{size}", recipe(size, per_domain, seed, shift), build)
+    folder = cached(cache, f"train-{size}", recipe(size, per_domain, seed, shift), build)
     return np.load(folder / "train.npy", mmap_mode="r")
 
 
@@ -165,7 +167,7 @@ def paired_heads(size, count, split, seed=0, prior=None, decoys=0, cache=None, p
         render_all(folder, jobs, count * D * (K + decoys), progress, f"simulating {split} heads, once")
 
     key = recipe(size, count, split, seed, prior, decoys)
-    folder = data.cached(cache, f"{split}-{size}", key, build)
+    folder = cached(cache, f"{split}-{size}", key, build)
     load = lambda name: np.load(folder / f"{name}.npy", mmap_mode="r")
     kinds = {kind: load(kind) for kind in KINDS}
     return Pairs(**kinds, materials=load("materials"), decoys=load("decoys"))
@@ -186,11 +188,8 @@ def phantom_set(size, train_images=5000, valid_heads=64, test_heads=128, seed=0,
     valid = paired_heads(size, valid_heads, "valid", seed, decoys=DECOYS, cache=cache, progress=progress)
     test = paired_heads(size, test_heads, "test", seed, decoys=DECOYS, cache=cache, progress=progress)
     count = train.shape[1]
-    facts = {}
-    for name in phantom.DOMAINS:
-        facts[name] = dict(count=count, sizes={f"{size}x{size}": count}, depths={"simulated": count})
     held_out = [test.images[:, d] for d in range(D)]
-    return Dataset(tuple(phantom.DOMAINS), size, 1, list(train), held_out, valid, test, facts)
+    return Dataset(tuple(phantom.DOMAINS), size, 1, list(train), held_out, valid, test)
 
 
 def own_heads(dataset, source, heads, seed=0, cache=None, progress=True):

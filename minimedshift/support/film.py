@@ -4,9 +4,10 @@ import math
 
 import torch
 
-from minimedshift import data, sampler
+from minimedshift import sampler
 from minimedshift.flow import draw_noise
 from minimedshift.measure.metrics import low_pass
+from minimedshift.support import images
 
 ROWS = 8      # images in a picture
 MOST = 4      # steps of a leg that are shown
@@ -45,7 +46,7 @@ class Pictures:
         """The files, each whole or not at all."""
         if self.c.compare and self.names:
             titles = ["source", "translation", "difference / 2\n(grey: none)"]
-            data.figure(self.c.compare, self.compare, titles, self.names)
+            images.figure(self.c.compare, self.compare, titles, self.names)
         if self.films:
             strip(self.c.trajectory, self.times, self.films)
         if self.spreads:
@@ -53,7 +54,7 @@ class Pictures:
             rows = [(x1, out, wide / top * 2 - 1, *two) for x1, out, wide, *two in self.spreads]
             scale = f"standard deviation\n(white: {top:.2g})"
             titles = ["source", "translation", scale, "a sample", "another"]
-            data.figure(self.c.uncertainty, rows, titles, self.names)
+            images.figure(self.c.uncertainty, rows, titles, self.names)
 
 
 @torch.inference_mode()
@@ -96,4 +97,4 @@ def strip(path, times, films):
     rows = []
     for _, states in films:
         rows.append([states[i] for i in shown])
-    data.figure(path, rows, titles, [label for label, _ in films])
+    images.figure(path, rows, titles, [label for label, _ in films])

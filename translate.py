@@ -113,9 +113,11 @@ def plan_files(c):
         files = [(path, target / path.relative_to(source)) for path in images.image_files(source)]
         refuse(not files, f"INPUT {source} has no image files ({' '.join(images.FORMATS)})")
     outputs = [path for _, path in files]
-    outputs += [Path(getattr(c, name)) for name in PICTURES if getattr(c, name)]
-    refuse(len({path.resolve() for path in outputs}) < len(outputs),
-           "two of the files to be written have the same name: choose another for one of them")
+    taken = {path.resolve() for pair in files for path in pair}
+    for picture in [Path(getattr(c, name)) for name in PICTURES if getattr(c, name)]:
+        refuse(picture.resolve() in taken, f"{picture} is also another picture or image: choose another name")
+        taken.add(picture.resolve())
+        outputs.append(picture)
     for path in outputs:
         refuse(path.is_dir(), f"{path} is a folder: name the file that is to be written")
         refuse(path.suffix.lower() not in images.FORMATS, f"{path}: an image ends in {' '.join(images.FORMATS)}")

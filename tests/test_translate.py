@@ -293,7 +293,7 @@ def test_a_file_is_translated_the_same_in_any_company(tmp_path, net, monkeypatch
     for i, shape in enumerate(shapes):
         Image.fromarray(picture(*shape, seed=i)).save(tmp_path / "in" / f"{i}.bmp")
     monkeypatch.setattr(sampler, "translate", lambda model, x1, *_, **__: -x1 + .1 * x1.mean((1, 2, 3), keepdim=True))
-    rest = (*way("real-low", "real-low", net))
+    rest = way("real-low", "real-low", net)
     assert here(tmp_path / "in", tmp_path / "out", *rest, "--batch-size", 2) == 0
     for i in range(len(shapes)):
         assert here(tmp_path / "in" / f"{i}.bmp", tmp_path / "alone.bmp", *rest, "--overwrite") == 0

@@ -556,7 +556,7 @@ def main(argv=None):
     if features is None:
         phase("training a small network of features, for realism")
         features = realism.train_features(feature_sets(dataset))
-    reference = realism.reference(load(dataset.train[t], scorer(device)), features)
+    reference = realism.Reference(load(dataset.train[t], scorer(device)), features)
     config = state["config"]
     results = dict(command=" ".join(["python -m minimedshift.evaluate", *(argv or tables.sys.argv[1:])]), checkpoint=c.checkpoint, steps=state["step"],
                    weights="EMA", machine=machine(device), torch=torch.__version__, seed=config["seed"], source=dataset.domains[s],

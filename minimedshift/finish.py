@@ -1,19 +1,18 @@
-"""What a student cannot learn from its teacher: tone and noise, taken from the target's training images, unpaired.
+"""What a student cannot learn from its teacher: tone and noise, from training images of the target, unpaired.
 
-    tone    the histogram of each pyramid band, then of the pixels, is brought to the target's: one round of "bands"
+    tone    the histogram of each pyramid band, then of the pixels, is brought to the target's
     grain   fine bands get the strength of noise that the target has, by grey level
 
-A teacher that is wrong in the same way on every head cannot be outvoted by a median, but it shows in the histograms.
-And a median is smooth, while noise of the source that is too strong passes through a local network.
+A median does not outvote a teacher that is wrong in the same way on every head, but histograms show it. And a
+median is smooth, while strong noise of the source passes through a local network.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from minimedshift.measure import metrics
-from minimedshift.measure.baselines import (BandCurves, Curve, fit_bands, fit_histogram, gaussians, join,
-    laplacian, smooth)
+from minimedshift.bands import (BandCurves, Curve, erode, fit_bands, fit_histogram, flat_region, gaussians,
+    inside, join, laplacian, smooth)
 
 IMAGES = 500  # of each domain are looked at; of a histogram, too few images pull the tone off
 NOISY = 250   # of them are enough for the noise
@@ -26,14 +25,13 @@ NORMAL = 0.6745  # median of |N(0, 1)|
 # ---------------------------------------------------------------- grain
 
 def grain(images, robust):
-    """The strength of noise in images (N, C, H, W): for each fine band a Curve, grey level -> standard deviation.
+    """The noise of images (N, C, H, W): for each fine band a Curve, grey level -> standard deviation.
 
-    Measured where images are flat, inside heads and in the air around. robust: from the median of |band|, which a
-    fine texture here and there does not move; else from its mean square.
+    Measured in flat places inside heads and in the air around. robust: from the median of |band|, which a bit
+    of fine texture does not move; else from its mean square.
     """
     *bands, coarse = gaussians(images, WIDTHS)
-    flat = metrics.flat_region(images) | metrics.erode(~metrics.inside(images), 3)
-    flat = flat.expand_as(images)
+    flat = (flat_region(images) | erode(~inside(images), 3)).expand_as(images)
     ends = torch.linspace(-1, 1, LEVELS + 1)[1:-1].to(images)
     level = torch.bucketize(coarse[flat].clamp(-1, 1), ends)
     curves = []
@@ -49,39 +47,38 @@ def grain(images, robust):
 
 
 def through_levels(values):
-    """A Curve through the middles of grey levels; a level without a value takes that of the nearest with one."""
+    """A Curve through the middles of grey levels. A level without a value (nan) takes the nearest, or 0."""
     half = 1 / len(values)
     seen = values.isfinite().nonzero()[:, 0]
-    if not len(seen):
-        return Curve(-1 + half, 1 - half, torch.zeros(len(values)))
-    nearest = (torch.arange(len(values))[:, None] - seen).abs().argmin(1)
-    return Curve(-1 + half, 1 - half, values[seen[nearest]])
+    if len(seen):
+        nearest = (torch.arange(len(values))[:, None] - seen).abs().argmin(1)
+        values = values[seen[nearest]]
+    return Curve(-1 + half, 1 - half, values.nan_to_num())
 
 
 def regrain(x, own, wanted, noise):
-    """x (B, C, H, W) with the grain `wanted` instead of `own`, Curves of each fine band; noise: white, like x.
+    """x (B, C, H, W) with the grain `wanted` instead of `own`, Curves of each band; noise: white, like x.
 
         band <- gain band + sqrt(max(0, w^2 - o^2)) e        o, w: own and wanted deviation at the grey level
         gain^2 = 1 - max(0, o^2 - w^2) / P                   P: the band's power around; gain at least w / o
 
-    e is noise in this band, of unit variance. The gain is a Wiener filter's: near edges, which are far above the
-    noise, it is 1.
+    e is noise in this band, of variance 1. The gain is a Wiener filter's: 1 near edges, far above the noise.
     """
     *bands, coarse = gaussians(x, WIDTHS)
     *fresh, _ = gaussians(noise, WIDTHS)
     *unit, _ = gaussian_deviations(x.shape[-2:])
-    result = []
+    parts = []
     for band, e, deviation, o, w in zip(bands, fresh, unit, own, wanted):
         o, w = o(coarse), w(coarse)
         power = smooth(band.square(), 1.5).clamp(min=1e-9)
         gain = (1 - (o**2 - w**2).clamp(min=0) / power).clamp(min=0).sqrt()
         gain = torch.maximum(gain, (w / o.clamp(min=1e-6)).clamp(max=1))
-        result.append(gain * band + (w**2 - o**2).clamp(min=0).sqrt() * e / deviation)
-    return join(result + [coarse])
+        parts.append(gain * band + (w**2 - o**2).clamp(min=0).sqrt() * e / deviation)
+    return join(parts + [coarse])
 
 
 def gaussian_deviations(sides):
-    """The standard deviation of each band of white noise of unit variance: from the bands of one bright pixel."""
+    """The deviation of each band of white noise of variance 1: from the bands of one bright pixel."""
     point = torch.zeros(1, 1, *sides)
     point[..., sides[0] // 2, sides[1] // 2] = 1
     return [band.square().sum().sqrt().item() for band in gaussians(point, WIDTHS)]
@@ -91,17 +88,15 @@ def gaussian_deviations(sides):
 
 @dataclass(frozen=True)
 class Finish:
-    """A student's answers x (B, C, H, W) for one ordered pair, with the target's tone and grain."""
+    """Gives a student's answers x (B, C, H, W) for one ordered pair the target's tone and grain."""
     bands: BandCurves
     pixels: Curve
-    own: list     # Curves of the answers' grain, once their tone is right
+    own: list  # Curves of the answers' grain, once their tone is right
     wanted: list  # Curves of the target's
 
-    def tone(self, x):
-        return self.pixels(self.bands(x))
-
-    def __call__(self, x, noise):  # noise: white, like x
-        return regrain(self.tone(x), self.own, self.wanted, noise)
+    def __call__(self, x, noise):
+        """noise: white, like x."""
+        return regrain(self.pixels(self.bands(x)), self.own, self.wanted, noise)
 
     def state(self):
         """As plain types and tensors."""
@@ -119,7 +114,7 @@ def restore(state):
 
 @torch.inference_mode()
 def fit(student, images, dtype=torch.float32, say=lambda done, total: None, batch=64):
-    """{(s, t): Finish} of a Student, from training images (D, N, C, H, W) of each domain. dtype: of its arithmetic."""
+    """{(s, t): Finish} of a Student, from training images (D, N, C, H, W). dtype: of its arithmetic."""
     D = len(images)
     device = next(student.parameters()).device
     images = images.float()
@@ -129,12 +124,12 @@ def fit(student, images, dtype=torch.float32, say=lambda done, total: None, batc
         for t in range(D):
             if s == t:
                 continue
-            parts = []
+            answers = []
             for x in images[s].split(batch):
                 labels = (torch.full((len(x),), y, device=device) for y in (s, t))
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    parts.append(student(x.to(device), *labels).float().cpu())
-            x = torch.cat(parts)
+                    answers.append(student(x.to(device), *labels).float().cpu())
+            x = torch.cat(answers)
             bands = fit_bands(laplacian, x, images[t])
             x = bands(x)
             pixels = fit_histogram(x, images[t])

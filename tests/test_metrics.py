@@ -3,53 +3,16 @@ import math
 
 import pytest
 import torch
+from test_bands import LOOKS, heads, noise
 from torch.testing import assert_close
 
 from minimedshift.measure import metrics
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def heads(count=4, size=64, air=1.0, head=-.2, halo=False):
-    """Soft-edged discs of different radius: a dark head in air, if asked with a bright halo as edge
-    enhancement leaves it."""
-    a = torch.arange(size) - size / 2
-    r = torch.sqrt(a[:, None] ** 2 + a ** 2)
-    radius = torch.linspace(.3, .42, count)[:, None, None] * size
-    x = head + (air - head) * torch.sigmoid((r - radius) * 2)
-    if halo:
-        x = x + .4 * torch.exp(-(r - radius - 4) ** 2 / 8)
-    return x[:, None], (r < radius)[:, None]
-
-
-def test_low_pass_is_the_gaussian_transfer_function():
-    size, width = 64, 1.5
-    for m in (0, 3, 10, 25, 40):
-        w = math.pi * m / (size - 1)                            # even about both edges: reflection is exact
-        x = torch.cos(w * torch.arange(size)).expand(1, 1, size, size)
-        expected = math.exp(-w ** 2 * width ** 2 / 2)
-        assert_close(metrics.low_pass(x, width), x * expected, atol=1e-4, rtol=0)
-        assert_close(metrics.low_pass(x.mT, width), x.mT * expected, atol=1e-4, rtol=0)
-
-
-def test_low_pass_spreads_an_impulse_into_a_gaussian_and_keeps_its_sum():
-    x = torch.zeros(2, 3, 41, 41)
-    x[:, :, 20, 20] = 1
-    y, a = metrics.low_pass(x, 2.0), torch.arange(-20, 21)
-    expected = torch.exp(-(a[:, None] ** 2 + a ** 2) / (2 * 2.0 ** 2)) / (2 * math.pi * 2.0 ** 2)
-    assert_close(y, expected.expand_as(y), atol=1e-5, rtol=0)
-    assert_close(y.sum((2, 3)), torch.ones(2, 3))
-    assert_close(metrics.low_pass(x, 2.0) + metrics.high_pass(x, 2.0), x)
 
 
 def test_psnr_has_its_closed_form():
     x = noise(3, 2, 16, 16).clamp(-1, 1)
     offset = torch.tensor([.01, .1, 1.0])[:, None, None, None]
     assert_close(metrics.psnr(x + offset, x), torch.tensor([46.0206, 26.0206, 6.0206]), atol=1e-3, rtol=0)
-    expected = torch.tensor([40.0, 20.0, 0.0])
-    assert_close(metrics.psnr(x + offset, x, data_range=1), expected, atol=1e-3, rtol=0)
 
 
 def test_ssim_is_the_double_loop():
@@ -85,21 +48,6 @@ def test_structure_sees_shape_and_not_fine_noise():
     assert_close(metrics.structure(truth + fine, truth), 10 * torch.log10(4 / E))
 
 
-LOOKS = [dict(), dict(air=.5, halo=True), dict(air=.3, head=-.8, halo=True)]
-
-
-@pytest.mark.parametrize("look", LOOKS, ids=["white", "grey", "dark"])
-def test_flat_region_lies_in_the_head_off_its_edges(look):
-    truth, disc = heads(**look)
-    rim = metrics.high_pass(truth).abs() > .01
-    mask = metrics.flat_region(truth)
-    assert mask.shape == truth.shape and mask.dtype == torch.bool
-    assert not (mask & ~disc).any()
-    assert not (mask & rim).any()
-    share = mask.flatten(1).sum(1) / disc.flatten(1).sum(1)
-    assert (share > .15).all() and (share < .6).all()
-
-
 # ---------------------------------------------------------------- noise
 
 def textured(count=32, look=None):
@@ -132,9 +80,8 @@ def test_noise_ratio_of_the_target_itself_is_one_and_invented_texture_is_noise()
 def test_noise_of_a_truth_without_fine_detail():
     flat, mask = torch.full((2, 1, 32, 32), .3), torch.ones(2, 1, 32, 32, dtype=torch.bool)
     x = noise(2, 1, 32, 32)
-    assert_close(metrics.unexplained(x, torch.zeros_like(x), mask), x.double())
-    with pytest.raises(ValueError, match="equal the truth"):
-        metrics.noise_ratio(flat + x, flat, flat)
+    found, _ = metrics.noise_residuals(flat + x, flat, flat, mask, fine=lambda images: images - flat)
+    assert_close(found, x.double())
 
 
 def test_noise_ratio_ignores_what_happens_outside_the_head_and_smooth_errors():
@@ -329,7 +276,6 @@ def test_worst_tenth_is_the_mean_of_the_largest():
     assert metrics.worst_tenth(torch.tensor([3.0, 9.0, 1.0])) == 9
     E = torch.arange(20.0)[torch.randperm(20, generator=torch.Generator().manual_seed(0))]
     assert metrics.worst_tenth(E) == 18.5
-    assert metrics.worst_tenth(torch.stack([E, 2 * E])).tolist() == [18.5, 37]
 
 
 def test_bootstrap_interval_of_a_mean_is_the_normal_one_and_covers():
@@ -353,15 +299,15 @@ def test_bootstrap_draws_the_same_heads_from_all():
 
 def test_intervals_of_the_gap():
     curve, second = .02 + .004 * noise(128).abs(), .001 + 0 * noise(128)
-    low, high = metrics.gap_interval(.5 * (curve + second), curve, second)
+    low, high = metrics.difference_interval(.5 * (curve + second), curve, curve, second)
     assert low == pytest.approx(.5, abs=1e-4) and high == pytest.approx(.5, abs=1e-4)
     E = .5 * (curve + second) + .003 * noise(128, seed=1)
-    low, high = metrics.gap_interval(E, curve, second)
+    low, high = metrics.difference_interval(E, curve, curve, second)
     closed = metrics.gap_closed(E.mean().item(), curve.mean().item(), second.mean().item())
     assert low < closed < high and .01 < high - low < .2
     low, high = metrics.difference_interval(E, E + .1 * (curve - second), curve, second)
     assert low == pytest.approx(.1, abs=1e-4) and high == pytest.approx(.1, abs=1e-4)
-    assert metrics.gap_interval(E, second, second) is None
+    assert metrics.difference_interval(E, second, second, second) is None
     in_the_noise = second + .001 * noise(128, seed=2)
     assert metrics.difference_interval(E, E, in_the_noise, second) is None
 
@@ -380,13 +326,13 @@ def test_ranks_share_a_place_unless_the_difference_is_clear():
 def test_score_puts_the_numbers_together():
     truth, disc = heads()
     images, x = truth + .03 * noise(*truth.shape, seed=1), truth + .03 * noise(*truth.shape, seed=2)
-    bare = metrics.score(x, truth, images)
-    unknown = {"gap_closed", "gap_interval", "same_head", "bone", "soft", "sharpness", "soft_tissue"}
-    assert {name for name, value in bare.items() if value is None} == unknown
     E_curve, E_second = torch.full((4,), .02), torch.zeros(4)
+    bare = metrics.score(x, truth, images, E_curve, E_second)
+    unknown = {"same_head", "bone", "soft", "sharpness", "soft_tissue"}
+    assert {name for name, value in bare.items() if value is None} == unknown
     materials = torch.cat([2.0 * disc, 3.0 * disc, 0.0 * disc], 1)
     decoys = truth.roll(1, 0)[:, None]
-    numbers = metrics.score(x.half().numpy(), truth, images, E_curve, E_second, decoys, materials)
+    numbers = metrics.score(x.half(), truth, images, E_curve, E_second, decoys, materials)
     assert numbers.keys() == bare.keys()
     lists = {"E_heads": 4, "gap_interval": 2}
     for name, value in numbers.items():
@@ -407,13 +353,8 @@ def test_score_puts_the_numbers_together():
 
 def test_score_without_noise_to_measure_against():
     truth, _ = heads()
-    numbers = metrics.score(truth + .03 * noise(*truth.shape), truth, truth)
+    curve, second = torch.full((4,), .02), torch.zeros(4)
+    numbers = metrics.score(truth + .03 * noise(*truth.shape), truth, truth, curve, second)
     assert numbers["noise"] is None and numbers["spectrum"] is None and numbers["structure"] > 30
 
 
-def test_too_small_an_image_is_told_in_a_sentence():
-    x = torch.zeros(1, 1, 6, 6)
-    with pytest.raises(ValueError, match="sides over 6 pixels"):
-        metrics.low_pass(x)
-    with pytest.raises(ValueError, match="at least 11 pixels"):
-        metrics.ssim(x, x)

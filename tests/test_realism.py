@@ -1,7 +1,5 @@
 """Distances between sets: closed forms, brute force, and the properties they were published with."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -22,7 +20,7 @@ def test_frechet_of_gaussians_is_its_closed_form():
     z = normal(500, 3).double()
     z = z - z.mean(0)
     z = z @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(z.T))).T
-    a, b, d = torch.tensor([1.0, 4.0, 9.0]).double(), torch.tensor([4.0, 4.0, 1.0]).double(), torch.tensor([1.0, 0.0, -2.0]).double()
+    a, b, d = torch.tensor([[1.0, 4.0, 9.0], [4.0, 4.0, 1.0], [1.0, 0.0, -2.0]]).double()
     expected = d.square().sum() + (a.sqrt() - b.sqrt()).square().sum()  # of commuting covariances
     assert realism.frechet(z * a.sqrt(), z * b.sqrt() + d) == pytest.approx(expected.item(), rel=1e-9)
     turn = torch.linalg.qr(normal(3, 3, seed=1).double())[0]
@@ -36,7 +34,8 @@ def test_the_kernel_distance_is_the_double_loop_and_unbiased():
     same = lambda s: np.mean([k(x, y) for i, x in enumerate(s) for j, y in enumerate(s) if i != j])
     expected = same(a) + same(b) - 2 * np.mean([k(x, y) for x in a for y in b])
     assert realism.kernel_distance(a, b) == pytest.approx(expected)
-    repeats = torch.tensor([realism.kernel_distance(normal(10, 4, seed=2 * i), normal(10, 4, seed=2 * i + 1)) for i in range(600)])
+    pairs = [(normal(10, 4, seed=2 * i), normal(10, 4, seed=2 * i + 1)) for i in range(600)]
+    repeats = torch.tensor([realism.kernel_distance(*pair) for pair in pairs])
     assert abs(repeats.mean()) < 3 * repeats.std() / len(repeats) ** .5
 
 
@@ -50,59 +49,6 @@ def test_the_terms_of_the_kernel_distance_say_how_it_moves_with_each_image():
     assert distances.std().item() == pytest.approx(predicted.item(), rel=.2)
 
 
-def test_density_and_coverage_of_a_case_counted_by_hand():
-    real = torch.tensor([[0.0], [1.0], [3.0], [10.0]])      # radii with k = 1: 1, 1, 2, 7
-    fake = torch.tensor([[.5], [.6], [4.0]])                # .5 and .6 are in the balls of 0 and 1; 4 is in those of 3 and 10
-    density, coverage = realism.density_coverage(real, fake, k=1)
-    assert density == pytest.approx(6 / 3) and coverage == 1
-    density, coverage = realism.density_coverage(real, fake[:1], k=1)
-    assert density == pytest.approx(2) and coverage == pytest.approx(.5)
-
-
-@pytest.mark.parametrize("k", [3, 5])
-def test_coverage_of_one_distribution_has_its_ceiling(k):
-    found = [realism.density_coverage(normal(400, 2, seed=2 * i), normal(400, 2, seed=2 * i + 1), k) for i in range(10)]
-    density, coverage = np.mean(found, 0)
-    assert coverage == pytest.approx(1 - 2**-k, abs=.03) and density == pytest.approx(1, abs=.06)
-
-
-# ---------------------------------------------------------------- patches
-
-def test_sliced_wasserstein_of_noise_and_flat_images_is_its_closed_form():
-    """White noise projects on N(0, 1). A patch that is +1 or -1 everywhere projects on +-s, and s = sum w of a random direction w in 49
-    dimensions is N(0, 1) too: the distance is E | |Z| - |S| | = 2 (E max - E) = 2 (2 / sqrt pi - sqrt(2 / pi)) of two half normals."""
-    noise = normal(300, 1, 16, 16)  # 16 pixels: one level
-    flat = torch.tensor([1.0, -1.0]).repeat(150)[:, None, None, None].expand(300, 1, 16, 16)
-    expected = 2 * (2 / math.pi**.5 - (2 / math.pi) ** .5)
-    assert realism.sliced_wasserstein(noise, flat, count=4000, directions=2000) == pytest.approx(expected, rel=.05)
-
-
-def test_sliced_wasserstein_has_a_floor_and_sees_the_shape_of_detail():
-    x = normal(64, 1, 32, 32)
-    floor = realism.sliced_wasserstein(x, normal(64, 1, 32, 32, seed=5))
-    blurred = torch.nn.functional.avg_pool2d(x, 3, 1, 1)
-    assert realism.sliced_wasserstein(x, blurred) > 1.5 * floor > 0
-    assert realism.sliced_wasserstein(x, 3 * x) < 1.2 * floor  # normalised: the strength of detail does not count
-
-
-def test_a_pyramid_adds_up_and_patches_are_normalised():
-    x = normal(4, 2, 64, 64)
-    levels = realism.pyramid(x)
-    assert [level.shape[-1] for level in levels] == [64, 32, 16]
-    back = levels[-1]
-    for level in reversed(levels[:-1]):
-        back = level + torch.nn.functional.interpolate(back, level.shape[-2:], mode="bilinear")
-    assert_close(back, x)
-    some = realism.patches(x * 5 + 2, 1000, 7, torch.Generator().manual_seed(0))
-    assert some.shape == (1000, 2, 7, 7)
-    assert_close(some.mean((0, 2, 3)), torch.zeros(2), atol=1e-5, rtol=0)
-    assert_close(some.std((0, 2, 3)), torch.ones(2), atol=1e-5, rtol=0)
-    ramp = (torch.arange(64.0)[:, None] * 64 + torch.arange(64.0)).expand(1, 1, 64, 64)
-    one = realism.patches(ramp, 50, 7, torch.Generator().manual_seed(0))
-    steps = one[:, 0].diff(dim=2)
-    assert_close(steps, steps[0, 0, 0].expand_as(steps), atol=1e-4, rtol=0)  # neighbours stay neighbours
-
-
 # ---------------------------------------------------------------- the networks of features
 
 def test_learned_features_tell_sets_and_corruptions_apart():
@@ -112,19 +58,19 @@ def test_learned_features_tell_sets_and_corruptions_apart():
         return x.half().numpy()
 
     sets = [ramps(0, .3), ramps(1, .8)]
-    features, again = (realism.train_features(sets, steps=60, progress=None) for _ in range(2))
+    features, again = (realism.train_features(sets, steps=60) for _ in range(2))
     x = torch.from_numpy(ramps(2, .3)).float()
     assert features(x).shape == (200, 64) and torch.equal(features(x), again(x)) and not features(x).requires_grad
-    target = realism.reference(torch.from_numpy(sets[0]).float(), features)
+    target = realism.Reference(torch.from_numpy(sets[0]).float(), features)
     floor, other = realism.score(x, target), realism.score(torch.from_numpy(sets[1]).float(), target)
     blurred = realism.score(realism.corrupt(x, 1, None), target)
     for key in ("frechet", "kernel"):
         assert floor[key] < other[key] / 5 and floor[key] < blurred[key] / 5
-    assert floor["coverage"] > max(other["coverage"], blurred["coverage"]) and len(floor["realism_heads"]) == 200
-    assert all(isinstance(floor[key], float) for key in ("swd", "frechet", "kernel", "density", "coverage"))
+    assert len(floor["realism_heads"]) == 200
+    assert all(isinstance(floor[key], float) for key in ("frechet", "kernel"))
 
 
-@pytest.mark.parametrize("kind", range(len(realism.CORRUPTIONS)))
+@pytest.mark.parametrize("kind", range(realism.KINDS))
 def test_each_corruption_changes_the_picture_and_keeps_its_shape(kind):
     x = normal(3, 2, 32, 32).clamp(-1, 1)
     spoilt = realism.corrupt(x, kind, torch.Generator().manual_seed(0))
@@ -137,8 +83,12 @@ def test_a_user_brings_features(tmp_path):
     assert_close(realism.load_features(path)(torch.ones(3, 2, 4, 4)), torch.ones(3, 2))
 
 
-@pytest.mark.parametrize("code, says", [(None, "no such file"), ("x = 1", "no function features"), ("1 / 0", "ZeroDivisionError"),
-                                        ("def features(x):\n    return x", r"must be a tensor \(3, D\)"), ("features = lambda x: 3", "found int")])
+WRONG = [(None, "FileNotFoundError"), ("x = 1", "no function features"), ("1 / 0", "ZeroDivisionError"),
+         ("def features(x):\n    return x", r"must return a tensor \(3, D\)"),
+         ("features = lambda x: 3", "must return a tensor")]
+
+
+@pytest.mark.parametrize("code, says", WRONG)
 def test_a_wrong_feature_file_is_a_sentence(tmp_path, code, says):
     path = tmp_path / "mine.py"
     if code is not None:
@@ -146,11 +96,3 @@ def test_a_wrong_feature_file_is_a_sentence(tmp_path, code, says):
     with pytest.raises(UserError, match=says) as error:
         realism.load_features(path)(torch.ones(3, 2, 4, 4))
     assert "\n" not in str(error.value)
-
-
-def test_a_function_of_features_that_fails_is_a_sentence(tmp_path):
-    file = tmp_path / "f.py"
-    file.write_text("def features(x):\n    return x @ x.flatten()\n")
-    with pytest.raises(UserError, match="RuntimeError in features") as error:
-        realism.load_features(str(file))(torch.zeros(2, 1, 4, 4))
-    assert str(file) in str(error.value)

@@ -8,7 +8,7 @@ import torch
 from minimedshift import finish, sampler, student
 from minimedshift.support import checkpoint
 from minimedshift.support.command import UserError
-from minimedshift.measure.baselines import Curve
+from minimedshift.bands import Curve
 from minimedshift.data import Dataset
 from minimedshift.model import Shape as FlowShape
 from minimedshift.model import UNet

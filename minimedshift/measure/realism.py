@@ -1,69 +1,18 @@
 """Does a set of images look like the target domain's? Distances between two sets, without pairs or truth.
 
-All of them have a floor that is not 0: two sets of real images differ too. Compare a number with that of real
-against real, for the same number of images. Feature distances are biased when images are few; the kernel
-distance is not.
+The distances are between features, of a small network that is trained here or of the user's own. Two sets of
+real images differ too: compare a number with that of real against real, for the same number of images. The
+Frechet distance is biased when images are few, the kernel distance is not.
 """
 
-import importlib.util
-import math
-import time
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Callable
+import runpy
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minimedshift.support.log import progress
 from minimedshift.support.command import UserError
-
-
-# ---------------------------------------------------------------- patches of a Laplacian pyramid
-
-def pyramid(x, smallest=16):
-    """The Laplacian pyramid of x (N, C, H, W): details at H, H / 2, ..., and the rest.
-    No side has less than `smallest` pixels."""
-    levels = []
-    while min(x.shape[-2:]) >= 2 * smallest:
-        small = F.avg_pool2d(x, 2)
-        levels.append(x - F.interpolate(small, x.shape[-2:], mode="bilinear"))
-        x = small
-    return levels + [x]
-
-
-def patches(x, count, side, generator):
-    """`count` random patches of x (N, C, H, W): (count, C, side, side).
-    Each channel has mean 0 and variance 1 over all patches."""
-    N, C, H, W = x.shape
-    n = torch.randint(N, (count,), generator=generator)
-    i = torch.randint(H - side + 1, (count,), generator=generator)
-    j = torch.randint(W - side + 1, (count,), generator=generator)
-    rows = (i[:, None] + torch.arange(side))[:, None, :, None]      # (count, 1, side, 1)
-    columns = (j[:, None] + torch.arange(side))[:, None, None, :]   # (count, 1, 1, side)
-    some = x[n[:, None, None, None], torch.arange(C)[None, :, None, None], rows, columns]
-    mean = some.mean((0, 2, 3), keepdim=True)
-    spread = some.std((0, 2, 3), keepdim=True)
-    return (some - mean) / spread.clamp_min(1e-6)
-
-
-def sliced_wasserstein(a, b, count=4096, side=7, directions=128, seed=0):
-    """Sliced Wasserstein distance of 7x7 patches, mean over the levels of a Laplacian pyramid.
-    arXiv:1710.10196, section 5. a, b: (N, C, H, W) in [-1, 1], of any two counts. Patches of both sets are
-    projected on random unit directions. Sorted projections are compared: mean |difference|. Patches are
-    normalised per level and set, so it sees the shape of detail, not its strength."""
-    draw, total = torch.Generator().manual_seed(seed), 0.0
-    levels = list(zip(pyramid(a.cpu()), pyramid(b.cpu())))
-    for fine_a, fine_b in levels:
-        p = patches(fine_a, count, side, draw).flatten(1)  # (count, C side side)
-        q = patches(fine_b, count, side, draw).flatten(1)
-        ways = torch.randn(p.shape[1], directions, generator=draw)
-        ways = ways / ways.norm(dim=0)
-        difference = (p @ ways).sort(0).values - (q @ ways).sort(0).values
-        total += difference.abs().mean().item()
-    return total / len(levels)
 
 
 # ---------------------------------------------------------------- distances of features (N, D)
@@ -71,9 +20,7 @@ def sliced_wasserstein(a, b, count=4096, side=7, directions=128, seed=0):
 def frechet(fa, fb):
     """Frechet distance of the Gaussians through two sets of features (arXiv:1706.08500, eq. 6).
 
-        |m - n|^2 + tr(A + B - 2 (A B)^1/2)
-
-    tr (A B)^1/2 is the sum of the square roots of the eigenvalues of A^1/2 B A^1/2.
+        |m - n|^2 + tr(A + B - 2 (A B)^1/2)        tr (A B)^1/2 = tr (A^1/2 B A^1/2)^1/2
     """
     fa, fb = fa.double(), fb.double()
     A, B = torch.cov(fa.T), torch.cov(fb.T)
@@ -90,8 +37,7 @@ def kernel(fa, fb):
 
 
 def kernel_distance(fa, fb):
-    """Kernel distance, the unbiased estimate of MMD^2 (arXiv:1801.01401, eq. 4).
-    Its mean over equal distributions is 0."""
+    """Kernel distance, the unbiased estimate of MMD^2 (arXiv:1801.01401, eq. 4)."""
     n, m = len(fa), len(fb)
     kaa, kbb = kernel(fa, fa), kernel(fb, fb)
     same_a = (kaa.sum() - kaa.trace()) / (n * (n - 1))
@@ -100,30 +46,17 @@ def kernel_distance(fa, fb):
 
 
 def kernel_terms(fa, fb):
-    """What each image of fa adds to the kernel distance, (N,).
+    """What each image of fa adds to the kernel distance, (N,): distance + influence_i - mean influence.
 
-        distance + influence_i - mean influence
         influence_i = 2 (mean of k to the rest of its set - mean of k to the other set)
 
-    Their mean is the distance, their spread says how it scatters. So differences of two methods on the same
+    Their mean is the distance. Their spread says how it scatters: so differences of two methods on the same
     heads can be told from chance.
     """
     kaa = kernel(fa, fa)
     own = (kaa.sum(1) - kaa.diagonal()) / (len(fa) - 1)
     influence = 2 * (own - kernel(fa, fb).mean(1))
     return kernel_distance(fa, fb) + influence - influence.mean()
-
-
-def density_coverage(real, fake, k=5):
-    """Density and coverage (arXiv:2002.09797, eq. 4 and 5).
-    Around each real feature a ball reaches to its k-th real neighbour. density: the mean number of balls that
-    hold a fake feature, over k. coverage: the share of balls that hold any; of two sets of one distribution
-    about 1 - 2^-k."""
-    real, fake = real.double(), fake.double()
-    k = min(k, len(real) - 1)
-    radius = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # the nearest is the image itself
-    held = torch.cdist(real, fake) < radius[:, None]                # (real, fake)
-    return float(held.sum() / (k * len(fake))), float(held.any(1).double().mean())
 
 
 # ---------------------------------------------------------------- features
@@ -144,11 +77,11 @@ class Features(nn.Module):
         return self.layers(x).mean((2, 3))
 
 
-CORRUPTIONS = ("none", "blurred", "noisy", "darker tones bent", "sharpened", "warped")
+KINDS = 6  # of corruption: none, blurred, noisy, darker tones bent, sharpened, warped
 
 
 def corrupt(x, kind, generator):
-    """x (B, C, H, W) spoilt as translations can be: in the way of CORRUPTIONS with number `kind`."""
+    """x (B, C, H, W) spoilt as translations can be, in the way of number `kind`."""
     soft = F.avg_pool2d(F.pad(x, (1,) * 4, mode="replicate"), 3, 1)
     if kind == 1:
         return soft
@@ -167,25 +100,22 @@ def corrupt(x, kind, generator):
     return x
 
 
-def train_features(sets, seed=0, steps=300, batch=48, progress=progress):
-    """A small network learns to tell from which set an image is and how it was spoilt.
-    sets: arrays (N_d, C, H, W) in [-1, 1], one a domain. Returns features(x), (B, 64), without gradients.
-    Deterministic in the seed."""
-    draw, start = torch.Generator().manual_seed(seed), time.time()
+def train_features(sets, seed=0, steps=300, batch=48):
+    """features(x), (B, 64), of a small network that learns from which set an image is and how it was spoilt.
+    sets: arrays (N_d, C, H, W) in [-1, 1], one a domain."""
+    draw = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = Features(sets[0].shape[1], (len(sets), len(CORRUPTIONS)))
+        net = Features(sets[0].shape[1], (len(sets), KINDS))
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for step in range(steps):
+    kind = torch.arange(batch) * KINDS // batch
+    for _ in range(steps):
         domain = torch.randint(len(sets), (batch,), generator=draw)
         u = torch.rand(batch, generator=draw)
-        images = []
-        for d, share in zip(domain.tolist(), u.tolist()):
-            images.append(np.asarray(sets[d][int(share * len(sets[d]))], np.float32))
-        x = torch.from_numpy(np.stack(images))
-        kind = torch.arange(batch) * len(CORRUPTIONS) // batch
-        x = torch.cat([corrupt(x[kind == k], k, draw) for k in range(len(CORRUPTIONS))])
+        images = [sets[d][int(share * len(sets[d]))] for d, share in zip(domain.tolist(), u.tolist())]
+        x = torch.from_numpy(np.stack(images).astype(np.float32))
+        x = torch.cat([corrupt(x[kind == k], k, draw) for k in range(KINDS)])
         features = net(x)
         tell_domain, tell_kind = net.tell
         loss = F.cross_entropy(tell_domain(features), domain) + F.cross_entropy(tell_kind(features), kind)
@@ -193,8 +123,6 @@ def train_features(sets, seed=0, steps=300, batch=48, progress=progress):
         loss.backward()
         optimizer.step()
         schedule.step()
-        if progress and (step + 1) % 20 == 0:
-            progress(step + 1, steps, start, "learning features", "steps")
     net.eval().requires_grad_(False)
     return lambda x: torch.cat([net(part.cpu().float()) for part in x.split(256)])
 
@@ -202,29 +130,19 @@ def train_features(sets, seed=0, steps=300, batch=48, progress=progress):
 def load_features(path):
     """The function `features` of a user's Python file: features(x) -> (B, D), x (B, C, H, W) in [-1, 1].
     Raises UserError."""
-    if not Path(path).is_file():
-        raise UserError(f"--features {path}: there is no such file")
-    spec = importlib.util.spec_from_file_location("user_features", path)
-    if spec is None:
-        raise UserError(f"--features {path}: a Python file is needed, with a function features(x)")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        user_features = runpy.run_path(str(path))["features"]
     except Exception as error:  # anything can go wrong in a user's file
-        raise UserError(f"--features {path}: {type(error).__name__} while reading it: {error}") from None
-    if not callable(getattr(module, "features", None)):
-        raise UserError(f"--features {path}: it has no function features(x) that returns (B, D)")
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"--features {path}: no function features(x) can be read ({what})") from None
 
     def features(x):
         try:
-            found = module.features(x)
-        except Exception as error:  # anything can go wrong in a user's function
-            what = f"{type(error).__name__} in features(x) of {tuple(x.shape)}: {error}"
-            raise UserError(f"--features {path}: {what}") from None
+            found = user_features(x)
+        except Exception as error:  # and in a user's function
+            raise UserError(f"--features {path}: {type(error).__name__} in features(x): {error}") from None
         if not torch.is_tensor(found) or found.ndim != 2 or len(found) != len(x):
-            shape = tuple(found.shape) if torch.is_tensor(found) else type(found).__name__
-            raise UserError(f"--features {path}: features(x) of {len(x)} images must be a tensor "
-                            f"({len(x)}, D), found {shape}")
+            raise UserError(f"--features {path}: features(x) must return a tensor ({len(x)}, D)")
         return found.detach().float().cpu()
 
     return features
@@ -232,17 +150,11 @@ def load_features(path):
 
 # ---------------------------------------------------------------- all together
 
-@dataclass(frozen=True)
 class Reference:
-    """The target domain's images, and what `features` makes of them."""
-    images: torch.Tensor     # (M, C, H, W)
-    features: Callable
-    found: torch.Tensor      # (M, D)
+    """The target domain's images (M, C, H, W), and what `features` makes of them: found (M, D)."""
 
-
-def reference(images, features):
-    """A Reference from images (M, C, H, W)."""
-    return Reference(images, features, features(images))
+    def __init__(self, images, features):
+        self.images, self.features, self.found = images, features, features(images)
 
 
 @torch.no_grad()
@@ -250,7 +162,5 @@ def score(x, reference):
     """Distances of a set x (N, C, H, W) to a Reference as plain floats.
     `realism_heads` are the N terms of the kernel distance."""
     found, real = reference.features(x), reference.found
-    density, coverage = density_coverage(real, found)
-    return dict(swd=sliced_wasserstein(x, reference.images), frechet=frechet(found, real),
-                kernel=kernel_distance(found, real), density=density, coverage=coverage,
+    return dict(frechet=frechet(found, real), kernel=kernel_distance(found, real),
                 realism_heads=kernel_terms(found, real).tolist())

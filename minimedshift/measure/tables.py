@@ -96,13 +96,12 @@ def structure_table(rows):
 
 def realism_table(rows):
     """Distances to the target domain's training images. The second exposure (or real against real) is the floor."""
-    header = ["method", "sliced Wasserstein", "Frechet", "kernel x 1000", "density", "coverage", "average rank (structure, realism)"]
+    header = ["method", "Frechet", "kernel x 1000", "average rank (structure, realism)"]
     lines = []
     for name, row in ordered(rows):
-        if "swd" in row:
+        if "kernel" in row:
             rank = "" if "rank" not in row else f"{row['rank']:.1f} ({row['rank_structure']}, {row['rank_realism']})"
-            lines.append([name, number(row["swd"], 3), number(row["frechet"]), number(1000 * row["kernel"], 1), number(row["density"]),
-                          number(row["coverage"]), rank])
+            lines.append([name, number(row["frechet"]), number(1000 * row["kernel"], 1), rank])
     return markdown(header, lines) if lines else []
 
 

@@ -70,9 +70,9 @@ def draw(dataset, config, step, device):
     return x0, x1, y, hidden, t, e
 
 
-def now(device):
-    """Seconds of the host's clock, once a GPU has done what it was given."""
-    if device.type == "cuda":
+def now(device, wait):
+    """Seconds of the host's clock; wait: once a GPU has done what it was given."""
+    if wait and device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -82,6 +82,7 @@ def batches(dataset, config, device, first=0, dtype=torch.float32):
     n, domains = config.ot_batch, len(dataset.domains)
     keep = int(config.coupling_labels == "keep")  # 0: one label for all, as far as the coupling sees
     eps = 2 * config.sigma**2
+    wait = n > 1  # for the GPU, to see what a plan takes: once in n steps, not in every one
 
     def window(start):
         steps = [draw(dataset, config, step, device) for step in range(start, start + n)]
@@ -98,13 +99,13 @@ def batches(dataset, config, device, first=0, dtype=torch.float32):
     def make():
         for start in range(first - first % n, config.steps, n):
             x0, x1, y, hidden, t, e = window(start)
-            begun = now(device)
+            begun = now(device, wait)
             if config.coupling == "semidiscrete":
                 x1, y, plan = semidiscrete.pick(x0, y)
             else:
                 plan = couple(config.coupling, x0, x1, y * keep, eps, randomness(config.seed, ~start, device))
                 x0 = x0[plan.index]
-            seconds = (now(device) - begun) / n
+            seconds = (now(device, wait) - begun) / n
             y = to_device(y, device).masked_fill(to_device(hidden, device), null_label(config, domains))
             for step in range(max(start, first), min(start + n, config.steps)):
                 part = slice((step - start) * config.batch_size, (step - start + 1) * config.batch_size)

@@ -5,8 +5,8 @@ import math
 import torch
 
 from minimedshift import sampler
+from minimedshift.bands import low_pass
 from minimedshift.flow import draw_noise
-from minimedshift.measure.metrics import low_pass
 from minimedshift.support import images
 
 ROWS = 8      # images in a picture

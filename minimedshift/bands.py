@@ -1,0 +1,168 @@
+"""Grey-value curves, the bands of an image, and the regions of a head. No network, no pairs.
+
+    Curve, fit_histogram           a function of the grey value, fitted so that histograms match
+    laplacian, gaussians, join     an image as bands from fine to coarse, and their sum
+    BandCurves, fit_bands          a curve for each band
+    low_pass, inside, flat_region  an image without fine detail, where its head is, where only noise is fine
+
+Images are (B, C, H, W). Channels and images share the curves.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+
+SORTED = 2**16  # values are enough for a histogram
+KNOTS = 4096  # of a curve
+
+
+# ---------------------------------------------------------------- grey-value curves
+
+@dataclass(frozen=True)
+class Curve:
+    """A function of the grey value: straight between K equally spaced knots, constant outside.
+    values (K,) are those at the knots, from low to high."""
+    low: float
+    high: float
+    values: torch.Tensor
+
+    def __call__(self, x):
+        values = self.values.to(x)
+        last = len(values) - 1
+        at = ((x - self.low) * (last / (self.high - self.low))).clamp(0, last)  # counted in knots
+        left = at.long().clamp(max=last - 1)
+        return torch.lerp(values[left], values[left + 1], at - left)
+
+
+def fit_histogram(source, target):
+    """The Curve that sends each quantile of the source's pixels to that of the target's.
+
+        curve = F_target^-1 o F_source        (Gonzalez and Woods, Digital Image Processing, 3.3.2)
+
+    Of pixels that are equal (air) half count as darker.
+    """
+    s, t = pixels(source), pixels(target)
+    low, high = ends(s)
+    knots = torch.linspace(low, high, KNOTS)
+    darker = (torch.searchsorted(s, knots) + torch.searchsorted(s, knots, right=True)) / (2 * len(s))
+    at = (darker * len(t) - .5).clamp(0, len(t) - 1)
+    left, right = at.floor().long(), at.ceil().long()
+    return Curve(low, high, torch.lerp(t[left], t[right], at - left))
+
+
+def pixels(images):
+    """About SORTED values of images, in order. An odd stride sees all columns of images 2^n pixels wide."""
+    stride = max(1, images.numel() // SORTED) | 1  # odd
+    return images.flatten()[::stride].sort().values
+
+
+def ends(values):
+    """The smallest and the largest value, a little apart even if they are equal."""
+    low, high = values.min().item(), values.max().item()
+    return low, max(high, low + 1e-3)
+
+
+# ---------------------------------------------------------------- bands
+
+def laplacian(x, levels=4):
+    """The Laplacian pyramid: [detail at H, at H / 2, ..., the rest], levels + 1 bands.
+    (Burt and Adelson 1983.) Halving weighs four pixels 1, 3, 3, 1 each way."""
+    bands = []
+    for _ in range(levels):
+        half = [-(-side // 2) for side in x.shape[-2:]]
+        small = F.interpolate(x, half, mode="bilinear", antialias=True)
+        bands.append(x - F.interpolate(small, x.shape[-2:], mode="bilinear"))
+        x = small
+    return bands + [x]
+
+
+def gaussians(x, widths=(1, 2, 4, 8)):
+    """Differences of Gaussians: what each wider blur of x takes away, and the rest."""
+    blurred = [x] + [smooth(x, width) for width in widths]
+    return [fine - coarse for fine, coarse in zip(blurred, blurred[1:])] + blurred[-1:]
+
+
+def smooth(x, width):
+    """Gaussian blur of `width` pixels: a matrix from each side, whose rows have sum 1, at the frame too."""
+    def matrix(n):
+        i = torch.arange(n, device=x.device, dtype=x.dtype)
+        return torch.softmax(-((i[:, None] - i[None]) ** 2) / (2 * width**2), 1)
+    return matrix(x.shape[-2]) @ x @ matrix(x.shape[-1]).T
+
+
+def join(bands):
+    """Put bands together again: the inverse of `laplacian` and of `gaussians`."""
+    x = bands[-1]
+    for detail in reversed(bands[:-1]):
+        x = detail + F.interpolate(x, detail.shape[-2:], mode="bilinear")
+    return x
+
+
+@dataclass(frozen=True)
+class BandCurves:
+    """A curve for each band of `split`: laplacian or gaussians."""
+    split: Callable
+    curves: tuple
+
+    def __call__(self, x):
+        return join([curve(band) for curve, band in zip(self.curves, self.split(x))])
+
+
+def fit_bands(split, source, target):
+    """The BandCurves that bring the histogram of each band of the source to the target's."""
+    curves = [fit_histogram(s, t) for s, t in zip(split(source), split(target))]
+    return BandCurves(split, tuple(curves))
+
+
+# ---------------------------------------------------------------- regions of a head
+
+def blur(x, width, radius):
+    """Gaussian blur of `width` pixels, cut off at `radius`, without padding: `radius` is lost on each side.
+    A sum of shifted copies is never rounded to TF32, which would drown weak noise."""
+    k = torch.arange(-radius, radius + 1, dtype=torch.float64)
+    k = torch.exp(-k**2 / (2 * width**2))
+    kernel = (k / k.sum()).to(x)
+    for axis in (-2, -1):
+        n = x.shape[axis] - 2 * radius
+        x = sum(weight * x.narrow(axis, i, n) for i, weight in enumerate(kernel))
+    return x
+
+
+def low_pass(x, width=1.5):
+    """Gaussian blur of `width` pixels, reflected at the frame. Sides are over 4 width.
+    A wave of w radians per pixel keeps exp(-w^2 width^2 / 2) of its amplitude."""
+    radius = math.ceil(4 * width)
+    return blur(F.pad(x, (radius,) * 4, mode="reflect"), width, radius)
+
+
+def inside(images):
+    """Where the head is, (B, 1, H, W) bool: the darker of two classes of grey.
+    Their limit makes n1 n2 (m1 - m2)^2 largest (Otsu 1979, Eq. 14), whatever the grey of the air."""
+    grey = low_pass(images).mean(1, keepdim=True)
+    v = grey.flatten(1).double().sort(1).values  # (B, N)
+    n = torch.arange(1, v.shape[1], device=v.device)  # darker pixels
+    below, total = v.cumsum(1)[:, :-1], v.sum(1, keepdim=True)
+    between = n * (v.shape[1] - n) * (below / n - (total - below) / (v.shape[1] - n)) ** 2
+    threshold = v.gather(1, between.argmax(1, keepdim=True)).to(grey)  # (B, 1)
+    return grey <= threshold[:, :, None, None]
+
+
+def erode(mask, pixels):
+    """The part of a mask (B, 1, H, W) that has none but its own pixels within `pixels` rows and columns."""
+    return ~(F.max_pool2d((~mask).float(), 2 * pixels + 1, stride=1, padding=pixels) > 0)
+
+
+def flat_region(images, share=.3):
+    """Where only noise should be fine: the flattest `share` of the pixels inside the head, (B, 1, H, W) bool.
+    Flat: nowhere in the 5x5 neighbourhood is the low-passed image steep."""
+    grey = low_pass(images).mean(1, keepdim=True)
+    dy, dx = torch.gradient(grey, dim=(2, 3))
+    steep = F.max_pool2d(torch.sqrt(dx**2 + dy**2), 5, stride=1, padding=2)
+    head = erode(inside(images), 2)
+    steep = steep.masked_fill(~head, math.inf).flatten(1)
+    keep = (share * head.flatten(1).sum(1, keepdim=True)).ceil().long().clamp(min=1)
+    limit = steep.sort(1).values.gather(1, keep - 1)  # (B, 1)
+    return ((steep <= limit) & head.flatten(1)).view_as(grey)

@@ -1,0 +1,134 @@
+"""Curves, bands and regions against known answers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from minimedshift import bands
+from minimedshift.bands import Curve
+
+
+def uniform(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def heads(count=4, size=64, air=1.0, head=-.2, halo=False):
+    """Soft-edged discs of different radius: a dark head in air, if asked with a bright halo as edge
+    enhancement leaves it."""
+    a = torch.arange(size) - size / 2
+    r = torch.sqrt(a[:, None] ** 2 + a ** 2)
+    radius = torch.linspace(.3, .42, count)[:, None, None] * size
+    x = head + (air - head) * torch.sigmoid((r - radius) * 2)
+    if halo:
+        x = x + .4 * torch.exp(-(r - radius - 4) ** 2 / 8)
+    return x[:, None], (r < radius)[:, None]
+
+
+def wave(periods, amplitude, n=16, size=32, turned=False):
+    """n cosines, (n, 1, size, size), of random phase along one axis."""
+    phase = uniform(n, 1, 1, 1, seed=int(periods)) * np.pi
+    x = amplitude * torch.cos(2 * np.pi * periods * torch.arange(size) / size + phase).expand(n, 1, size, size)
+    return x.mT if turned else x
+
+
+# ---------------------------------------------------------------- curves
+
+def test_a_curve_is_straight_between_knots_and_constant_outside():
+    values = torch.tensor([-1.0, 0, 0, .5, .2])
+    x = uniform(2, 1, 9, 9)
+    expected = np.interp(x.numpy(), [-.5, -.2, .1, .4, .7], values.numpy())
+    assert_close(Curve(-.5, .7, values)(x), torch.from_numpy(expected).float())
+
+
+def test_histogram_matching_sends_quantiles_to_quantiles():
+    source = uniform(6, 1, 64, 64)
+    source[source > .4] = 1                                     # air: many equal pixels
+    target = torch.tanh(noise(9, 1, 64, 64, seed=1)) * .5
+    target[target > .25] = .9
+    curve = bands.fit_histogram(source.half().float(), target)
+    assert (curve.values.diff() >= 0).all()
+    q = torch.linspace(.05, .6, 12)
+    assert_close(torch.quantile(curve(source).flatten(), q), torch.quantile(target.flatten(), q), atol=.01, rtol=0)
+    assert_close(curve(torch.ones(1)), torch.tensor([.9]))
+    same = bands.fit_histogram(source, source)
+    assert ((same(source) - source).abs() < .01).float().mean() > .999  # but for the last ones before a gap
+
+
+def test_histogram_matching_by_hand():
+    curve = bands.fit_histogram(torch.tensor([0.0, 1, 2, 3]), torch.tensor([10.0, 10, 40, 50]))
+    assert_close(curve(torch.tensor([0.0, 1, 2, 3])), torch.tensor([10.0, 10, 40, 50]), atol=.3, rtol=0)
+    constant = bands.fit_histogram(torch.zeros(5), torch.tensor([1.0, 2, 3]))
+    assert_close(constant(torch.zeros(2)), torch.full((2,), 2.0))
+
+
+# ---------------------------------------------------------------- bands
+
+@pytest.mark.parametrize("split", [bands.laplacian, bands.gaussians])
+@pytest.mark.parametrize("shape", [(2, 1, 64, 64), (1, 3, 37, 50)])
+def test_bands_put_together_are_the_image(split, shape):
+    x = uniform(*shape)
+    parts = split(x)
+    assert len(parts) == 5
+    assert_close(bands.join(parts), x, atol=1e-5, rtol=0)
+    *details, rest = split(torch.full(shape, .4))
+    assert all(detail.abs().max() < 1e-6 for detail in details) and (rest - .4).abs().max() < 1e-6
+
+
+def test_a_difference_of_gaussians_passes_what_its_two_gaussians_tell_apart():
+    x = wave(8, 1.0, n=2, size=64)
+    w = 2 * np.pi * 8 / 64  # radians per pixel: a Gaussian keeps exp(-w^2 width^2 / 2)
+    for fine, coarse, band in zip((0, 1, 2, 4), (1, 2, 4, 8), bands.gaussians(x)):
+        share = np.exp(-(w * fine) ** 2 / 2) - np.exp(-(w * coarse) ** 2 / 2)
+        assert_close(band[..., 24:40], share * x[..., 24:40], atol=.03, rtol=0)
+
+
+def test_the_pyramid_halves_with_weights_one_three_three_one():
+    impulse = torch.zeros(1, 1, 16, 16)
+    impulse[..., 7, 7] = 1
+    small = bands.laplacian(impulse, levels=1)[-1][0, 0]
+    line = torch.zeros(8)
+    line[3], line[4] = 3 / 8, 1 / 8  # small pixel 3 weighs pixels 5 to 8 by 1, 3, 3, 1; small pixel 4 weighs 7 to 10
+    assert_close(small, line[:, None] * line[None])
+
+
+# ---------------------------------------------------------------- regions of a head
+
+def test_low_pass_is_the_gaussian_transfer_function():
+    size, width = 64, 1.5
+    for m in (0, 3, 10, 25, 40):
+        w = math.pi * m / (size - 1)                            # even about both edges: reflection is exact
+        x = torch.cos(w * torch.arange(size)).expand(1, 1, size, size)
+        expected = math.exp(-w ** 2 * width ** 2 / 2)
+        assert_close(bands.low_pass(x, width), x * expected, atol=1e-4, rtol=0)
+        assert_close(bands.low_pass(x.mT, width), x.mT * expected, atol=1e-4, rtol=0)
+
+
+def test_low_pass_spreads_an_impulse_into_a_gaussian_and_keeps_its_sum():
+    x = torch.zeros(2, 3, 41, 41)
+    x[:, :, 20, 20] = 1
+    y, a = bands.low_pass(x, 2.0), torch.arange(-20, 21)
+    expected = torch.exp(-(a[:, None] ** 2 + a ** 2) / (2 * 2.0 ** 2)) / (2 * math.pi * 2.0 ** 2)
+    assert_close(y, expected.expand_as(y), atol=1e-5, rtol=0)
+    assert_close(y.sum((2, 3)), torch.ones(2, 3))
+
+
+LOOKS = [dict(), dict(air=.5, halo=True), dict(air=.3, head=-.8, halo=True)]
+
+
+@pytest.mark.parametrize("look", LOOKS, ids=["white", "grey", "dark"])
+def test_flat_region_lies_in_the_head_off_its_edges(look):
+    truth, disc = heads(**look)
+    rim = (truth - bands.low_pass(truth)).abs() > .01
+    mask = bands.flat_region(truth)
+    assert mask.shape == truth.shape and mask.dtype == torch.bool
+    assert not (mask & ~disc).any()
+    assert not (mask & rim).any()
+    share = mask.flatten(1).sum(1) / disc.flatten(1).sum(1)
+    assert (share > .15).all() and (share < .6).all()

@@ -103,7 +103,7 @@ def check_flags(c, state, how, flow_flags):
 
 def plan_files(c):
     """[(input file, output file)], folders made. Raises UserError for what cannot be written, or is there."""
-    source, target = Path(c.input), Path(c.output)
+    source, target, endings = Path(c.input), Path(c.output), " ".join(images.FORMATS)
     refuse(not source.exists(), f"INPUT {source}: there is no such file or folder")
     files = [(source, target)]
     if source.is_dir():
@@ -111,7 +111,7 @@ def plan_files(c):
         refuse(source.resolve() in target.resolve().parents,
                f"OUTPUT {target} lies inside INPUT {source}: choose a folder outside")
         files = [(path, target / path.relative_to(source)) for path in images.image_files(source)]
-        refuse(not files, f"INPUT {source} has no image files ({' '.join(images.FORMATS)})")
+        refuse(not files, f"INPUT {source} has no image files ({endings})")
     outputs = [path for _, path in files]
     taken = {path.resolve() for pair in files for path in pair}
     for picture in [Path(getattr(c, name)) for name in PICTURES if getattr(c, name)]:
@@ -120,7 +120,7 @@ def plan_files(c):
         outputs.append(picture)
     for path in outputs:
         refuse(path.is_dir(), f"{path} is a folder: name the file that is to be written")
-        refuse(path.suffix.lower() not in images.FORMATS, f"{path}: an image ends in {' '.join(images.FORMATS)}")
+        refuse(path.suffix.lower() not in images.FORMATS, f"{path}: an image ends in {endings}")
         refuse(path.exists() and not c.overwrite,
                f"{path} would be replaced: choose another name, or say --overwrite")
     for folder in {path.parent for path in outputs}:
@@ -160,7 +160,7 @@ def translate_files(files, translate, model, state, c, how, device):
     pictures = film.Pictures(c, model, how, state["domains"])
     bad, done, start = [], 0, time.time()
     for batch in batches(files, shape_of, most, bad):
-        full = [images.channels_to(x, state["image"]["channels"])[None] for _, _, x, _ in batch]  # on the host
+        full = [images.channels_to(x, state["image"]["channels"])[None] for _, _, x, _ in batch]  # on a CPU
         shape = shape_of(*full[0].shape[-2:])
         x1 = torch.cat([resize(x.to(device), shape) for x in full])
         y_source = domain.sources(x1, [path for path, *_ in batch], model, state, c.source, c.target, c.seed)

@@ -181,7 +181,8 @@ def encode(model, x1, y, tau, steps=3, solver="fireflow", end=0.97, colour=0.0, 
 
 
 @torch.inference_mode()
-def decode(model, z, y, tau, guidance=1.0, steps=3, solver="fireflow", end=0.97, colour=0.0, generator=None):
+def decode(model, z, y, tau, guidance=1.0, steps=3, solver="fireflow", end=0.97, colour=0.0,
+           generator=None):
     """From z (B, C, H, W) at t = tau forward to images at t = end, under label y, guided."""
     v = Velocity(model, y, guidance, colour, generator)
     return last(SOLVERS[solver](v, z, grid(tau, steps, end, solver)[::-1]))

@@ -191,8 +191,8 @@ def decode(model, z, y, tau, guidance=1.0, steps=3, solver="fireflow", end=0.97,
 @torch.inference_mode()
 def trajectory(model, x1, y_source, y_target, tau=0.3, guidance=1.0, steps=3, solver="fireflow", end=0.97,
                colour=0.0, x0="noise", generator=None):
-    """Every (t, xt) of images x1 (B, C, H, W) on their way from y_source to y_target, ints or (B,) int64: down
-    to z at tau and up to the translation, not clipped. `steps` are for each leg.
+    """Every (t, xt) of images x1 (B, C, H, W) on their way from y_source to y_target, ints or (B,) int64:
+    down to z at tau and up to the translation, not clipped. `steps` are for each leg.
     A network trained with --x0 image goes directly: one leg, t = 0 to 1, whatever tau and end are."""
     solve, z, times = SOLVERS[solver], x1, grid(tau, steps, end, solver)
     if x0 == "image":

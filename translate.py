@@ -1,125 +1,128 @@
-"""Translate X-ray images from one domain to another: `python translate.py INPUT OUTPUT --source DOMAIN --target DOMAIN`.
+"""Translate X-ray images: `python translate.py INPUT OUTPUT --source DOMAIN --target DOMAIN`.
 
-INPUT is an image or a folder of them (sub-folders are kept); OUTPUT gets the same names, sizes, modes and bit depths. Colour comes back grey
-from a network trained on grey images.
---source auto infers the domain of each image. Where the checkpoint holds a student, it translates, in one evaluation; --method flow, or a
-flag of the flow such as --tau, takes the flow. Without arguments, held-out simulated heads are translated into a figure beside the checkpoint.
+INPUT is an image or a folder of them, with its sub-folders. OUTPUT gets the same names, sizes, modes and bit
+depths; a network trained on grey images makes colours grey. --source auto infers the domain of each image.
+The checkpoint's student translates, in one evaluation; --method flow, or a flag of the flow such as --tau,
+takes the flow. Without arguments, held-out simulated heads become a figure beside the checkpoint.
 
-An image is translated at the working size: its shorter side is brought to the size the network was trained at, so
-that the head is framed as in training. The change is then carried to full resolution: in every small window of the
-working image a line is fitted from grey value to change, the lines are spread smoothly over the full image and
-applied to its own pixels, so that the source's fine detail stays and no seam appears. An image of exactly the training size is
-translated as it is.
+An image is translated at the size of the training images: its shorter side is brought to it. The change is
+then carried to full resolution (support/carry.py), so that the image's own fine detail stays.
 """
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from minimedshift import sampler, student
+from minimedshift.evaluate import TAUS, main_domains
 from minimedshift.measure import metrics
 from minimedshift.phantom import sets
 from minimedshift.support import domain, film, images
-from minimedshift.support.command import UserError, flag, parse, run
 from minimedshift.support.carry import carry, resize, working_shape
 from minimedshift.support.checkpoint import load_model
-from minimedshift.evaluate import TAUS, main_domains
-from minimedshift.flow import draw_noise
+from minimedshift.support.command import UserError, flag, parse, run
 from minimedshift.support.log import progress
 from minimedshift.support.machine import can_compile, in_batches, keep_memory, pick_device
+
+HOW = "flow (default: as the checkpoint says)"
 
 
 @dataclass(frozen=True)
 class Config:
     input: str = flag(None, "an image, or a folder of images", "positional")
-    output: str = flag(None, "where the translation goes: a file for a file, a folder for a folder", "positional")
+    output: str = flag(None, "the translation: a file for a file, a folder for a folder", "positional")
     source: str = flag(None, "domain of INPUT, or auto: inferred for each image", "what")
     target: str = flag(None, "domain to translate to", "what")
     checkpoint: str = flag("out/checkpoint.pt", "trained network; its EMA weights are used", "what")
-    method: str = flag(None, "who translates (default: the student, if there is one and no flag of the flow is given)", "how", choices=("student", "flow"))
-    tau: float = flag(None, "how far back to go, below end: near 1 keeps structure, near 0 favours realism (default: the checkpoint's)",
-                      "how", kind=float, low=0, below=1)
-    guidance: float = flag(None, "strength of the target label on the way forward; 1 is none (default: the checkpoint's)", "how",
-                           kind=float, above=-1000, below=1000)
-    steps: int = flag(None, "solver steps of each leg (default: the checkpoint's)", "how", kind=int, low=1)
-    solver: str = flag(None, "ODE solver, or sde: a diffusion with the same images at every t (default: the checkpoint's)", "how",
-                       choices=tuple(sampler.SOLVERS))
-    end: float = flag(None, "time at which an image is taken to be, above tau (default: the checkpoint's)", "how", kind=float,
-                      above=0, high=1)
-    seed: int = flag(0, "of all noise: what the student adds where the target has more, --source auto, --solver sde", "how")
-    batch_size: int = flag(0, "images translated at once; 0: 16 on a CPU, 256 on a GPU; halved where memory does not do", "machine", low=0)
-    device: str = flag("auto", "where to compute", "machine", choices=("auto", "cuda", "mps", "cpu"))
+    method: str = flag(None, "who translates (default: the student, if there is one and no flag of the flow)",
+                       "what", choices=("student", "flow"))
+    seed: int = flag(0, "of all noise: the student's, --source auto's, --solver sde's", "what")
+    tau: float = flag(None, "how far back to go, below end: near 1 keeps structure, near 0 favours realism",
+                      HOW, kind=float, low=0, below=1)
+    guidance: float = flag(None, "strength of the target label on the way forward; 1 is none",
+                           HOW, kind=float, above=-1000, below=1000)
+    steps: int = flag(None, "solver steps of each leg", HOW, kind=int, low=1)
+    solver: str = flag(None, "ODE solver, or sde: a diffusion with the same images at every t",
+                       HOW, choices=tuple(sampler.SOLVERS))
+    end: float = flag(None, "time at which an image is taken to be", HOW, kind=float, above=0, high=1)
     overwrite: bool = flag(False, "replace existing files", "files")
-    compare: str = flag(None, "also write this picture: source | translation | difference, of the first 8 images", "files")
-    trajectory: str = flag(None, "also write this picture: the first 8 images on their way to tau and up again", "files")
-    uncertainty: str = flag(None, "also write this picture: where --samples translations differ; no error map", "files")
-    samples: int = flag(None, "translations of an image behind --uncertainty (default: 8)", "files", kind=int, low=2)
+    compare: str = flag(None, "also draw: source | translation | difference, of the first 8 images", "files")
+    trajectory: str = flag(None, "also draw: the first 8 images on their way to tau and up again", "files")
+    uncertainty: str = flag(None, "also draw: where --samples translations differ; no error map", "files")
+    samples: int = flag(None, "translations of an image behind --uncertainty (default: 8)", "files",
+                        kind=int, low=2)
+    batch_size: int = flag(0, "images at once (0: 16 on a CPU, 256 on a GPU), fewer where memory is short",
+                           "machine", low=0)
+    device: str = flag("auto", "where to compute", "machine", choices=("auto", "cuda", "mps", "cpu"))
 
 
-FLOW = ("tau", "guidance", "steps", "solver", "end", "trajectory", "uncertainty")  # flags that the student has no use for
-PICTURES = ("compare", "trajectory", "uncertainty")  # drawn if asked for
+FLOW = ("tau", "guidance", "steps", "solver", "end", "trajectory", "uncertainty")  # of no use to the student
+PICTURES = ("compare", "trajectory", "uncertainty")
+HEADS = 8  # translated without arguments
 
 
 # ---------------------------------------------------------------- flags and files, checked before any work
 
-def check_flags(c):
-    """Raises UserError for flags that do not go together."""
-    if c.input and not (c.output and c.source and c.target):
-        raise UserError("to translate INPUT, give OUTPUT, --source (a domain, or auto) and --target too")
-    for name in PICTURES:
-        if getattr(c, name) and not c.input:
-            raise UserError(f"--{name} needs INPUT and OUTPUT")
-    if c.samples and not c.uncertainty:
-        raise UserError("--samples needs --uncertainty FILE, the picture that is drawn from them")
+def refuse(wrong, message):
+    if wrong:
+        raise UserError(message)
 
 
-def pick_method(c, state):
-    """"student" or "flow"."""
-    given = [name for name in FLOW if getattr(c, name) is not None]
-    if c.method == "student" and given:
-        raise UserError(f"--{given[0]} is a flag of the flow, the student has no use for it: leave it out, or say --method flow")
-    if c.method == "student" and not state.get("student"):
-        raise UserError(f"{c.checkpoint} has no student: `python train.py --resume` teaches one")
-    return c.method or ("student" if state.get("student") and not given else "flow")
+def check_flags(c, state, how, flow_flags):
+    """Raises UserError for flags that do not go together, or not with the checkpoint."""
+    net, config, domains = c.checkpoint, state["config"], list(state["domains"])
+    direct = how["x0"] == "image"  # from image to image: such a network has seen no noise
+    has_score = state["shape"]["score"] or (config["coupling"] == "independent" and config["sigma"] == 0)
+    if c.input:
+        refuse(not (c.output and c.source and c.target),
+               "to translate INPUT, give OUTPUT, --source (a domain, or auto) and --target too")
+    else:
+        refuse(config.get("data"), f"{net} knows your own images: give INPUT, OUTPUT, --source and --target")
+        refuse(c.source == "auto", "--source auto needs INPUT: the domain of held-out heads is known")
+        for name in PICTURES:
+            refuse(getattr(c, name), f"--{name} needs INPUT and OUTPUT")
+    for name, value, allowed in (("source", c.source, [*domains, "auto"]), ("target", c.target, domains)):
+        refuse(value not in (None, *allowed),
+               f"--{name} {value} is not a domain of {net}: choose from {', '.join(allowed)}")
+    if c.method == "student":
+        refuse(flow_flags, f"--{' --'.join(flow_flags)} is a flag of the flow, of no use to the student")
+        refuse(not state.get("student"), f"{net} has no student: `python train.py --resume` teaches one")
+    for name, used in (("tau", c.tau), ("end", c.end), ("source auto", c.source == "auto" or None)):
+        refuse(direct and used is not None, f"--{name} has no meaning for {net}, trained with --x0 image")
+    refuse(how["tau"] >= how["end"], f"tau, here {how['tau']:g}, must be below end, {how['end']:g}")
+    refuse(c.solver == "sde" and (direct or not has_score),
+           "--solver sde needs a score: train with --score, or with --coupling independent and --sigma 0")
+    refuse(c.uncertainty and (direct or config["sigma"]),
+           f"--uncertainty needs a network trained from noise with --sigma 0, and {net} is not")
+    refuse(c.samples and not c.uncertainty, "--samples needs --uncertainty FILE, which is drawn from them")
 
 
 def plan_files(c):
-    """[(input file, output file)], or UserError: nothing is written over unless --overwrite, and never INPUT by surprise."""
-    source, target = Path(c.input), Path(c.output)
+    """[(input file, output file)], folders made. Raises UserError for what cannot be written, or is there."""
+    source, target, endings = Path(c.input), Path(c.output), " ".join(images.FORMATS)
+    refuse(not source.exists(), f"INPUT {source}: there is no such file or folder")
+    files = [(source, target)]
     if source.is_dir():
-        if target.is_file():
-            raise UserError(f"INPUT {source} is a folder but OUTPUT {target} is a file")
-        if source.resolve() in target.resolve().parents:
-            raise UserError(f"OUTPUT {target} lies inside INPUT {source}, so its files would be taken for inputs: choose a folder outside")
+        refuse(target.is_file(), f"INPUT {source} is a folder but OUTPUT {target} is a file")
+        refuse(source.resolve() in target.resolve().parents,
+               f"OUTPUT {target} lies inside INPUT {source}: choose a folder outside")
         files = [(path, target / path.relative_to(source)) for path in images.image_files(source)]
-        if not files:
-            raise UserError(f"INPUT {source} has no image files ({' '.join(images.FORMATS)})")
-    else:
-        if not source.is_file():
-            raise UserError(f"INPUT {source}: there is no such file or folder")
-        if target.is_dir():
-            raise UserError(f"INPUT {source} is a file but OUTPUT {target} is a folder: name the file, for example {target / source.name}")
-        files = [(source, target)]
+        refuse(not files, f"INPUT {source} has no image files ({endings})")
     outputs = [path for _, path in files]
     taken = {path.resolve() for pair in files for path in pair}
-    for name in PICTURES:
-        if picture := getattr(c, name):
-            if Path(picture).resolve() in taken:
-                raise UserError(f"--{name} {picture} is also another picture or image: choose another name")
-            taken.add(Path(picture).resolve())
-            outputs.append(Path(picture))
+    for picture in [Path(getattr(c, name)) for name in PICTURES if getattr(c, name)]:
+        refuse(picture.resolve() in taken, f"{picture} is also another picture or image: choose another name")
+        taken.add(picture.resolve())
+        outputs.append(picture)
     for path in outputs:
-        if path.suffix.lower() not in images.FORMATS:
-            raise UserError(f"{path}: an image file ends in one of {' '.join(images.FORMATS)}")
-        if path.is_dir():
-            raise UserError(f"{path} is a folder, where an image should be written")
-    there = [path for path in outputs if path.exists()]
-    if there and not c.overwrite:
-        others = f" and {len(there) - 1} more" if len(there) > 1 else ""
-        raise UserError(f"{there[0]}{others} would be replaced: choose another name, or say --overwrite")
+        refuse(path.is_dir(), f"{path} is a folder: name the file that is to be written")
+        refuse(path.suffix.lower() not in images.FORMATS, f"{path}: an image ends in {endings}")
+        refuse(path.exists() and not c.overwrite,
+               f"{path} would be replaced: choose another name, or say --overwrite")
     for folder in {path.parent for path in outputs}:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -128,148 +131,114 @@ def plan_files(c):
     return files
 
 
-# ---------------------------------------------------------------- files in, files out
+# ---------------------------------------------------------------- files -> batches -> images
 
-def translate_batch(items, model, translator, state, c, how, device, pictures):
-    """Translate [(input, output, x, info)] of one working shape, write them and add them to `pictures`."""
-    channels, domains = state["image"]["channels"], state["domains"]
-    full = [images.channels_to(x, channels)[None] for _, _, x, _ in items]  # on the host: together they may be large
-    shape = working_shape(*full[0].shape[-2:], state["image"]["size"], model.stride)
-    x1 = torch.cat([resize(x.to(device), shape) for x in full])
-    y_source = domain.sources(x1, [path for path, *_ in items], model, state, c.source, c.target, c.seed)
-    y_target, draw = torch.full_like(y_source, domains.index(c.target)), torch.Generator(device).manual_seed(c.seed)
-    if translator:
-        one = lambda i: translator(x1[i], y_source[i], y_target[i], c.seed)
-    else:
-        one = lambda i: sampler.translate(model, x1[i], y_source[i], y_target[i], **how, generator=draw)
-    out = in_batches(one, torch.arange(len(x1), device=device), len(x1))
-    changed = []
-    for (source, path, x, info), large, small, new in zip(items, full, x1, out):
-        if large.shape[-2:] != shape:
-            new = carry(large.to(device), small[None], new[None])[0]
-        images.write_image(path, new, info)
-        changed.append((source.name, large[0], new.clamp(-1, 1).cpu()))
-    pictures.add(changed, x1, y_source, y_target, out)
-
-
-def translate_files(files, model, translator, state, c, how, device):
-    """Translate all files, those of one working shape together; returns the exit status."""
-    waiting, bad, done, start = {}, 0, 0, time.time()
-    pictures = film.Pictures(c, model, how, state["domains"])
-
-    def flush(shape):
-        nonlocal done
-        batch = waiting.pop(shape)
-        translate_batch(batch, model, translator, state, c, how, device, pictures)
-        done += len(batch)
-        if len(files) > 1:
-            progress(done, len(files) - bad, start, "translating")
-        else:
-            print(f"{batch[0][1]} written")
-
-    for path, output in files:
+def batches(files, shape_of, most, bad):
+    """Lists of up to `most` (input, output, x, info) of one working shape; unreadable inputs go to `bad`."""
+    waiting = {}
+    for source, path in files:
         try:
-            x, info = images.read_image(path)
-            images.check_writable(output, info)
+            x, info = images.read_image(source)
+            images.check_writable(path, info)
         except UserError as error:
             if len(files) == 1:
                 raise
-            bad += 1
+            bad.append(source)
             print(f"error: {error}", file=sys.stderr)
             continue
-        shape = working_shape(*info.size, state["image"]["size"], model.stride)
-        waiting.setdefault(shape, []).append((path, output, x, info))
-        if len(waiting[shape]) == (c.batch_size or (256 if device.type == "cuda" else 16)):
-            flush(shape)
-    for shape in list(waiting):
-        flush(shape)
+        shape = shape_of(*info.size)
+        waiting.setdefault(shape, []).append((source, path, x, info))
+        if len(waiting[shape]) == most:
+            yield waiting.pop(shape)
+    yield from waiting.values()
+
+
+def translate_files(files, translate, model, state, c, how, device):
+    """Translate all files, those of one working shape together; returns the exit status."""
+    shape_of = partial(working_shape, size=state["image"]["size"], stride=model.stride)
+    most = c.batch_size or (256 if device.type == "cuda" else 16)
+    pictures = film.Pictures(c, model, how, state["domains"])
+    bad, done, start = [], 0, time.time()
+    for batch in batches(files, shape_of, most, bad):
+        full = [images.channels_to(x, state["image"]["channels"])[None] for _, _, x, _ in batch]  # on a CPU
+        shape = shape_of(*full[0].shape[-2:])
+        x1 = torch.cat([resize(x.to(device), shape) for x in full])
+        y_source = domain.sources(x1, [path for path, *_ in batch], model, state, c.source, c.target, c.seed)
+        y_target = torch.full_like(y_source, state["domains"].index(c.target))
+        translate_some = lambda i: translate(x1[i], y_source[i], y_target[i])
+        out = in_batches(translate_some, torch.arange(len(x1), device=device), len(x1))
+        changed = []
+        for (source, path, _, info), large, small, new in zip(batch, full, x1, out):
+            if large.shape[-2:] != shape:
+                new = carry(large.to(device), small[None], new[None])[0]
+            images.write_image(path, new, info)
+            changed.append((source.name, large[0], new.clamp(-1, 1).cpu()))
+        pictures.add(changed, x1, y_source, y_target, out)
+        done += len(batch)
+        progress(done, len(files) - len(bad), start, "translating")
     pictures.write()
     if bad:
-        print(f"{bad} of {len(files)} images could not be read; the others are done", file=sys.stderr)
+        print(f"{len(bad)} of {len(files)} images could not be read; the others are done", file=sys.stderr)
     return 2 if bad else 0
 
 
-# ---------------------------------------------------------------- no arguments: held-out simulated heads
-
-def translate_heads(model, translator, state, c, how, device, heads=8):
-    """Write translate.png beside the checkpoint: source | translations at several tau | the student's | truth, of test heads."""
-    config, domains = state["config"], list(state["domains"])
-    test = sets.paired_heads(state["image"]["size"], config["test_heads"], "test", config["seed"], decoys=sets.DECOYS)
-    source, target = main_domains(domains, c.source, c.target)
-    column = [sets.phantom.DOMAINS.index(name) for name in domains]  # of each of the network's domains in the test set
-    load = lambda array, d: torch.from_numpy(array[:heads, column[d]].astype("float32")).to(device)
-    x1, truth = load(test.images, source), load(test.truth, target)
-    score = lambda x: f"{metrics.structure(x, truth).mean():.1f} dB"
-    pictures, captions = [x1], [f"source, {score(x1)}\n{domains[source]}"]
-    taus = [] if c.method == "student" else [how["tau"]] if c.tau is not None or how["x0"] == "image" else sorted(tau for tau in {*TAUS, how["tau"]} if tau < how["end"])
-    for tau in taus:
-        out = sampler.translate(model, x1, source, target, **{**how, "tau": tau}, generator=torch.Generator(device).manual_seed(c.seed))
-        pictures.append(out)
-        name = "directly" if how["x0"] == "image" else f"tau {tau:g}"
-        captions.append(f"{name}, {score(out)}" + ("\n(default)" if tau == state["translate"]["tau"] and len(taus) > 1 and not translator else ""))
-    if translator:
-        pictures.append(translator(x1, source, target, c.seed))
-        captions.append(f"student, {score(pictures[-1])}\n(default)")
+def translate_heads(flow, pupil, state, c, how, device):
+    """Write translate.png beside the checkpoint: source | translations | simulated truth, of test heads."""
+    size, config = state["image"]["size"], state["config"]
+    test = sets.paired_heads(size, config["test_heads"], "test", config["seed"], decoys=sets.DECOYS)
+    column = sets.phantom.DOMAINS.index
+    load = lambda array, name: torch.from_numpy(array[:HEADS, column(name)].astype("float32")).to(device)
+    x1, truth = load(test.images, c.source), load(test.truth, c.target)
+    labels = [state["domains"].index(name) for name in (c.source, c.target)]
+    pictures = {c.source: x1}
+    if how["x0"] == "image":
+        pictures["directly"] = flow(x1, *labels)
+    elif c.method != "student":
+        taus = {*TAUS, how["tau"]} if c.tau is None else {c.tau}
+        for tau in sorted(tau for tau in taus if tau < how["end"]):
+            pictures[f"tau {tau:g}"] = flow(x1, *labels, tau=tau)
+    if pupil:
+        pictures["student"] = pupil(x1, *labels)
+    captions = [f"{name}\n{metrics.structure(x, truth).mean():.1f} dB" for name, x in pictures.items()]
+    columns = [x.cpu() for x in (*pictures.values(), truth)]
     path = Path(c.checkpoint).parent / "translate.png"
-    images.figure(path, [list(row) for row in zip(*(x.cpu() for x in pictures + [truth]))],
-                captions + [f"simulated truth\n{domains[target]}"], [f"head {i}" for i in range(len(x1))])
-    print(f"{path}: simulated test heads; dB is the structure PSNR against the simulated truth, mean of the {len(x1)} heads shown")
+    images.figure(path, list(zip(*columns)), [*captions, f"{c.target}\nsimulated truth"], [""] * len(x1))
+    print(f"{path}: simulated test heads, with their mean structure PSNR against the simulated truth")
     return 0
 
 
-# ---------------------------------------------------------------- the command
-
 def main(argv=None):
     c = parse(Config, __doc__, argv)
-    check_flags(c)
     device = pick_device(c.device)
     keep_memory()
     model, state = load_model(c.checkpoint, device)
-    for name in ("source", "target"):
-        if name == "source" and c.source == "auto" and not c.input:
-            raise UserError("--source auto needs INPUT: held-out heads are translated from a domain that is known")
-        allowed = list(state["domains"]) + ["auto"] * (name == "source" and c.input is not None)
-        if getattr(c, name) not in allowed + [None]:
-            raise UserError(f"--{name} {getattr(c, name)} is not a domain of {c.checkpoint}: choose from {', '.join(allowed)}")
-    if state["translate"]["x0"] == "image":
-        for name, given in (("--tau", c.tau is not None), ("--end", c.end is not None),
-                            ("--source auto", c.source == "auto"), ("--solver sde", c.solver == "sde"),
-                            ("--uncertainty", c.uncertainty)):
-            if given:
-                raise UserError(f"{name} has no meaning for {c.checkpoint}, which goes from image to image directly (--x0 image)")
-    if c.solver == "sde" and not (state["shape"]["score"] or (state["config"]["coupling"] == "independent" and state["config"]["sigma"] == 0)):
-        raise UserError(f"--solver sde needs a score, and {c.checkpoint} has none: train with --score, or with --coupling independent and --sigma 0")
-    if c.uncertainty and state["config"]["sigma"]:
-        raise UserError(f"--uncertainty needs a network trained with --sigma 0, and {c.checkpoint} is not")
-    method = pick_method(c, state)
-    translator = student.restore(state["student"], device, c.checkpoint) if method == "student" else None
-    if not c.input and state["config"].get("data"):
-        raise UserError("this network was trained on your own images: give INPUT, OUTPUT, --source and --target")
+    given = {name: value for name, value in vars(c).items() if value is not None}
+    how = {name: given.get(name, default) for name, default in state["translate"].items()}
+    flow_flags = [name for name in FLOW if name in given]
+    check_flags(c, state, how, flow_flags)
     files = plan_files(c) if c.input else []
+    if not files:
+        s, t = main_domains(state["domains"], c.source, c.target)
+        c = replace(c, source=state["domains"][s], target=state["domains"][t])
+
+    def flow(x1, y_source, y_target, **change):
+        draw = torch.Generator(device).manual_seed(c.seed)
+        return sampler.translate(model, x1, y_source, y_target, **(how | change), generator=draw)
+
+    pupil, way = None, "its student, 1 evaluation"
+    if c.method == "student" or (c.method is None and state.get("student") and not flow_flags):
+        pupil = partial(student.restore(state["student"], device, c.checkpoint), seed=c.seed)
+    else:
+        way = "directly" if how["x0"] == "image" else f"tau {how['tau']:g}"
+        way += f", guidance {how['guidance']:g}, {how['steps']} {how['solver']} steps a leg, "
+        way += f"{sampler.evaluations(how['solver'], how['steps'], how['guidance'], how['x0'])} evaluations"
+    weights = f"the EMA weights of step {state['step']}"
+    print(f"{c.source} -> {c.target} on {device} with {weights}: {way} an image", flush=True)
+    if not files:
+        return translate_heads(flow, pupil, state, c, how, device)
     if can_compile(device) and len(files) >= 100:  # fewer are done sooner without
         model.compile_blocks(dynamic=True)
-
-    how = {key: default if getattr(c, key, None) is None else getattr(c, key) for key, default in state["translate"].items()}
-    if not how["tau"] < how["end"] <= 1:
-        raise UserError(f"--tau {how['tau']:g} and --end {how['end']:g} do not fit: tau must be below end, and end at most 1")
-    names = (c.source, c.target) if c.input else [state["domains"][d] for d in main_domains(state["domains"], c.source, c.target)]
-    if translator:
-        way = "its student, 1 evaluation an image"
-    else:
-        start = "directly" if how["x0"] == "image" else f"tau {how['tau']:g}"
-        way = f"{start}, guidance {how['guidance']:g}, {how['steps']} {how['solver']} steps a leg, {evaluations(how)} evaluations an image"
-    print(f"{' -> '.join(names)} on {device} with the EMA weights of step {state['step']}: {way}", flush=True)
-    if files and translator and c.source == c.target:
-        print("source and target are one domain: the student leaves such images as they are", flush=True)
-    if files:
-        return translate_files(files, model, translator, state, c, how, device)
-    return translate_heads(model, translator, state, c, how, device)
-
-
-def evaluations(how):
-    """Network evaluations of one translation."""
-    leg = sampler.EVALUATIONS[how["solver"]](how["steps"])
-    return leg * (1 if how["guidance"] == 1 else 2) + leg * (how["x0"] == "noise")
+    return translate_files(files, pupil or flow, model, state, c, how, device)
 
 
 if __name__ == "__main__":

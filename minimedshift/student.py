@@ -1,21 +1,22 @@
 """The student: what the flow does mostly, learned by a small local network that needs one evaluation.
 
-Why should it be better than its teacher? The flow's errors are rare and large: it redraws an outline some pixels
-off, here in one head and there in another. Nothing near a pixel tells where, so a small network cannot learn it.
-What remains is the median of all its lessons, which rare errors do not move:
+Why is it better than its teacher? The flow's errors are rare and large: it redraws an outline some pixels
+off, here in one head and there in another. Nothing near a pixel tells where, so a small network cannot learn
+it. What remains is the median of all its lessons, which rare errors do not move:
 
     student(x, s, t) = argmin_f  E | f(x) - teacher(x, s, t) |          over training images x of domain s
 
-With the L2 loss it would be the mean, which they do move. What differs between two domains is local, so the student
-may be: it has no attention and sees a neighbourhood. A view of 16 pixels is too narrow; one as wide as the image does
-not hurt at this size (RESULTS.md).
-
-A median has no noise of its own. And a tone that is wrong in all lessons stays wrong. finish.py mends both.
+The L2 loss would give the mean, which they do move. What differs between two domains is local, so the student
+may be: it has no attention. A view of 16 pixels is too narrow; one as wide as the image does not hurt
+(RESULTS.md). A median has no noise of its own, and a tone that is wrong in all lessons stays wrong: finish.py
+mends both.
 """
 
+import itertools
 import zlib
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -32,33 +33,38 @@ class Shape:
     channels: int = 1
     width: int = 64
     stem: int = 2  # pixels of a side that become channels
-    dilations: tuple = (1, 1, 1, 1, 1, 1)  # of each block's first convolution: 1 keeps the view narrow
+    dilations: tuple = (1,) * 6  # of each block's first convolution: 1 keeps the view narrow
 
 
 def shape_for(size, num_domains, channels):
     """The Shape for images of `size` pixels: the view is the same share of the head up to 256 pixels."""
-    stem = 2 if size < 128 else 4 if size < 256 else 8
-    return Shape(num_domains, channels, 64 if stem < 8 else 128, stem)
+    if size >= 256:
+        return Shape(num_domains, channels, width=128, stem=8)
+    return Shape(num_domains, channels, width=64, stem=2 if size < 128 else 4)
 
 
 def view(shape):
-    """How far a pixel of the student looks, in pixels each way: 3x3 convolutions, two a block, one at each end."""
+    """How many pixels the student looks each way: 3x3 convolutions, two a block and one at each end."""
     return shape.stem * (2 + sum(dilation + 1 for dilation in shape.dilations))
 
 
 # ---------------------------------------------------------------- the network
 
+def zero(layer):
+    """The layer with all weights zero, so that an untrained student changes nothing."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
 class Block(nn.Module):
-    """x + conv2(silu(conv1(silu(x)) (1 + scale) + shift)), scale and shift from emb; conv2 is zero at the start."""
+    """x + conv2(silu(conv1(silu(x)) (1 + scale) + shift)), scale and shift from emb: 0 at the start."""
 
     def __init__(self, width, dilation):
         super().__init__()
         self.conv1 = nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.film = nn.Linear(width, 2 * width)
-        for zero in (self.conv2, self.film):
-            nn.init.zeros_(zero.weight)
-            nn.init.zeros_(zero.bias)
+        self.conv2 = zero(nn.Conv2d(width, width, 3, padding=1))
+        self.film = zero(nn.Linear(width, 2 * width))
 
     def forward(self, x, emb):  # (B, C, H, W), (B, C)
         scale, shift = self.film(emb)[:, :, None, None].chunk(2, 1)
@@ -67,11 +73,10 @@ class Block(nn.Module):
 
 
 class Student(nn.Module):
-    """x (B, C, H, W) in [-1, 1] of domains y_source, in domains y_target, both (B,) int64: x + net(x), not clipped.
+    """x (B, C, H, W) in [-1, 1] from domains y_source to y_target, both (B,) int64: x + net(x), not clipped.
 
     One network for all ordered pairs. No normalisation and no attention: nothing looks at the whole image.
-    Any height and width divisible by `stem`.
-    """
+    H and W are divisible by `stem`."""
 
     def __init__(self, shape):
         super().__init__()
@@ -80,9 +85,7 @@ class Student(nn.Module):
         self.pair = nn.Embedding(shape.num_domains**2, shape.width)
         self.enter = nn.Conv2d(pixels, shape.width, 3, padding=1)
         self.blocks = nn.ModuleList([Block(shape.width, dilation) for dilation in shape.dilations])
-        self.leave = nn.Conv2d(shape.width, pixels, 3, padding=1)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
+        self.leave = zero(nn.Conv2d(shape.width, pixels, 3, padding=1))
 
     def forward(self, x, y_source, y_target):
         emb = self.pair(y_source * self.shape.num_domains + y_target)
@@ -94,24 +97,21 @@ class Student(nn.Module):
 
 # ---------------------------------------------------------------- lessons
 
-def quiet(done, total):
-    """Says nothing of how far it has come."""
+QUIET = lambda done, total: None  # says nothing of how far it has come
 
 
 def spread_out(dataset, count):
-    """`count` training images of each domain, each as often as it is drawn in training: (D, N, C, H, W) float16."""
-    at = (torch.arange(count).numpy() + .5) / count
+    """`count` training images of each domain, as often as drawn in training: (D, N, C, H, W) float16."""
+    at = (np.arange(count) + .5) / count
     drawn = [images[dataset.pick(d, at)] for d, images in enumerate(dataset.train)]
-    return torch.stack([torch.from_numpy(images) for images in drawn])
+    return torch.from_numpy(np.stack(drawn))
 
 
 @torch.inference_mode()
-def lessons(model, images, tau, say=quiet, batch=64, x0="noise", **how):
+def lessons(model, images, tau, say=QUIET, batch=64, x0="noise", **how):
     """What the teacher makes of images (D, N, C, H, W), N of each domain: (D, D, N, C, H, W) float16.
 
-    [s, t] is domain s translated to domain t; [s, s] stays empty. how: steps, solver, end, colour (sampler.py).
-    The way back is made once for all targets.
-    """
+    [s, t] is domain s translated to domain t; [s, s] stays empty. how: steps, solver, end, colour."""
     D, N = images.shape[:2]
     device = next(model.parameters()).device
     answers = torch.zeros(D, D, *images.shape[1:], dtype=torch.float16)
@@ -121,7 +121,7 @@ def lessons(model, images, tau, say=quiet, batch=64, x0="noise", **how):
             x = images[s, some].to(device, torch.float32)
             if x0 == "image":
                 decode = lambda t: sampler.translate(model, x, s, t, x0=x0, **how)
-            else:
+            else:  # the way back is the same for all targets
                 z = sampler.encode(model, x, s, tau, **how)
                 decode = lambda t: sampler.decode(model, z, t, tau, **how)
             for t in range(D):
@@ -133,24 +133,20 @@ def lessons(model, images, tau, say=quiet, batch=64, x0="noise", **how):
 
 def turned(x, way):
     """Square images x (..., H, H), mirrored and transposed in one of eight ways: physics knows no up."""
-    if way & 1:
-        x = x.flip(-1)
-    if way & 2:
-        x = x.flip(-2)
+    x = x.flip(-1) if way & 1 else x
+    x = x.flip(-2) if way & 2 else x
     return x.transpose(-1, -2) if way & 4 else x
 
 
 def learn(shape, images, answers, steps, pairs=None, batch=32, lr=1.5e-3, seed=0,
-          dtype=torch.float32, device="cpu", power=1.0, say=quiet):
+          dtype=torch.float32, device="cpu", power=1.0, say=QUIET):
     """A Student, in eval mode, that has learned answers (D, D, N, C, H, W) to images (D, N, C, H, W).
 
         loss = mean |student(x) - teacher(x)|^power        power 1 seeks the median, 2 the mean
 
-    pairs: the ordered pairs (s, t) it learns, by default all. AdamW, one cycle of the learning rate, gradients of at
-    most length 1; the weights are their running mean.
-    """
+    pairs: the ordered pairs (s, t) it learns, by default all. The weights are their running mean."""
     D, N = images.shape[:2]
-    pairs = torch.tensor(pairs or [(s, t) for s in range(D) for t in range(D) if s != t])
+    pairs = torch.tensor(pairs or list(itertools.permutations(range(D), 2)))
     device = torch.device(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -180,7 +176,7 @@ def learn(shape, images, answers, steps, pairs=None, batch=32, lr=1.5e-3, seed=0
 # ---------------------------------------------------------------- the student and its finish
 
 def fresh_noise(x, seed=0):
-    """White noise like images x (B, C, H, W): a function of the seed and of each image, whatever stands beside it."""
+    """White noise like images x (B, C, H, W), a function of the seed and of each image alone."""
     noise = []
     for image in x.float().cpu().contiguous():
         generator = torch.Generator().manual_seed(zlib.crc32(image.numpy().tobytes(), seed) + seed)
@@ -191,9 +187,8 @@ def fresh_noise(x, seed=0):
 class Translator:
     """The student with the `finish.Finish` of every pair: translates x (B, C, H, W), not clipped.
 
-    y_source, y_target: ints or (B,) int64. seed: of the noise that is added where the target has more than the
-    student leaves. finished=False gives the student's own answer.
-    """
+    y_source, y_target: ints or (B,) int64. seed: of the noise that is added where the target has more.
+    finished=False gives the student's own answer."""
 
     def __init__(self, student, finishes):
         self.student, self.finishes = student, finishes
@@ -207,10 +202,10 @@ class Translator:
         if not finished:
             return out
         noise = fresh_noise(x, seed)
-        for s, t in set(zip(y_source.tolist(), y_target.tolist())):
+        for (s, t), finish_pair in self.finishes.items():
             mine = (y_source == s) & (y_target == t)
-            if s != t:
-                out[mine] = self.finishes[s, t](out[mine], noise[mine])
+            if mine.any():
+                out[mine] = finish_pair(out[mine], noise[mine])
         return out
 
     def state(self):
@@ -220,32 +215,28 @@ class Translator:
 
 
 def restore(state, device="cpu", path="the checkpoint"):
-    """The Translator of Translator.state(). Raises UserError where it is none, or naming the first tensor that does not fit."""
+    """The Translator of Translator.state(). Raises UserError where it is none, or does not fit its shape."""
     try:
-        student = Student(Shape(**state["shape"])).to(device)
+        student, weights = Student(Shape(**state["shape"])).to(device), state["weights"]
         finishes = {}
         for pair, part in state["finishes"].items():
             s, t = map(int, pair.split())
             finishes[s, t] = finish.restore(part)
-        weights = state["weights"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} holds a student that cannot be read ({type(error).__name__})") from None
     checkpoint.load_weights(student, weights, path)
     return Translator(student.eval().requires_grad_(False), finishes)
 
 
-def teach(model, dataset, count, steps, tau, how, dtype, device, seed=0, say=lambda what: quiet):
+def teach(model, dataset, count, steps, tau, how, dtype, device, seed=0, say=lambda what: QUIET):
     """The Translator that `model`, a trained flow, has taught on `count` training images of each domain.
 
-    tau, how (steps, solver, end, colour, x0): of the lessons. steps: of the student's optimizer. dtype: of the
-    arithmetic. say(what): a function of (done, total).
-    """
+    tau, how: of the lessons. steps: of the optimizer. dtype: of the arithmetic. say(what)(done, total)."""
     images = spread_out(dataset, count)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         answers = lessons(model, images, tau, say("the teacher translates"), **how)
     shape = shape_for(dataset.size, len(dataset.domains), dataset.channels)
-    student = learn(shape, images, answers, steps, seed=seed, dtype=dtype, device=device,
-                    say=say("the student learns"))
+    net = learn(shape, images, answers, steps, seed=seed, dtype=dtype, device=device,
+                say=say("the student learns"))
     enough = min(finish.IMAGES, max(map(len, dataset.train)))
-    finishes = finish.fit(student, spread_out(dataset, enough), dtype, say("its finish"))
-    return Translator(student, finishes)
+    return Translator(net, finish.fit(net, spread_out(dataset, enough), dtype, say("its finish")))

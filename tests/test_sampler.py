@@ -102,7 +102,7 @@ MEANS, SPREADS = (0.5, -1.0), (0.4, 1.5)
 
 
 def gaussian(x, t, y):
-    """The exact velocity from N(0, 1) to N(m_y, s_y^2) under independent coupling; the null label has the mean of both."""
+    """The velocity from N(0, 1) to N(m_y, s_y^2), coupled independently; the null label has the mean of both."""
     m = torch.tensor([*MEANS, sum(MEANS) / 2], dtype=x.dtype)[y].view(-1, 1, 1, 1)
     s = torch.tensor([*SPREADS, 1.0], dtype=x.dtype)[y].view(-1, 1, 1, 1)
     t = t.view(-1, 1, 1, 1).to(x.dtype)
@@ -143,16 +143,14 @@ def test_a_trajectory_goes_down_to_z_and_up_to_the_translation():
     assert torch.equal(states[-1][1], decode(gaussian, states[4][1], 1, **how))
 
 
-def test_guidance_extrapolates_from_the_null_label_and_is_counted():
+def test_guidance_extrapolates_from_the_null_label():
     x, t = torch.randn(4, 1, 2, 2), 0.5
     at = torch.full((4,), t)
     plain, null = gaussian(x, at, torch.ones(4, dtype=torch.long)), gaussian(x, at, torch.full((4,), 2))
     v = Velocity(gaussian, 1, guidance=3.0)
     torch.testing.assert_close(v(x, t), null + 3 * (plain - null))
-    assert v.evaluations == 2
     one = Velocity(gaussian, torch.tensor([0, 1, 0, 1]))
     torch.testing.assert_close(one(x, t), gaussian(x, at, torch.tensor([0, 1, 0, 1])))
-    assert one.evaluations == 1
 
 
 def test_only_the_forward_leg_is_guided():
@@ -189,7 +187,8 @@ def test_the_adaptive_solver_is_as_exact_as_asked_and_ends_at_the_end():
 # ---------------------------------------------------------------- the diffusion
 
 def bridge_parts(A, B, C, sigma):
-    """A network that knows the Gaussian bridge of covariances A, B and Cov(x0, x1) = C: E[x1 - x0 | xt] and E[e | xt], means 0, x (n, 1, 1, d)."""
+    """A network that knows the Gaussian bridge of covariances A, B and Cov(x0, x1) = C: E[x1 - x0 | xt] and
+    E[e | xt], means 0, x (n, 1, 1, d)."""
     eye = torch.eye(len(A))
     S = lambda t: (1 - t) ** 2 * A + t**2 * B + t * (1 - t) * (C + C.T) + sigma**2 * t * (1 - t) * eye
 
@@ -197,7 +196,8 @@ def bridge_parts(A, B, C, sigma):
         t = min(max(t[0].item(), EDGE), 1 - EDGE)
         cross = t * B - (1 - t) * A + (1 - t) * C.T - t * C  # Cov(x1 - x0, xt)
         d = x @ torch.linalg.solve(S(t), cross.T)
-        return torch.cat([d, sigma * math.sqrt(t * (1 - t)) * x @ torch.linalg.inv(S(t))], 1)  # Cov(e, xt) = sigma sqrt(t (1 - t))
+        e = sigma * math.sqrt(t * (1 - t)) * x @ torch.linalg.inv(S(t))  # Cov(e, xt) = sigma sqrt(t (1 - t))
+        return torch.cat([d, e], 1)
 
     model.shape = SimpleNamespace(num_domains=1, score=sigma)
     return model, S
@@ -206,11 +206,13 @@ def bridge_parts(A, B, C, sigma):
 @pytest.mark.parametrize("d, sigma", [(1, 0.5), (2, 1.5), (8, 1.0)])
 @pytest.mark.parametrize("backward", [False, True])
 def test_ode_and_sde_keep_the_marginals_of_the_schrodinger_bridge(d, sigma, backward, n=10_000):
-    """From the exact distribution at one end to .5 and to the other end: covariances in closed form. A wrong sign of s does not keep them."""
+    """From the exact distribution at one end to .5 and to the other end: covariances in closed form.
+    A wrong sign of s does not keep them."""
     A, B = covariance(d, 1), covariance(d, 2)
     model, S = bridge_parts(*(z.float() for z in (A, B, gaussian_bridge(A, B, sigma))), sigma)
     start, end = (1.0, 0.0) if backward else (0.0, 1.0)
-    x = (torch.randn(n, d, generator=torch.Generator().manual_seed(0)) @ torch.linalg.cholesky(S(start)).T).view(n, 1, 1, d)
+    white = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
+    x = (white @ torch.linalg.cholesky(S(start)).T).view(n, 1, 1, d)
     times = [start + (end - start) * i / 400 for i in range(401)]
 
     def errors(solver, flip=1.0):
@@ -228,7 +230,7 @@ def test_ode_and_sde_keep_the_marginals_of_the_schrodinger_bridge(d, sigma, back
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_bridge_between_two_known_images_is_exact_with_any_number_of_steps(backward, sigma=0.7):
-    """One x0 and one x1: mean (1 - t) x0 + t x1 and variance sigma^2 t (1 - t) on the way, and no noise left at the end."""
+    """One x0 and one x1: mean (1 - t) x0 + t x1, variance sigma^2 t (1 - t), no noise left at the end."""
     x0, x1 = (torch.full((20_000, 1, 1, 1), value) for value in (-2.0, 1.0))
 
     def model(x, t, y):
@@ -237,23 +239,28 @@ def test_a_bridge_between_two_known_images_is_exact_with_any_number_of_steps(bac
 
     model.shape = SimpleNamespace(num_domains=1, score=sigma)
     times = [0.0, 0.2, 0.6, 1.0][::-1 if backward else 1]
-    path = list(SOLVERS["sde"](Velocity(model, 0, generator=torch.Generator().manual_seed(0)), x1 if backward else x0, times))
+    v = Velocity(model, 0, generator=torch.Generator().manual_seed(0))
+    path = list(SOLVERS["sde"](v, x1 if backward else x0, times))
     for t, x in path[1:-1]:
-        assert x.mean().item() == pytest.approx(-2 + 3 * t, abs=0.02) and x.var().item() == pytest.approx(sigma**2 * t * (1 - t), rel=0.04)
+        assert x.mean().item() == pytest.approx(-2 + 3 * t, abs=0.02)
+        assert x.var().item() == pytest.approx(sigma**2 * t * (1 - t), rel=0.04)
     torch.testing.assert_close(path[-1][1], x0 if backward else x1, atol=2e-3, rtol=0)
 
 
 def test_without_a_score_head_the_diffusion_follows_from_the_velocity():
-    """Independent coupling, sigma = 0: backward to tau, where mean and variance are those of the flow, and forward again under another label."""
+    """Independent coupling, sigma = 0: backward to tau and forward again under another label; mean and
+    variance are those of the flow."""
     n, tau, end = 20_000, 0.3, 0.97
     x1 = torch.randn(n, 1, 1, 1, generator=torch.Generator().manual_seed(0))
     S = lambda t, y: math.sqrt(t**2 * SPREADS[y] ** 2 + (1 - t) ** 2)
     how = dict(steps=200, solver="sde", end=end, generator=torch.Generator().manual_seed(1))
     z = encode(gaussian, end * MEANS[0] + S(end, 0) * x1, 0, tau, **how)
-    assert z.mean().item() == pytest.approx(tau * MEANS[0], abs=0.03) and z.std().item() == pytest.approx(S(tau, 0), rel=0.03)
+    assert z.mean().item() == pytest.approx(tau * MEANS[0], abs=0.03)
+    assert z.std().item() == pytest.approx(S(tau, 0), rel=0.03)
     assert (z * x1).mean().abs() < 0.9 * z.std()  # it has forgotten some of the image, as the ODE does not
     x = decode(gaussian, tau * MEANS[1] + S(tau, 1) * x1, 1, tau, **how)
-    assert x.mean().item() == pytest.approx(end * MEANS[1], abs=0.05) and x.std().item() == pytest.approx(S(end, 1), rel=0.03)
+    assert x.mean().item() == pytest.approx(end * MEANS[1], abs=0.05)
+    assert x.std().item() == pytest.approx(S(end, 1), rel=0.03)
 
 
 def test_the_noise_of_the_diffusion_has_the_colour_of_the_training():
@@ -275,5 +282,6 @@ def test_from_image_to_image_there_is_one_leg_and_a_label_for_every_pair():
 
     spy.shape = SimpleNamespace(num_domains=9, score=0.0)
     x1 = torch.zeros(2, 1, 2, 2)
-    torch.testing.assert_close(translate(spy, x1, torch.tensor([0, 2]), 1, tau=0.7, steps=2, solver="euler", x0="image"), x1 + 1)
+    out = translate(spy, x1, torch.tensor([0, 2]), 1, tau=0.7, steps=2, solver="euler", x0="image")
+    torch.testing.assert_close(out, x1 + 1)
     assert [y for _, y in seen] == [[1, 7], [1, 7]] and seen[0][0] == 0

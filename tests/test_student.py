@@ -29,7 +29,8 @@ def labels(*numbers):
     return torch.tensor(numbers)
 
 
-@pytest.mark.parametrize("shape", [SMALL, student.Shape(width=8, dilations=(1, 3)), student.Shape(width=8, stem=4, dilations=(2,))])
+@pytest.mark.parametrize("shape", [SMALL, student.Shape(width=8, dilations=(1, 3)),
+                                   student.Shape(width=8, stem=4, dilations=(2,))])
 def test_a_pixel_sees_as_far_as_view_says_and_no_farther(shape):
     net, side = awake(shape), 96
     x = torch.zeros(1, 1, side, side)
@@ -38,7 +39,8 @@ def test_a_pixel_sees_as_far_as_view_says_and_no_farther(shape):
     moved = (net(there, labels(0), labels(1)) - net(x, labels(0), labels(1))).abs()[0, 0] > 0
     rows = moved.any(1).nonzero()[:, 0]
     reach = student.view(shape)
-    assert side // 2 - rows.min() in range(reach, reach + shape.stem) or rows.max() - side // 2 in range(reach, reach + shape.stem)
+    allowed = range(reach, reach + shape.stem)
+    assert side // 2 - rows.min() in allowed or rows.max() - side // 2 in allowed
     assert rows.max() - rows.min() == 2 * reach + shape.stem - 1
 
 
@@ -111,7 +113,8 @@ def translator():
     net = awake(SMALL)
     finishes = finish.fit(net, images)
     own, wanted = ([Curve(-1.0, 1.0, torch.full((2,), size))] * 2 for size in (0.0, 0.1))
-    finishes[0, 1] = replace(finishes[0, 1], own=own, wanted=wanted)  # as if domain 1 had noise and the student left none
+    # as if domain 1 had noise and the student left none
+    finishes[0, 1] = replace(finishes[0, 1], own=own, wanted=wanted)
     return student.Translator(net, finishes)
 
 
@@ -121,7 +124,8 @@ def test_a_batch_of_several_pairs_is_translated_pair_by_pair(translator):
     for i in range(4):
         alone = translator(x[i:i + 1], int(y_source[i]), int(y_target[i]), seed=3)
         torch.testing.assert_close(together[i:i + 1], alone, atol=1e-5, rtol=1e-5)
-    assert torch.equal(translator(x, 0, 1, finished=False), translator.student(x, labels(0, 0, 0, 0), labels(1, 1, 1, 1)))
+    own = translator.student(x, labels(0, 0, 0, 0), labels(1, 1, 1, 1))
+    assert torch.equal(translator(x, 0, 1, finished=False), own)
     assert not torch.equal(translator(x, 0, 1, seed=1), translator(x, 0, 1, seed=2))
 
 
@@ -136,7 +140,8 @@ def test_a_translator_goes_through_a_checkpoint(translator, tmp_path):
     state = checkpoint.load(tmp_path / "net.pt")["student"]
     x = torch.rand(2, 1, 16, 16)
     assert torch.equal(student.restore(state)(x, 2, 0), translator(x, 2, 0))
-    for broken in (dict(state, finishes=None), dict(shape=state["shape"]), dict(state, shape=dict(state["shape"], depth=1))):
+    deep = dict(state["shape"], depth=1)
+    for broken in (dict(state, finishes=None), dict(shape=state["shape"]), dict(state, shape=deep)):
         with pytest.raises(UserError, match="net.pt holds a student that cannot be read"):
             student.restore(broken, path="net.pt")
     state["shape"]["width"] = 24

@@ -1,4 +1,4 @@
-"""The command a user types, on real kinds of files; and the carrying of a change to full resolution, against cases with a known answer."""
+"""The command a user types, on real kinds of files; and the carrying of a change to full resolution."""
 
 import subprocess
 import sys
@@ -25,9 +25,12 @@ def save_checkpoint(path, **config):
     torch.manual_seed(0)
     shape = Shape(widths=(32, 32), blocks=(1, 1))
     weights = UNet(shape).state_dict()
-    checkpoint.save(path, dict(config=dict(data=None, train_images=5, valid_heads=1, test_heads=2, seed=0, shift=True, coupling="independent", sigma=0.0, **config), shape=asdict(shape),
-                               domains=list(phantom.DOMAINS), step=3, image=dict(size=SIZE, channels=1, range=[-1., 1.]),
-                               translate=dict(tau=.5, guidance=2., steps=2, solver="heun", end=1.0, colour=0.0, x0="noise"), model=weights, ema=weights))
+    sizes = dict(train_images=5, valid_heads=1, test_heads=2, seed=0, shift=True)
+    config = dict(data=None, coupling="independent", sigma=0.0, **sizes, **config)
+    image = dict(size=SIZE, channels=1, range=[-1., 1.])
+    how = dict(tau=.5, guidance=2., steps=2, solver="heun", end=1.0, colour=0.0, x0="noise")
+    state = dict(config=config, shape=asdict(shape), domains=list(phantom.DOMAINS), step=3, image=image)
+    checkpoint.save(path, dict(state, translate=how, model=weights, ema=weights))
     return str(path)
 
 
@@ -45,7 +48,12 @@ def picture(*shape, top=255, seed=0):
 
 
 def command(*argv, cwd=None):
-    return subprocess.run([sys.executable, str(ROOT / "translate.py"), *map(str, argv)], capture_output=True, text=True, cwd=cwd, timeout=60)
+    line = [sys.executable, str(ROOT / "translate.py"), *map(str, argv)]
+    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, timeout=60)
+
+
+def way(source, target, net):
+    return "--source", source, "--target", target, "--checkpoint", net
 
 
 def here(*argv):
@@ -72,11 +80,12 @@ def test_a_mixed_folder_by_the_users_own_command(tmp_path, net):
     (folder / "notes.txt").write_text("not an image")
     Image.fromarray(picture(80, 80)).save(folder / "cut.jpg")
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:900])
-    done = command(folder, tmp_path / "out", "--source", "real-low", "--target", "real-normal", "--checkpoint", net, "--compare", tmp_path / "c.png")
+    done = command(folder, tmp_path / "out", *way("real-low", "real-normal", net), "--compare", tmp_path / "c.png")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "cut.jpg" in done.stderr and "notes.txt" not in done.stderr and "1 of 3 images" in done.stderr
     first = done.stdout.splitlines()[0]
-    for word in ("real-low -> real-normal", "cpu", "EMA", "step 3", "tau 0.5", "guidance 2", "2 heun steps", "12 evaluations"):
+    words = "real-low -> real-normal|cpu|EMA|step 3|tau 0.5|guidance 2|2 heun steps|12 evaluations"
+    for word in words.split("|"):
         assert word in first
     assert sorted(p.name for p in (tmp_path / "out").rglob("*") if p.is_file()) == ["a.png", "b.png"]
     same(folder / "a.png", tmp_path / "out" / "a.png")
@@ -88,22 +97,24 @@ def test_help_and_a_single_bad_file_in_a_process(tmp_path, net):
     said = command("--help").stdout
     assert "full resolution" in said and "--compare" in said and "auto" in said
     (tmp_path / "a.png").write_text("nothing")
-    done = command(tmp_path / "a.png", tmp_path / "b.png", "--source", "auto", "--target", "real-low", "--checkpoint", net)
+    done = command(tmp_path / "a.png", tmp_path / "b.png", *way("auto", "real-low", net))
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "a.png" in done.stderr
 
 
-@pytest.mark.parametrize("shape, top", [((780, 780, 3), 255), ((1841, 1955), 65535), ((16, 16), 255), ((9, 11), 65535), ((16, 31), 255), ((40, 300, 4), 255)])
+@pytest.mark.parametrize("shape, top", [((780, 780, 3), 255), ((1841, 1955), 65535), ((16, 16), 255),
+                                        ((9, 11), 65535), ((16, 31), 255), ((40, 300, 4), 255)])
 def test_a_translator_that_changes_nothing_changes_no_pixel(tmp_path, net, shape, top):
     x = picture(*shape, top=top)
-    x = np.concatenate([np.repeat(x[..., :1], 3, 2), x[..., 3:]], 2) if len(shape) == 3 else x  # colour files of grey pictures
+    if len(shape) == 3:  # colour files of grey pictures
+        x = np.concatenate([np.repeat(x[..., :1], 3, 2), x[..., 3:]], 2)
     Image.fromarray(x).save(tmp_path / "a.png")
-    assert here(tmp_path / "a.png", tmp_path / "b.png", "--source", "synthetic-low", "--target", "real-low", "--checkpoint", net) == 0
+    assert here(tmp_path / "a.png", tmp_path / "b.png", *way("synthetic-low", "real-low", net)) == 0
     same(tmp_path / "a.png", tmp_path / "b.png")
 
 
 def test_colours_become_their_luminance_for_a_grey_network(tmp_path, net):
     Image.fromarray(picture(64, 48, 3)).save(tmp_path / "a.png")
-    assert here(tmp_path / "a.png", tmp_path / "b.png", "--source", "real-low", "--target", "real-low", "--checkpoint", net) == 0
+    assert here(tmp_path / "a.png", tmp_path / "b.png", *way("real-low", "real-low", net)) == 0
     got = np.asarray(Image.open(tmp_path / "b.png")).astype(int)
     want = np.asarray(Image.open(tmp_path / "a.png").convert("L")).astype(int)
     assert np.abs(got - want[..., None]).max() <= 1
@@ -126,10 +137,12 @@ def taught(tmp_path_factory):
 
 def test_the_student_translates_unless_the_flow_is_asked_for(tmp_path, taught, monkeypatch, capsys):
     Image.fromarray(picture(SIZE, SIZE)).save(tmp_path / "a.png")
-    files = (tmp_path / "a.png", tmp_path / "b.png", "--source", "real-low", "--target", "real-normal", "--checkpoint", taught, "--overwrite")
+    files = (tmp_path / "a.png", tmp_path / "b.png", *way("real-low", "real-normal", taught), "--overwrite")
     evaluated = []
     monkeypatch.setattr(sampler, "translate", lambda model, x1, *_, **__: evaluated.append(1) or x1)
-    for flags, flow in (([], 0), (["--method", "student"], 0), (["--method", "flow"], 1), (["--tau", .4], 1), (["--guidance", 1.5], 1)):
+    cases = (([], 0), (["--method", "student"], 0), (["--method", "flow"], 1), (["--tau", .4], 1),
+             (["--guidance", 1.5], 1))
+    for flags, flow in cases:
         evaluated.clear()
         assert here(*files, *flags) == 0
         assert len(evaluated) == flow and ("its student, 1 evaluation" in capsys.readouterr().out) == (not flow)
@@ -139,20 +152,23 @@ def test_a_students_translation_is_the_translators_in_any_company(tmp_path, taug
     (tmp_path / "in").mkdir()
     for i in range(3):
         Image.fromarray(picture(SIZE, SIZE, top=65535, seed=i)).save(tmp_path / "in" / f"{i}.png")
-    rest = ("--source", "synthetic-low", "--target", "real-exposure", "--checkpoint", taught, "--seed", 5)
+    rest = (*way("synthetic-low", "real-exposure", taught), "--seed", 5)
     assert here(tmp_path / "in", tmp_path / "out", *rest, "--batch-size", 2) == 0
     translator = student.restore(checkpoint.load(taught)["student"])
     for i in range(3):
-        x = torch.from_numpy(np.asarray(Image.open(tmp_path / "in" / f"{i}.png")).astype(np.float32))[None, None] / 32767.5 - 1
+        x = np.asarray(Image.open(tmp_path / "in" / f"{i}.png")).astype(np.float32)
+        x = torch.from_numpy(x)[None, None] / 32767.5 - 1
         want = (translator(x, 0, 4, seed=5).clamp(-1, 1) + 1) * 32767.5
-        np.testing.assert_allclose(np.asarray(Image.open(tmp_path / "out" / f"{i}.png")).astype(int), want[0, 0].numpy(), atol=3)
+        got = np.asarray(Image.open(tmp_path / "out" / f"{i}.png")).astype(int)
+        np.testing.assert_allclose(got, want[0, 0].numpy(), atol=3)
 
 
-@pytest.mark.parametrize("flags, says", [(["--tau", ".3"], "--tau is a flag of the flow"), (["--trajectory", "t.png"], "--trajectory is a flag of the flow")])
+@pytest.mark.parametrize("flags, says", [(["--tau", ".3"], "--tau is a flag of the flow"),
+                                         (["--trajectory", "t.png"], "--trajectory is a flag of the flow")])
 def test_a_student_has_no_use_for_the_flows_flags(tmp_path, taught, capsys, monkeypatch, flags, says):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(picture(SIZE, SIZE)).save("a.png")
-    files = ("a.png", "b.png", "--source", "real-low", "--target", "real-normal", "--checkpoint", taught, "--method", "student")
+    files = ("a.png", "b.png", *way("real-low", "real-normal", taught), "--method", "student")
     assert here(*files, *flags) == 2
     err = capsys.readouterr().err
     assert says in err and err.count("\n") == 1 and not Path("b.png").exists()
@@ -160,22 +176,33 @@ def test_a_student_has_no_use_for_the_flows_flags(tmp_path, taught, capsys, monk
 
 def test_a_student_that_is_not_there_is_not_asked(tmp_path, net, capsys):
     Image.fromarray(picture(SIZE, SIZE)).save(tmp_path / "a.png")
-    assert here(tmp_path / "a.png", tmp_path / "b.png", "--source", "real-low", "--target", "real-low", "--checkpoint", net, "--method", "student") == 2
+    assert here(tmp_path / "a.png", tmp_path / "b.png", *way("real-low", "real-low", net), "--method", "student") == 2
     assert "has no student" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize("change, word", [
-    (dict(source="real"), "synthetic-low, synthetic-high"), (dict(target="auto"), "choose from"), (dict(source=None), "--source"),
-    (dict(tau="1"), "below 1"), (dict(tau="nan"), "--tau"), (dict(tau="x"), "--tau"), (dict(end=".4"), "below end"), (dict(end="2"), "--end"), (dict(steps="0"), "--steps"), (dict(batch_size="-1"), "--batch-size"),
-    (dict(guidance="inf"), "--guidance"), (dict(solver="rk9"), "--solver"), (dict(device="tpu"), "--device"), (dict(checkpoint="none.pt"), "none.pt"),
-    (dict(checkpoint="a.png"), "a.png"), (dict(input="none.png"), "no such file"), (dict(output="there.png"), "--overwrite"), (dict(output="b.xyz"), "ends in"),
-    (dict(output="folder"), "name the file"), (dict(input="folder"), "is a file"), (dict(input="folder", output="folder/sub"), "inside"),
-    (dict(input="empty", output="new"), "no image files"), (dict(input="folder", output="folder"), "would be replaced"),
-    (dict(compare="there.png"), "would be replaced"), (dict(trajectory="there.png"), "would be replaced"), (dict(trajectory="c.png", uncertainty="c.png"), "choose another"),
-    (dict(samples="1", uncertainty="c.png"), "--samples"), (dict(samples="4"), "--uncertainty"), (dict(compare="b.png"), "choose another"), (dict(output="a.png/b.png"), "cannot be made"),
-    (dict(input="deep.png", output="deep.jpg"), "JPEG cannot hold"), (dict(output=None), "OUTPUT"), (dict(wrong="1"), "--wrong")])
+    (dict(source="real"), "synthetic-low, synthetic-high"), (dict(target="auto"), "choose from"),
+    (dict(source=None), "--source"),
+    (dict(tau="1"), "below 1"), (dict(tau="nan"), "--tau"), (dict(tau="x"), "--tau"), (dict(end=".4"), "below end"),
+    (dict(end="2"), "--end"), (dict(steps="0"), "--steps"), (dict(batch_size="-1"), "--batch-size"),
+    (dict(guidance="inf"), "--guidance"), (dict(solver="rk9"), "--solver"), (dict(device="tpu"), "--device"),
+    (dict(checkpoint="none.pt"), "none.pt"),
+    (dict(checkpoint="a.png"), "a.png"), (dict(input="none.png"), "no such file"),
+    (dict(output="there.png"), "--overwrite"),
+    (dict(output="b.xyz"), "ends in"),
+    (dict(output="folder"), "name the file"), (dict(input="folder"), "is a file"),
+    (dict(input="folder", output="folder/sub"), "inside"),
+    (dict(input="empty", output="new"), "no image files"),
+    (dict(input="folder", output="folder"), "would be replaced"),
+    (dict(compare="there.png"), "would be replaced"), (dict(trajectory="there.png"), "would be replaced"),
+    (dict(trajectory="c.png", uncertainty="c.png"), "choose another"),
+    (dict(samples="1", uncertainty="c.png"), "--samples"), (dict(samples="4"), "--uncertainty"),
+    (dict(compare="b.png"), "choose another"),
+    (dict(output="a.png/b.png"), "cannot be made"),
+    (dict(input="deep.png", output="deep.jpg"), "JPEG cannot hold"),
+    (dict(output=None), "OUTPUT"), (dict(wrong="1"), "--wrong")])
 def test_a_mistake_is_one_sentence_and_changes_nothing(tmp_path, net, monkeypatch, capsys, change, word):
     monkeypatch.chdir(tmp_path)
     for folder in ("folder", "empty"):
@@ -184,8 +211,11 @@ def test_a_mistake_is_one_sentence_and_changes_nothing(tmp_path, net, monkeypatc
         Image.fromarray(picture(20, 20)).save(name)
     Image.fromarray(picture(20, 20, top=65535)).save("deep.png")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    flags = {**dict(input="a.png", output="b.png" if change.get("input") != "folder" else "there.png", source="real-low", target="real-low", checkpoint=net), **change}
-    argv = [v for v in (flags.pop("input"), flags.pop("output")) if v] + [s for k, v in flags.items() if v for s in ("--" + k.replace("_", "-"), v)]
+    output = "b.png" if change.get("input") != "folder" else "there.png"
+    flags = dict(input="a.png", output=output, source="real-low", target="real-low", checkpoint=net) | change
+    argv = [value for value in (flags.pop("input"), flags.pop("output")) if value]
+    for name, value in flags.items():
+        argv += ["--" + name.replace("_", "-"), value] if value else []
     assert here(*argv) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("error: ") and word in err
@@ -194,7 +224,7 @@ def test_a_mistake_is_one_sentence_and_changes_nothing(tmp_path, net, monkeypatc
 
 def test_overwrite_replaces_in_place(tmp_path, net):
     Image.fromarray(picture(20, 20)).save(tmp_path / "a.png")
-    assert here(tmp_path, tmp_path, "--source", "real-low", "--target", "real-low", "--checkpoint", net, "--overwrite") == 0
+    assert here(tmp_path, tmp_path, *way("real-low", "real-low", net), "--overwrite") == 0
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
@@ -211,7 +241,7 @@ def test_interrupted_files_stay_whole(tmp_path, net, monkeypatch, capsys):
         return real(*args, **how)
 
     monkeypatch.setattr(sampler, "translate", second_fails)
-    assert here(tmp_path / "in", tmp_path / "out", "--source", "real-low", "--target", "real-low", "--checkpoint", net, "--batch-size", 1) == 130
+    assert here(tmp_path / "in", tmp_path / "out", *way("real-low", "real-low", net), "--batch-size", 1) == 130
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.png"]
     same(tmp_path / "in" / "a.png", tmp_path / "out" / "a.png")
 
@@ -226,13 +256,14 @@ def test_the_working_shape_frames_as_in_training():
 
 
 def test_a_change_of_contrast_reaches_the_finest_detail_without_seams():
-    """If the translation is a line in the source's grey values, then so must the full image be: also its single-pixel detail."""
+    """If the translation is a line in the source's grey values, so is the full image, in every pixel."""
     full = torch.from_numpy(picture(160, 160, top=65535).astype(np.float32))[None, None] / 32767.5 - 1
     x1 = translate.resize(full, (40, 40))
     out = translate.carry(full, x1, .5 * x1 + .2, eps=1e-8)
     torch.testing.assert_close(out, .5 * full + .2, atol=2e-3, rtol=0)
     detail = lambda x: (x - torch.nn.functional.avg_pool2d(x, 3, 1, 1)).std()
-    kept = detail(translate.carry(full, x1, x1 + torch.linspace(-.5, .5, 40))) / detail(full)  # a bright side: nothing is smoothed away
+    bright_side = translate.carry(full, x1, x1 + torch.linspace(-.5, .5, 40))
+    kept = detail(bright_side) / detail(full)  # nothing is smoothed away
     assert .97 < kept < 1.05
     flat, ramp = torch.zeros(1, 1, 160, 160), torch.linspace(-.4, .4, 40).expand(1, 1, 40, 40)
     steps = translate.carry(flat, torch.zeros(1, 1, 40, 40), ramp).diff(dim=-1)
@@ -240,7 +271,7 @@ def test_a_change_of_contrast_reaches_the_finest_detail_without_seams():
 
 
 def test_carrying_beats_adding_an_enlarged_difference():
-    """A translator that knows the simulated truth at a quarter of the size: the full picture is nearer to the truth than by plain addition."""
+    """A translator that knows the truth at a quarter of the size gets nearer to it than by plain addition."""
     heads = [phantom.Head(seed) for seed in (900, 901)]
     full, truth = phantom.render(heads, "synthetic-high", 128), phantom.render(heads, "real-normal", 128, noise=False)
     x1, out = (translate.resize(x, (32, 32)) for x in (full, truth))
@@ -252,7 +283,7 @@ def test_an_image_of_the_training_size_is_the_translation_itself(tmp_path, net, 
     monkeypatch.setattr(sampler, "translate", lambda model, x1, *_, **__: -x1)
     x = picture(SIZE, SIZE, top=65535)
     Image.fromarray(x).save(tmp_path / "a.tif")
-    assert here(tmp_path / "a.tif", tmp_path / "b.tif", "--source", "real-low", "--target", "real-low", "--checkpoint", net) == 0
+    assert here(tmp_path / "a.tif", tmp_path / "b.tif", *way("real-low", "real-low", net)) == 0
     np.testing.assert_allclose(np.asarray(Image.open(tmp_path / "b.tif")).astype(int), 65535 - x.astype(int), atol=1)
 
 
@@ -262,7 +293,7 @@ def test_a_file_is_translated_the_same_in_any_company(tmp_path, net, monkeypatch
     for i, shape in enumerate(shapes):
         Image.fromarray(picture(*shape, seed=i)).save(tmp_path / "in" / f"{i}.bmp")
     monkeypatch.setattr(sampler, "translate", lambda model, x1, *_, **__: -x1 + .1 * x1.mean((1, 2, 3), keepdim=True))
-    rest = ("--source", "real-low", "--target", "real-low", "--checkpoint", net)
+    rest = way("real-low", "real-low", net)
     assert here(tmp_path / "in", tmp_path / "out", *rest, "--batch-size", 2) == 0
     for i in range(len(shapes)):
         assert here(tmp_path / "in" / f"{i}.bmp", tmp_path / "alone.bmp", *rest, "--overwrite") == 0
@@ -272,9 +303,14 @@ def test_a_file_is_translated_the_same_in_any_company(tmp_path, net, monkeypatch
 def test_auto_says_what_it_took_and_uses_it(tmp_path, net, monkeypatch, capsys):
     used, labels = [], iter([[3, 2, False], [3, 1, True]])
     monkeypatch.setattr(domain, "judge", lambda shares, H, W: [torch.tensor([value]) for value in next(labels)])
-    monkeypatch.setattr(sampler, "translate", lambda model, x1, y_source, y_target, **how: used.append((y_source.tolist(), y_target, how)) or x1)
+
+    def record(model, x1, y_source, y_target, **how):
+        used.append((y_source.tolist(), y_target, how))
+        return x1
+
+    monkeypatch.setattr(sampler, "translate", record)
     Image.fromarray(picture(20, 20)).save(tmp_path / "a.png")
-    line = (tmp_path / "a.png", tmp_path / "b.png", "--source", "auto", "--target", "real-low", "--checkpoint", net, "--tau", 0.25, "--steps", 7)
+    line = (tmp_path / "a.png", tmp_path / "b.png", *way("auto", "real-low", net), "--tau", 0.25, "--steps", 7)
     assert here(*line) == 0
     assert "a.png: taken for real-normal\n" in capsys.readouterr().out
     used[0][2].pop("generator")
@@ -285,7 +321,7 @@ def test_auto_says_what_it_took_and_uses_it(tmp_path, net, monkeypatch, capsys):
 
 @pytest.mark.parametrize("source", ["auto", "real-normal"])
 @pytest.mark.parametrize("off_domain", [False, True])
-def test_a_picture_far_from_every_domain_is_warned_of_in_one_line(tmp_path, net, monkeypatch, capsys, source, off_domain):
+def test_a_picture_far_from_every_domain_is_warned_of(tmp_path, net, monkeypatch, capsys, source, off_domain):
     """Only the far label is asked about first where it is named; the exit status stays."""
     asked, known = [], torch.full((1, 3), 0.5)
 
@@ -296,7 +332,7 @@ def test_a_picture_far_from_every_domain_is_warned_of_in_one_line(tmp_path, net,
 
     monkeypatch.setattr(domain, "unexplained", unexplained)
     Image.fromarray(picture(20, 20)).save(tmp_path / "a.png")
-    assert here(tmp_path / "a.png", tmp_path / "b.png", "--source", source, "--target", "real-low", "--checkpoint", net) == 0
+    assert here(tmp_path / "a.png", tmp_path / "b.png", *way(source, "real-low", net)) == 0
     err = capsys.readouterr().err
     assert err.count("\n") == off_domain and ("a.png looks like no domain" in err) == off_domain
     assert asked == {"auto": [[0, 1, 2, 3, 4]], "real-normal": [[3], [0, 1, 2, 3, 4]][:1 + off_domain]}[source]
@@ -306,8 +342,9 @@ def test_a_film_and_an_uncertainty_are_drawn_by_the_users_own_command(tmp_path, 
     (tmp_path / "in").mkdir()
     for i, shape in enumerate([(20, 20), (16, 40), (20, 20)]):
         Image.fromarray(picture(*shape, seed=i)).save(tmp_path / "in" / f"{i}.png")
-    done = command(tmp_path / "in", tmp_path / "out", "--source", "auto", "--target", "real-low", "--checkpoint", net, "--steps", 3,
-                   "--solver", "fireflow", "--trajectory", tmp_path / "film.png", "--uncertainty", tmp_path / "spread.png", "--samples", 3)
+    done = command(tmp_path / "in", tmp_path / "out", *way("auto", "real-low", net), "--steps", 3,
+                   "--solver", "fireflow", "--trajectory", tmp_path / "film.png",
+                   "--uncertainty", tmp_path / "spread.png", "--samples", 3)
     assert done.returncode == 0 and done.stdout.count("taken for") == 3 and "3 fireflow steps" in done.stdout
     film, spread = Image.open(tmp_path / "film.png"), Image.open(tmp_path / "spread.png")
     assert film.width > 1.8 * film.height and spread.size > (5 * 160, 3 * 160)  # 7 states and 5 pictures, 3 rows
@@ -316,13 +353,14 @@ def test_a_film_and_an_uncertainty_are_drawn_by_the_users_own_command(tmp_path, 
 def test_evaluations_are_those_the_sampler_makes(net):
     model, _ = checkpoint.load_model(net)
     calls = []
-    model.register_forward_hook(lambda module, args, out: calls.extend(args[2].tolist()))  # a label for each evaluation of the one image
+    # a label for each evaluation of the one image
+    model.register_forward_hook(lambda module, args, out: calls.extend(args[2].tolist()))
     for solver in sampler.SOLVERS:
         for guidance, x0 in ((1., "noise"), (2., "noise"), (2., "image")):
             calls.clear()
             how = dict(tau=.4, guidance=guidance, steps=3, solver=solver, end=1.0, colour=0.0, x0=x0)
             sampler.translate(model, torch.zeros(1, 1, 8, 8), 0, 1, **how)
-            assert translate.evaluations(how) == len(calls)
+            assert sampler.evaluations(solver, 3, guidance, x0) == len(calls)
 
 
 def test_without_arguments_held_out_heads_become_a_figure(tmp_path, monkeypatch, capsys):

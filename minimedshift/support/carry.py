@@ -1,4 +1,4 @@
-"""From full resolution to the size a network works at, and its translation back: lines fitted in windows (a guided filter)."""
+"""To the size a network works at, and its translation back to full resolution: lines fitted in windows."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 
 def working_shape(h, w, size, stride):
-    """The shape at which an (h, w) image is translated: shorter side = training size, the other near it, divisible by stride."""
+    """Where an (h, w) image is translated: its shorter side is `size`, the other is divisible by stride."""
     return tuple(max(size, round(n * size / min(h, w) / stride) * stride) for n in (h, w))
 
 
@@ -16,15 +16,16 @@ def resize(x, shape):
 
 
 def carry(full, x1, out, radius=1, eps=1e-3):
-    """The translation x1 -> out (B, C, h, w) carried to `full` (B, C, H, W), the image that x1 is a small copy of.
+    """The translation x1 -> out (B, C, h, w) carried to `full` (B, C, H, W), of which x1 is a small copy.
 
-        change = a x1 + b in each window:  a = cov(x1, change) / (var(x1) + eps),  b = mean(change) - a mean(x1)
-        result = full + A full + B,  A and B the window means of a and b, upsampled        arXiv:1505.00996, Algorithm 2
+        change = a x1 + b in each window:  a = cov(x1, change) / (var(x1) + eps), b = mean(change - a x1)
+        result = full + A full + B,  A, B window means of a, b, upsampled      arXiv:1505.00996, Algorithm 2
+
+    The last term below is what no line explains, such as noise.
     """
-    change = out - x1
-    mean = partial(F.avg_pool2d, kernel_size=2 * radius + 1, stride=1, padding=radius, count_include_pad=False)
-    a = (mean(x1 * change) - mean(x1) * mean(change)) / (mean(x1 * x1) - mean(x1)**2 + eps)
-    b = mean(change) - a * mean(x1)
-    a, b = mean(a), mean(b)
-    up = partial(resize, shape=full.shape[-2:])
-    return full + up(a) * full + up(b) + up(change - a * x1 - b)  # the last term: what no line explains, such as noise
+    change, up = out - x1, partial(resize, shape=full.shape[-2:])
+    size = 2 * radius + 1
+    mean = partial(F.avg_pool2d, kernel_size=size, stride=1, padding=radius, count_include_pad=False)
+    a = (mean(x1 * change) - mean(x1) * mean(change)) / (mean(x1 * x1) - mean(x1) ** 2 + eps)
+    a, b = mean(a), mean(mean(change) - a * mean(x1))
+    return full + up(a) * full + up(b) + up(change - a * x1 - b)

@@ -28,33 +28,31 @@ def unexplained(model, x1, labels, seed=0, colour=0.0, draws=8):
 
         mean over an octave of  |F[v(xt, t, y) - (x1 - x0)]|^2 / E |F[x0]|^2        F: Fourier, in space
 
-    and over `draws` fixed pairs of t and x0, the same for all (a diffusion classifier, arXiv:2303.16203).
-    A right network has |F[x0 - E[x0 | xt]]|^2 / t^2 here: less than 1 / t^2 in images of its domain.
-    colour is that of the training.
-    """
-    H, W = x1.shape[-2:]
-    generator, delta, powers = torch.Generator().manual_seed(seed), torch.zeros(1, 1, H, W), 0
-    delta[..., 0, 0] = 1
-    gain = torch.fft.fft2(tint(delta, colour)).abs().to(x1.device)  # of the noise: E |F[x0]|^2 = H W gain^2
-    masks = octaves(H, W, x1.device)
+    and over `draws` pairs of t and x0 (a diffusion classifier, arXiv:2303.16203). In images of its domain a
+    right network leaves less than 1 / t^2. colour: of the training."""
+    B, C, H, W = x1.shape
+    masks, generator = octaves(H, W, x1.device), torch.Generator().manual_seed(seed)
+    impulse = torch.zeros(1, 1, H, W)
+    impulse[..., 0, 0] = 1
+    gain = torch.fft.fft2(tint(impulse, colour)).abs().to(x1.device)  # E |F[x0]|^2 = H W gain^2
+    shares = 0
     for i in range(draws):
         t = TIMES[0] + (TIMES[1] - TIMES[0]) * (i + 0.5) / draws
-        x0 = draw_noise(x1.shape[1:], generator, colour).to(x1.device)
-        xt, ts, power = (1 - t) * x0 + t * x1, torch.full((len(x1),), t, device=x1.device), []
+        x0 = draw_noise((C, H, W), generator, colour).to(x1.device)
+        xt, times, share = (1 - t) * x0 + t * x1, torch.full((B,), t, device=x1.device), []
         for y in labels:
-            vt = model(xt, ts, torch.full((len(x1),), y, device=x1.device))[:, :x1.shape[1]].float()
-            spectrum = (torch.fft.fft2(vt - (x1 - x0)) / gain).abs().square().mean(1) / (H * W)  # (B, H, W)
-            power.append(torch.stack([spectrum[:, mask].mean(1) for mask in masks], 1))
-        powers = powers + torch.stack(power, 1) / draws
-    return powers
+            vt = model(xt, times, torch.full((B,), y, device=x1.device))[:, :C].float()
+            power = (torch.fft.fft2(vt - (x1 - x0)) / gain).abs().square().mean(1) / (H * W)  # (B, H, W)
+            share.append(torch.stack([power[:, mask].mean(1) for mask in masks], 1))
+        shares = shares + torch.stack(share, 1) / draws
+    return shares
 
 
 def judge(shares, H, W):
     """Label, runner-up and whether the two are close, each (B,), from `unexplained` shares (B, L, O).
 
     The label has the smallest sum over octaves of n log(share), n frequencies each: the likelihood of a
-    Gaussian error of unknown variance. (The errors' own sum is that of coarse detail: it tells no doses.)
-    """
+    Gaussian error of unknown variance. (The errors' own sum is that of coarse detail: it tells no doses.)"""
     n = octaves(H, W, shares.device).sum((1, 2))
     score = (n / n.sum() * shares.log()).sum(-1)  # (B, L)
     best, labels = score.topk(2, largest=False)
@@ -69,31 +67,30 @@ def far(shares):
 def sources(x1, names, model, state, source, target, seed):
     """Source labels (B,) of images x1 (B, C, H, W): `source`, or if that is "auto" inferred and told.
 
-    What looks like no domain is warned of on stderr. A given label costs two evaluations an image, "auto"
-    eight for each domain.
-    """
+    Warns of what looks like no domain. A given label costs two evaluations an image, "auto" 8 a domain."""
     domains, colour = state["domains"], state["config"].get("colour", 0.0)
-    every, strange = range(len(domains)), torch.ones(len(x1), dtype=torch.bool, device=x1.device)
+    every, suspects = range(len(domains)), torch.arange(len(x1), device=x1.device)
 
     def look(x, labels, draws):
         return in_batches(lambda part: unexplained(model, part, labels, seed, colour, draws), x, len(x))
 
     if source == "auto":
         shares = look(x1, every, 8)
-        labels, *second = judge(shares, *x1.shape[-2:])
-        for name, y, other, close in zip(names, labels.tolist(), *(each.tolist() for each in second)):
-            print(f"{name}: taken for {domains[y]}" + (f", but {domains[other]} is close" if close else "")
-                  + (", which is the target too" if domains[y] == target else ""))
+        labels, second, close = judge(shares, *x1.shape[-2:])
+        for name, y, other, in_doubt in zip(names, labels.tolist(), second.tolist(), close.tolist()):
+            doubt = f", but {domains[other]} is close" if in_doubt else ""
+            same = ", which is the target too" if domains[y] == target else ""
+            print(f"{name}: taken for {domains[y]}{doubt}{same}")
     else:
-        labels = torch.full((len(x1),), domains.index(source), device=x1.device)
+        y = domains.index(source)
+        labels = torch.full((len(x1),), y, device=x1.device)
         if state["translate"]["x0"] == "image":  # such a network has seen no noise
             return labels
-        strange = far(look(x1, [domains.index(source)], 2))  # at a glance; these under all labels again
-        if not strange.any():
+        suspects = far(look(x1, [y], 2)).nonzero()[:, 0]  # at a glance; these under all labels again
+        if not len(suspects):
             return labels
-        shares = look(x1[strange], every, 8)
-    for i, is_far in zip(strange.nonzero().flatten().tolist(), far(shares).tolist()):
-        if is_far:
-            says = "looks like no domain of this network: its translation means little"
-            print(f"warning: {names[i]} {says}", file=sys.stderr)
+        shares = look(x1[suspects], every, 8)
+    for i in suspects[far(shares)].tolist():
+        says = "looks like no domain of this network: its translation means little"
+        print(f"warning: {names[i]} {says}", file=sys.stderr)
     return labels

@@ -26,7 +26,7 @@ from minimedshift.model import PRESETS, UNet
 from minimedshift.phantom import sets
 from minimedshift.support import checkpoint
 from minimedshift.support.batches import batches, null_label
-from minimedshift.support.command import UserError, flag, parse, run
+from minimedshift.support.command import UserError, flag, parse, refuse, run
 from minimedshift.support.files import write_json
 from minimedshift.support.images import figure
 from minimedshift.support.log import Log, progress
@@ -317,10 +317,6 @@ def resolve(config):
 
 def check_together(config):
     """Raises UserError for flags that do not go together."""
-    def refuse(wrong, says):
-        if wrong:
-            raise UserError(says)
-
     independent, image = config.coupling == "independent", config.x0 == "image"
     has_score = config.score or independent and config.sigma == 0
     refuse(config.tau >= config.end, f"--tau {config.tau:g} must be below --end, {config.end:g}")

@@ -24,7 +24,7 @@ from minimedshift.phantom import sets
 from minimedshift.support import domain, film, images
 from minimedshift.support.carry import carry, resize, working_shape
 from minimedshift.support.checkpoint import load_model
-from minimedshift.support.command import UserError, flag, parse, run
+from minimedshift.support.command import UserError, flag, parse, refuse, run
 from minimedshift.support.log import progress
 from minimedshift.support.machine import can_compile, in_batches, keep_memory, pick_device
 
@@ -66,11 +66,6 @@ HEADS = 8  # translated without arguments
 
 
 # ---------------------------------------------------------------- flags and files, checked before any work
-
-def refuse(wrong, message):
-    if wrong:
-        raise UserError(message)
-
 
 def check_flags(c, state, how, flow_flags):
     """Raises UserError for flags that do not go together, or not with the checkpoint."""

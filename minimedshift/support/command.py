@@ -28,6 +28,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+def refuse(wrong, message):
+    """Raise UserError(message) if something is wrong."""
+    if wrong:
+        raise UserError(message)
+
+
 def flag(default, text, group="options", choices=None, kind=None, **limits):
     """A dataclass field that is also a command-line flag.
 

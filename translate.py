@@ -26,7 +26,7 @@ from minimedshift.support import domain, film, images
 from minimedshift.support.command import UserError, flag, parse, run
 from minimedshift.support.carry import carry, resize, working_shape
 from minimedshift.support.checkpoint import load_model
-from minimedshift.evaluate import TAUS, main_domains
+from minimedshift.measure.methods import TAUS, main_domains
 from minimedshift.flow import draw_noise
 from minimedshift.support.log import progress
 from minimedshift.support.machine import can_compile, in_batches, keep_memory, pick_device

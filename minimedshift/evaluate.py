@@ -54,6 +54,11 @@ def bounds(curve, q):
     return E_curve, E_second
 
 
+def gap_closed(E, limits):
+    """metrics.gap_closed of errors E (N,), with the `bounds` of their question."""
+    return metrics.gap_closed(*(each.mean().item() for each in (E, *limits)))
+
+
 def mean(values):
     """The mean of the values that are known; None where none is."""
     known = [value for value in values if value is not None]
@@ -68,12 +73,11 @@ def sweep(methods, questions, curve, reference=None):
     for method in methods:
         for setting in method.settings:
             rows = []
-            for q, (E_curve, E_second) in zip(questions, limits):
+            for q, limit in zip(questions, limits):
                 x, _ = answer(method, q, setting)
                 if x is None:
                     continue
-                E = metrics.structure_mse(x, q.truth).mean().item()
-                row = dict(gap_closed=metrics.gap_closed(E, E_curve.mean().item(), E_second.mean().item()))
+                row = dict(gap_closed=gap_closed(metrics.structure_mse(x, q.truth), limit))
                 if reference is not None:
                     row["structure"] = metrics.structure(x, q.truth).mean().item()
                     row["kernel"] = realism.score(x, reference)["kernel"]
@@ -144,11 +148,11 @@ def all_pairs(methods, chosen, pairs_of, domains, curve, heads, device):
             if s == t:
                 continue
             q = question(pairs, s, t, heads, device, x)
-            E_curve, E_second = bounds(curve, q)
+            limit = bounds(curve, q)
             E_untouched = metrics.structure_mse(x.to(q.truth.device), q.truth)
-            gap = E_untouched.mean() > E_second.mean()  # a cleaner source has nothing to close
+            gap = E_untouched.mean() > limit[1].mean()  # a cleaner source has nothing to close
             if gap:
-                limits.append((E_curve, E_second))
+                limits.append(limit)
             for method in methods:
                 out, seconds = answer(method, q, chosen.get(method.name))
                 if out is None:
@@ -158,8 +162,7 @@ def all_pairs(methods, chosen, pairs_of, domains, curve, heads, device):
                 row.update(seconds=seconds, gap_closed=None, same_head=None, noise=None)
                 if gap:
                     errors[method.name].append(E)
-                    ends = E_curve.mean().item(), E_second.mean().item()
-                    row["gap_closed"] = metrics.gap_closed(row["E"], *ends)
+                    row["gap_closed"] = gap_closed(E, limit)
                 if q.decoys is not None:
                     row["same_head"] = metrics.same_head(out, q.truth, q.decoys).float().mean().item()
                 if not torch.equal(q.truth, q.images):
@@ -216,7 +219,8 @@ def report(model, dataset, how, device="cpu", translator=None, heads=128, heads_
             key = STUDENT if method.name == STUDENT else setting
             pictures[key], seconds = answer(method, q, setting)
             medshift[key] = dict(score(q, pictures[key], *limits), seconds=seconds)
-            print(f"  {method.name}, {method.knob} {setting}: {line(medshift[key])}", flush=True)
+            name = tables.label(method.name, dict(setting=setting, knob=method.knob))
+            print(f"  {name}: {line(medshift[key])}", flush=True)
     taught = medshift.pop(STUDENT, None)
     main = dict(source=source, target=target, heads=len(q.x), methods=rows, medshift=medshift, student=taught)
     flow = trained[0].name
@@ -239,7 +243,7 @@ def picture(path, dataset, main, pictures, count=6):
     columns = {f"{main['source']}\nsource": load(test.images[:count, s], "cpu")}
     rows = main["medshift"] | ({STUDENT: main["student"]} if main["student"] else {})
     for tau, row in rows.items():
-        name = "directly" if tau is None else "student" if tau == STUDENT else f"tau {tau:g}"
+        name = {None: "directly", STUDENT: "student"}.get(tau) or f"tau {tau:g}"
         noise = "" if row["noise"] is None else f"\nnoise {row['noise']:.2f}"
         columns[f"{name}: {row['structure']:.1f} dB{noise}"] = pictures[tau][:count].cpu()
     truth, what = (test.images, "the other image") if test.truth is None else (test.truth, "simulated truth")

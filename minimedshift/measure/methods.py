@@ -64,11 +64,9 @@ def main_domains(domains, source=None, target=None):
     """The numbers of the main pair's domains: MAIN, or where one is missing the first and the last domain."""
     domains = list(domains)
     if source is None:
-        others = [name for name in domains if name != target]
-        source = MAIN[0] if MAIN[0] in others else others[0]
+        source = next(name for name in (MAIN[0], *domains) if name in domains and name != target)
     if target is None:
-        others = [name for name in domains if name != source]
-        target = MAIN[1] if MAIN[1] in others else others[-1]
+        target = next(name for name in (MAIN[1], *domains[::-1]) if name in domains and name != source)
     return domains.index(source), domains.index(target)
 
 

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from minimedshift import sampler
-from minimedshift.support import checkpoint
-from minimedshift.support.command import UserError
 from minimedshift.flow import draw_noise
 from minimedshift.model import Shape, UNet
+from minimedshift.support import checkpoint
+from minimedshift.support.command import UserError
+from minimedshift.support.log import progress
 
 # ---------------------------------------------------------------- SDEdit
 
@@ -87,15 +88,14 @@ def off(mark, wanted):
 
 
 def adversarial(source, target, steps, batch_size=4, lr=1e-3, cycle=3.0, width=48, blocks=4, seed=0,
-                dtype=torch.float32, device="cpu", progress=print):
+                dtype=torch.float32, device="cpu"):
     """CycleGAN from unpaired images: returns two Generators, source -> target and target -> source.
 
     source, target: (N, C, H, W) arrays or tensors, sides even and at least 16. In each step, both ways
     (arXiv:1703.10593, eq. 3 with least squares):
         generators   min  (judge(fake) - 1)^2 + cycle |there and back - x|
         judges       min  (judge(real) - 1)^2 + judge(fake)^2
-    Adam, the rate constant for half of the steps, then linear to 0; the weights are running means. dtype: of
-    autocast.
+    Adam, the rate constant for half of the steps, then linear to 0; the weights are running means.
     """
     device = torch.device(device)
     channels = source.shape[1]
@@ -130,7 +130,7 @@ def adversarial(source, target, steps, batch_size=4, lr=1e-3, cycle=3.0, width=4
             wrong = off(judge_target(y), 1) + off(judge_target(fake_y.detach()), 0)
             wrong = wrong + off(judge_source(x), 1) + off(judge_source(fake_x.detach()), 0)
         descend(wrong / 2, optimizers[1], schedules[1], clip=1.0)
-        report(progress, "adversarial", step, steps, start, loss)
+        progress(step, steps, start, "CycleGAN", "steps")
     generators.load_state_dict(ema.mean)
     return forth.eval().requires_grad_(False), back.eval().requires_grad_(False)
 
@@ -150,13 +150,6 @@ def descend(loss, optimizer, schedule, clip=math.inf):
     schedule.step()
 
 
-def report(progress, what, step, steps, start, loss):
-    """A line each tenth of the way."""
-    if step % max(1, steps // 10) == 0:
-        left = (time.time() - start) * (steps - step) / step
-        progress(f"{what} {step}/{steps}  loss {loss.item():.5f}  {left:.0f} s left")
-
-
 # ---------------------------------------------------------------- training with pairs
 
 def regress(model, x, y):
@@ -165,13 +158,12 @@ def regress(model, x, y):
     return x + model(x, torch.ones(len(x), device=x.device), y).float()
 
 
-def supervised(model, source, target, y_target, steps, batch_size=64, lr=1e-3, seed=0, dtype=torch.float32,
-               progress=print):
+def supervised(model, source, target, y_target, steps, batch_size=64, lr=1e-3, seed=0, dtype=torch.float32):
     """Train `model` in place on pairs, in one direction: a ceiling that sees what MedShift never sees.
 
         loss ||regress(model, x, y_target) - x1||^2        x, x1: source and target (N, C, H, W), same heads
 
-    AdamW, cosine decay to zero. dtype: of autocast. Returns the model.
+    AdamW, cosine decay to zero. Returns the model.
     """
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
@@ -185,7 +177,7 @@ def supervised(model, source, target, y_target, steps, batch_size=64, lr=1e-3, s
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = (regress(model, x, y_target) - x1).square().mean()
         descend(loss, optimizer, schedule)
-        report(progress, "supervised", step, steps, start, loss)
+        progress(step, steps, start, "supervised", "steps")
     return model.eval()
 
 
@@ -202,9 +194,10 @@ def steps_within(seconds, train, trial=5):
 
 def save(path, network, pair, y_target=None):
     """Write a translator: a Generator, or a supervised UNet with its label. pair: names of source, target."""
-    how = dict(shape=vars(network.shape), y_target=y_target)
     if isinstance(network, Generator):
         how = dict(generator=network.config)
+    else:
+        how = dict(shape=vars(network.shape), y_target=y_target)
     weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     checkpoint.save(path, dict(pair=list(pair), weights=weights, **how))
 
@@ -219,4 +212,5 @@ def load(path, device="cpu"):
     network = Generator(**state["generator"]) if direct else UNet(Shape(**state["shape"]))
     checkpoint.load_weights(network, state["weights"], path)
     network.to(device).eval().requires_grad_(False)
-    return network if direct else lambda x: regress(network, x, state["y_target"]), tuple(state["pair"])
+    translate = network if direct else lambda x: regress(network, x, state["y_target"])
+    return translate, tuple(state["pair"])

@@ -57,7 +57,7 @@ def markdown(header, lines):
 def table(results):
     """results.json as Markdown."""
     text = [f"# {results['source']} -> {results['target']}", "",
-            f"`{results['command']}`, seed {results['seed']}, {results['machine']}, torch {results['torch']}",
+            f"`{results['command']}`, seed {results['seed']}, {results['machine']}, torch {results['torch']},",
             f"{results['weights']} of step {results['steps']}, {results['seconds'] / 60:.1f} minutes.", "",
             f"Realism: distances to {results['references']} training images of the target, features from "
             f"{results['features']}; the floor is the second exposure (or real against real).", ""]

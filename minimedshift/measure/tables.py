@@ -57,8 +57,8 @@ def markdown(header, lines):
 def table(results):
     """results.json as Markdown."""
     text = [f"# {results['source']} -> {results['target']}", "",
-            f"`{results['command']}`, seed {results['seed']}, {results['machine']}, torch {results['torch']},",
-            f"{results['weights']} of step {results['steps']}, {results['seconds'] / 60:.1f} minutes.", "",
+            f"`{results['command']}`, seed {results['seed']}, {results['machine']},",
+            f"torch {results['torch']}, {results['weights']} of step {results['steps']}, {results['seconds'] / 60:.1f} minutes.", "",
             f"Realism: distances to {results['references']} training images of the target, features from "
             f"{results['features']}; the floor is the second exposure (or real against real).", ""]
     if "unpaired" in results:
@@ -154,7 +154,7 @@ def pareto(path, results):
         axes.plot(x, y, markers[kind].pop(0), ls="-", lw=1, ms=5, color=STYLES[kind][0], label=name + knob)
     axes.set(yscale="log", xlabel="structure, dB (right: the same head)",
              ylabel="kernel distance to the target's images (down: looks real)",
-             title=f"{results['source']} -> {results['target']}, validation heads")
+             title=f"{results['source']} -> {results['target']}, {'simulated ' * results['simulated']}validation heads")
     figure.legend(loc="outside right upper", fontsize=8)
     with whole(path) as work:
         figure.savefig(work, dpi=110)

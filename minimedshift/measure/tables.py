@@ -58,7 +58,8 @@ def table(results):
     """results.json as Markdown."""
     text = [f"# {results['source']} -> {results['target']}", "",
             f"`{results['command']}`, seed {results['seed']}, {results['machine']},",
-            f"torch {results['torch']}, {results['weights']} of step {results['steps']}, {results['seconds'] / 60:.1f} minutes.", "",
+            f"torch {results['torch']}, {results['weights']} weights of step {results['steps']}, "
+            f"{results['seconds'] / 60:.1f} min.", "",
             f"Realism: distances to {results['references']} training images of the target, features from "
             f"{results['features']}; the floor is the second exposure (or real against real).", ""]
     if "unpaired" in results:
@@ -152,9 +153,10 @@ def pareto(path, results):
         knob = f", {row['knob']} {first:g} to {last:g}" if len(points) > 1 else ""
         x, y = ([point[key] for point in points] for key in ("structure", "kernel"))
         axes.plot(x, y, markers[kind].pop(0), ls="-", lw=1, ms=5, color=STYLES[kind][0], label=name + knob)
+    heads = "simulated validation heads" if results["simulated"] else "validation heads"
     axes.set(yscale="log", xlabel="structure, dB (right: the same head)",
              ylabel="kernel distance to the target's images (down: looks real)",
-             title=f"{results['source']} -> {results['target']}, {'simulated ' * results['simulated']}validation heads")
+             title=f"{results['source']} -> {results['target']}, {heads}")
     figure.legend(loc="outside right upper", fontsize=8)
     with whole(path) as work:
         figure.savefig(work, dpi=110)

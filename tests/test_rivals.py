@@ -54,7 +54,7 @@ def test_sdedit_has_the_mean_and_variance_of_the_exact_flow(tau):
 @pytest.mark.parametrize("end", [.9, 1.0])
 def test_sdedit_leaves_a_domain_of_its_own_as_it_is(tau, end):
     mean, std = .3, .4
-    spread = ((1 - end) ** 2 + (end * std) ** 2) ** .5          # xt at t = end, where images count: N(end mean, spread^2)
+    spread = ((1 - end) ** 2 + (end * std) ** 2) ** .5  # xt at t = end: N(end mean, spread^2)
     x1 = end * mean + spread * noise(4, 1, 64, 64, seed=1)
     x = rivals.sdedit(Gaussian([mean], [std]), x1, 0, tau, steps=50, end=end)
     assert x.mean() == pytest.approx(end * mean, abs=.01)

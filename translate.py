@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from minimedshift import sampler, student
-from minimedshift.evaluate import TAUS, main_domains
 from minimedshift.measure import metrics
+from minimedshift.measure.methods import TAUS, main_domains
 from minimedshift.phantom import sets
 from minimedshift.support import domain, film, images
 from minimedshift.support.carry import carry, resize, working_shape

@@ -24,7 +24,7 @@ from torch import nn
 from minimedshift import evaluate, phantom, sampler
 from minimedshift.coupling import assign, couple
 from minimedshift.flow import loss as flow_loss
-from minimedshift.measure import rivals
+from minimedshift.measure import methods, rivals
 from minimedshift.model import PRESETS, Shape, UNet
 from minimedshift.phantom import sets
 from minimedshift.support import checkpoint, domain
@@ -203,7 +203,7 @@ def study_rivals(c, heads=2000):
 def train_rivals(folder, config, seconds, heads):
     """The networks of the main pair, one after the other for about `seconds` each, into files of `folder`."""
     device, size, seed = pick_device("auto"), config["size"], config["seed"]
-    dtype, pair = pick_formats("auto", device)[0], evaluate.MAIN
+    dtype, pair = pick_formats("auto", device)[0], methods.MAIN
     s, t = [phantom.DOMAINS.index(name) for name in pair]
 
     images = sets.training_images(size, config["train_images"] // len(phantom.DOMAINS), seed, config["shift"])

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minimedshift import evaluate
+from minimedshift.measure.methods import scorer
 from minimedshift.support import machine
 
 pick = machine.pick_formats.__wrapped__  # without the memory of an earlier answer
@@ -60,7 +60,7 @@ def test_blocks_are_compiled_where_that_is_possible(monkeypatch, capsys):
 
 
 def test_scores_are_computed_where_there_is_float64():
-    assert evaluate.scorer(MPS) == "cpu" and evaluate.scorer(CUDA) == CUDA and evaluate.scorer("cpu") == "cpu"
+    assert scorer(MPS) == "cpu" and scorer(CUDA) == CUDA and scorer("cpu") == "cpu"
 
 
 def test_a_batch_that_does_not_fit_is_halved():

@@ -103,7 +103,7 @@ def test_rivals_leaves_what_the_evaluation_reads(tmp_path, monkeypatch):
     study.study_rivals(study.Config(out=str(tmp_path), shift=.55), heads=4)
     folder, (line,) = tmp_path / "rivals-0.55", asked
     assert line[line.index("--rivals") + 1] == str(folder)
-    main = study.evaluate.MAIN
+    main = study.methods.MAIN
     for name, pair in (("adversarial", main), ("adversarial-back", main[::-1]), ("supervised", main)):
         translate, found = rivals.load(folder / f"{name}.pt")
         assert found == pair and translate(torch.zeros(2, 1, 16, 16)).shape == (2, 1, 16, 16)

@@ -241,14 +241,15 @@ def test_the_readme_run_beats_the_grey_value_curves(tmp_path, cache, monkeypatch
     model, state = checkpoint.load_model(tmp_path / "checkpoint.pt")  # what is asked of it is asked on validation heads
     monkeypatch.setenv("MINIMEDSHIFT_CACHE", cache["MINIMEDSHIFT_CACHE"])
     dataset = sets.phantom_set(64, 10000, 64, 128)
-    flow, pupil = evaluate.with_network(model, state["translate"]), evaluate.with_student(student.restore(state["student"]))
-    methods = {method.name: method for method in [*evaluate.without_network(dataset), *flow, pupil]}
+    translator = student.restore(state["student"])
+    methods = evaluate.every_method(dataset, model, state["translate"], translator)
     s, t = evaluate.main_domains(dataset.domains)
     q = evaluate.question(dataset.valid, s, t, 64, "cpu")
-    limits = evaluate.bounds(methods["curve"], q)
-    scores = {name: max(evaluate.choose(methods[name], [q], [limits]).values()) for name in ("histogram", "untouched", "MedShift", pupil.name)}
+    curve = next(method for method in methods if method.name == "curve")
+    found = evaluate.sweep(methods, [q], curve)
+    scores = {name: max(point["gap_closed"] for point in points) for name, points in found.items()}
     assert scores["MedShift"] > max(.5, scores["histogram"], scores["untouched"])
-    assert scores[pupil.name] > max(.75, scores["MedShift"])
+    assert scores[evaluate.STUDENT] > max(.75, scores["MedShift"])
     done = subprocess.run([sys.executable, str(ROOT / "translate.py"), "--checkpoint", str(tmp_path / "checkpoint.pt")], env={**os.environ, **cache},
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and (tmp_path / "translate.png").exists(), done.stderr

@@ -1,8 +1,6 @@
-"""Learned rivals that are not train.py with other flags: SDEdit, an adversarial translator, and supervision.
+"""Learned rivals that are not train.py with other flags: SDEdit, a small CycleGAN, and supervision.
 
-The adversarial one is CycleGAN (arXiv:1703.10593) cut down: two local generators, two patch judges, least
-squares (arXiv:1611.04076). A pixel sees only what is near it, so anatomy stays where it is. RESULTS.md says
-what each rival is worth.
+The CycleGAN (arXiv:1703.10593) has local generators: a pixel sees only what is near it, so anatomy stays.
 """
 
 import math
@@ -13,13 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from minimedshift import sampler
-from minimedshift.support import checkpoint
-from minimedshift.support.command import UserError
 from minimedshift.flow import draw_noise
 from minimedshift.model import Shape, UNet
-
-NAMES = {"adversarial": "CycleGAN"}  # of a file of weights, in tables
-
+from minimedshift.support import checkpoint
+from minimedshift.support.command import UserError
+from minimedshift.support.log import progress
 
 # ---------------------------------------------------------------- SDEdit
 
@@ -29,9 +25,8 @@ def sdedit(model, x1, y_target, tau, guidance=1.0, steps=20, solver="heun", end=
         xt = a x1 + b x0,   a = tau / end,   b^2 = (1 - tau)^2 - a^2 (1 - end)^2
         end = 1:   xt = tau x1 + (1 - tau) x0
 
-    x1 (B, C, H, W): source images. They count as xt at t = end, as in the sampler, so they hold a part of the
-    noise of time tau already. y_target: int or (B,). x0, the noise of training, is drawn from `seed` on the
-    host, the same on every machine. Only the way down differs from MedShift: the way up is its own `decode`.
+    x1 (B, C, H, W): source images. They count as xt at t = end, so they hold a part of the noise already.
+    y_target: int or (B,). x0 is drawn on the host from `seed`, the same on every machine.
     """
     x0 = draw_noise(x1.shape, torch.Generator().manual_seed(seed), colour).to(x1)
     a = tau / end
@@ -41,11 +36,10 @@ def sdedit(model, x1, y_target, tau, guidance=1.0, steps=20, solver="heun", end=
     return sampler.decode(model, xt, y_target, tau, guidance, steps, solver, end, colour, generator)
 
 
-# ---------------------------------------------------------------- the networks of the adversarial rival
+# ---------------------------------------------------------------- the networks of the CycleGAN
 
 class Residual(nn.Module):
-    """x + conv2(silu(conv1(silu(x)))), conv2 zero at the start.
-    No normalisation: it would look at the whole image."""
+    """x + conv2(silu(conv1(silu(x)))). No normalisation: it would look at the whole image."""
 
     def __init__(self, width):
         super().__init__()
@@ -59,9 +53,8 @@ class Residual(nn.Module):
 
 
 class Generator(nn.Module):
-    """x + net(x) for x (B, C, H, W), H and W even. It works at half resolution and starts as the identity.
-    A pixel depends only on those at most 4 blocks + 5 pixels away (up, down, left or right): anatomy cannot
-    be redrawn."""
+    """x + net(x) for x (B, C, H, W), H and W even; the identity at the start. It works at half resolution.
+    A pixel depends on those at most 4 blocks + 5 pixels away: anatomy cannot be redrawn."""
 
     def __init__(self, channels=1, width=48, blocks=4):
         super().__init__()
@@ -90,25 +83,19 @@ def judge(channels, width=32):
 # ---------------------------------------------------------------- training without pairs
 
 def off(mark, wanted):
-    """How far the marks of a judge are from 1 (real) or 0 (translated), squared."""
+    """How far the marks of a judge are from 1 (real) or 0 (translated), squared (arXiv:1611.04076)."""
     return (mark.float() - wanted).square().mean()
 
 
-def apart(a, b):
-    """Mean absolute difference."""
-    return (a - b).abs().mean()
-
-
 def adversarial(source, target, steps, batch_size=4, lr=1e-3, cycle=3.0, width=48, blocks=4, seed=0,
-                dtype=torch.float32, device="cpu", progress=print):
+                dtype=torch.float32, device="cpu"):
     """CycleGAN from unpaired images: returns two Generators, source -> target and target -> source.
 
     source, target: (N, C, H, W) arrays or tensors, sides even and at least 16. In each step, both ways
     (arXiv:1703.10593, eq. 3 with least squares):
         generators   min  (judge(fake) - 1)^2 + cycle |there and back - x|
         judges       min  (judge(real) - 1)^2 + judge(fake)^2
-    Adam, the rate constant for half of the steps, then linear to 0. The weights returned are running means
-    (checkpoint.EMA). All that is random follows from `seed`; `dtype` is the autocast type.
+    Adam, the rate constant for half of the steps, then linear to 0; the weights are running means.
     """
     device = torch.device(device)
     channels = source.shape[1]
@@ -123,14 +110,11 @@ def adversarial(source, target, steps, batch_size=4, lr=1e-3, cycle=3.0, width=4
         module.to(device=device, memory_format=memory)
         optimizers.append(torch.optim.Adam(module.parameters(), lr, betas=(0.5, 0.99)))
         schedules.append(torch.optim.lr_scheduler.LambdaLR(optimizers[-1], rate))
-    forth, back = generators
-    judge_source, judge_target = judges
-    ema = checkpoint.EMA(generators)
+    (forth, back), (judge_source, judge_target) = generators, judges
+    ema, apart = checkpoint.EMA(generators), F.l1_loss
     draw, start = torch.Generator().manual_seed(seed), time.time()
-
     for step in range(1, steps + 1):
-        x = pick(source, batch_size, draw, device)
-        y = pick(target, batch_size, draw, device)
+        x, y = (pick(stack, batch_size, draw, device) for stack in (source, target))
 
         judges.requires_grad_(False)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -146,8 +130,7 @@ def adversarial(source, target, steps, batch_size=4, lr=1e-3, cycle=3.0, width=4
             wrong = off(judge_target(y), 1) + off(judge_target(fake_y.detach()), 0)
             wrong = wrong + off(judge_source(x), 1) + off(judge_source(fake_x.detach()), 0)
         descend(wrong / 2, optimizers[1], schedules[1], clip=1.0)
-
-        report(progress, "adversarial", step, steps, start, loss)
+        progress(step, steps, start, "CycleGAN", "steps")
     generators.load_state_dict(ema.mean)
     return forth.eval().requires_grad_(False), back.eval().requires_grad_(False)
 
@@ -167,49 +150,40 @@ def descend(loss, optimizer, schedule, clip=math.inf):
     schedule.step()
 
 
-def report(progress, what, step, steps, start, loss):
-    """A line each tenth of the way."""
-    if step % max(1, steps // 10) == 0:
-        left = (time.time() - start) * (steps - step) / step
-        progress(f"{what} {step}/{steps}  loss {loss.item():.5f}  {left:.0f} s left")
-
-
 # ---------------------------------------------------------------- training with pairs
 
 def regress(model, x, y):
-    """The supervised translation x + model(x, t=1, y), y an int or (B,).
-    A network whose output starts at zero starts as the identity."""
+    """The supervised translation x + model(x, t=1, y), y an int or (B,)."""
     y = torch.as_tensor(y, device=x.device).expand(len(x))
     return x + model(x, torch.ones(len(x), device=x.device), y).float()
 
 
-def supervised(model, source, target, y_target, steps, batch_size=64, lr=1e-3, seed=0,
-               dtype=torch.float32, progress=print):
-    """Train `model` in place on pairs, for one direction: a ceiling that sees what MedShift never sees.
-    source, target: (N, C, H, W) of the same heads, arrays or tensors; y_target: int. Returns the model, whose
-    translation is `regress`. Loss ||x + v(x, 1, y) - target||^2, AdamW, cosine decay to zero; `dtype` is the
-    autocast type."""
+def supervised(model, source, target, y_target, steps, batch_size=64, lr=1e-3, seed=0, dtype=torch.float32):
+    """Train `model` in place on pairs, in one direction: a ceiling that sees what MedShift never sees.
+
+        loss ||regress(model, x, y_target) - x1||^2        x, x1: source and target (N, C, H, W), same heads
+
+    AdamW, cosine decay to zero. Returns the model.
+    """
     device = next(model.parameters()).device
-    draw, start = torch.Generator().manual_seed(seed), time.time()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     cosine = lambda step: (1 + math.cos(math.pi * step / steps)) / 2
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
     model.train()
+    draw, start = torch.Generator().manual_seed(seed), time.time()
     for step in range(1, steps + 1):
         which = torch.randint(len(source), (batch_size,), generator=draw).numpy()
-        x = torch.as_tensor(source[which]).to(device, torch.float32)  # (B, C, H, W)
-        x1 = torch.as_tensor(target[which]).to(device, torch.float32)
+        x, x1 = (torch.as_tensor(stack[which]).to(device, torch.float32) for stack in (source, target))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = (regress(model, x, y_target) - x1).square().mean()
         descend(loss, optimizer, schedule)
-        report(progress, "supervised", step, steps, start, loss)
+        progress(step, steps, start, "supervised", "steps")
     return model.eval()
 
 
 def steps_within(seconds, train, trial=5):
-    """How many steps of train(steps) take about `seconds`, at least 1.
-    A rival gets as long as MedShift had, yet a fixed number of steps, which can be repeated exactly. It is
-    tried out twice, so that what is done only once does not count."""
+    """How many steps of train(steps) take about `seconds`, at least 1: a rival gets as long as MedShift had.
+    It is tried twice, so that what is done only once does not count."""
     train(trial)
     start = time.time()
     train(trial)
@@ -219,8 +193,7 @@ def steps_within(seconds, train, trial=5):
 # ---------------------------------------------------------------- files
 
 def save(path, network, pair, y_target=None):
-    """Write a translator whole or not at all: a Generator, or a supervised UNet with its label.
-    pair: the names of source and target."""
+    """Write a translator: a Generator, or a supervised UNet with its label. pair: names of source, target."""
     if isinstance(network, Generator):
         how = dict(generator=network.config)
     else:
@@ -233,15 +206,11 @@ def load(path, device="cpu"):
     """What `save` has written: a function from images (B, C, H, W) to translations, and the pair's names.
     Raises UserError if it is something else."""
     state = checkpoint.load(path, device)
-    if "generator" in state:
-        network = Generator(**state["generator"])
-    elif "y_target" in state:
-        network = UNet(Shape(**state["shape"]))
-    else:
+    if "pair" not in state:
         raise UserError(f"{path} holds no rival: `python -m minimedshift.study rivals` trains them")
+    direct = "generator" in state
+    network = Generator(**state["generator"]) if direct else UNet(Shape(**state["shape"]))
     checkpoint.load_weights(network, state["weights"], path)
     network.to(device).eval().requires_grad_(False)
-    pair = tuple(state["pair"])
-    if "generator" in state:
-        return network, pair
-    return lambda x: regress(network, x, state["y_target"]), pair
+    translate = network if direct else lambda x: regress(network, x, state["y_target"])
+    return translate, tuple(state["pair"])

@@ -95,8 +95,6 @@ class Config:
                       ("auto", "float32", "bfloat16"))
     compile: str = flag("auto", "torch.compile the network's blocks; auto: on a GPU (on a CPU it takes longer than it saves)",
                         "run", ("auto", "yes", "no"))
-    cuda_graph: bool = flag(False, "replay the network's part of a step from a CUDA graph; off, as it has not been timed "
-                            "on a GPU yet", "run")
     evaluate: bool = flag(True, "score the result on simulated test heads at the end", "run")
 
 
@@ -105,7 +103,7 @@ STUDENT = {"cpu": (300, 600), "gpu": (1000, 6000)}  # images of each domain, opt
 SAVE_EVERY = 120  # seconds
 LESSONS = ("student_images", "student_steps", "student_tau", "student_end")
 # flags that may differ on --resume
-FREE = {"out", "resume", "overwrite", "device", "dtype", "compile", "cuda_graph", "evaluate", "check_data", "student",
+FREE = {"out", "resume", "overwrite", "device", "dtype", "compile", "evaluate", "check_data", "student",
         *LESSONS}
 
 
@@ -150,8 +148,6 @@ def main(argv=None):
         for optimizer, state in zip(optimizers, then["optimizer"]):
             optimizer.load_state_dict(state)
         ema.load(then["ema"])
-    if config.cuda_graph:
-        model.capture(config.batch_size, config.size, dtype)
     first = then["step"] if then else 0
     same_lessons = then and all(then["config"].get(name) == getattr(config, name) for name in LESSONS)
     taught = then.get("student") if same_lessons else None
@@ -312,11 +308,11 @@ def resolve(config):
     stride = shape.stem * 2 ** (len(shape.widths) - 1)
     if config.size < 16 or config.size % stride:
         raise UserError(f"--size {config.size} is not allowed: it must be at least 16 and divisible by {stride}")
-    check_together(config, device)
+    check_together(config)
     return config, device
 
 
-def check_together(config, device):
+def check_together(config):
     """Raises UserError for flags that do not go together."""
     def refuse(wrong, says):
         if wrong:
@@ -328,7 +324,6 @@ def check_together(config, device):
     refuse(config.student_tau >= config.student_end,
            f"--student-tau {config.student_tau:g} is not allowed: it must be below --student-end, "
            f"{config.student_end:g}")
-    refuse(config.cuda_graph and device.type != "cuda", f"--cuda-graph needs a CUDA device, this is {device.type}")
     refuse(config.coupling == "sinkhorn" and not config.sigma and not config.entropy,
            "--coupling sinkhorn needs --sigma or --entropy above 0")
     refuse(config.entropy and config.coupling != "sinkhorn", "--entropy is for --coupling sinkhorn")

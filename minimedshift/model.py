@@ -141,17 +141,6 @@ class UNet(nn.Module):
             if isinstance(module, Block):
                 module.compile(**options)
 
-    def capture(self, batch, size, dtype):
-        """Record the forward and the backward pass as a CUDA graph, in place: one launch, not some thousand.
-        In train mode the network then takes only `batch` images of size x size, in number format dtype. In
-        eval mode it stays as it is. Needs a CUDA device."""
-        device = self.out.weight.device
-        xt = torch.zeros(batch, self.shape.channels, size, size, device=device)
-        t = torch.zeros(batch, device=device)
-        y = torch.zeros(batch, dtype=torch.long, device=device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
-            torch.cuda.make_graphed_callables(self, (xt, t, y))
-
 
 # Side of the training images in pixels, and the network. GFLOPs are of one evaluation of one image, a
 # multiply-add counted as two:

@@ -140,9 +140,7 @@ def assign(cost):
     Auction (Bertsekas 1988): a row without a column takes its best one from whoever has it, and raises that
     column's price by its margin over the second best plus eps. The total is then within n eps of the optimum.
     Each row then gives up a column that is not quite its best, and gets one along the cheapest chain of
-    exchanges (Jonker & Volgenant 1987).
-
-    cost (n, n) finite. Returns the column of each row, (n,) int64 on the host.
+    exchanges (Jonker & Volgenant 1987). cost (n, n) finite -> the column of each row, (n,) int64 on the host.
     """
     cost = cost.detach().cpu().double().numpy()
     n, spread = len(cost), cost.std() or 1.0
@@ -211,9 +209,8 @@ class Semidiscrete:
         self.square = [x.square().flatten(1).sum(1).mean() for x in self.images]
 
     def pick(self, x0, y):
-        """The image of each noise x0 (n, ...), among those of its label y (n,), which is on the host.
-        Where labels are ignored: among all images. Returns x1 (n, ...), its labels (n,), and a Plan, whose
-        index is that of the image in its group."""
+        """The image of each noise x0 (n, ...), among those of its label y (n,), on the host, or among all
+        images where labels are ignored. Returns x1 (n, ...), its labels, and a Plan with the indices of x1."""
         y = y if self.labels is None else 0 * y
         j = torch.empty(len(y), dtype=torch.int64, device=x0.device)
         x1 = torch.empty_like(x0)
@@ -249,10 +246,10 @@ def learn_potentials(x, weight=None, noises=200, batch=512, rank=256, seed=0, de
 
         sum_j w_j g_j - E max_j (<x0, x_j> + g_j),    sum_j w_j = 1,
 
-    whose gradient in g_j is w_j less the share of noises that pick j. The scores <x0, x_j> of white noise are
-    Gaussian with covariance x x^T. They are drawn from its leading `rank` directions, which is 16 times
-    cheaper than from noise at 64x64. About `noises` an image are seen, in at least 800 batches. Returns the
-    mean of g over the second half, and the shares of TRIALS N fresh noises over w (1 is right).
+    whose gradient in g_j is w_j less the share of noises that pick j. Scores <x0, x_j> of white noise are
+    Gaussian with covariance x x^T; they are drawn from its leading `rank` directions. About `noises` an image
+    are seen. Returns the mean of g over the second half of the batches, and the shares of TRIALS N fresh
+    noises over w (1 is right).
     """
     x = centred(torch.as_tensor(np.asarray(x), device=device))
     N = len(x)
@@ -291,11 +288,10 @@ COUPLINGS = {  # a plan of a batch: function(x0, x1, y, eps, generator) -> Plan
 
 
 def couple(name, x0, x1, y, eps=0.0, generator=None):
-    """Pair noises with images inside each label's block: a Plan.
+    """The Plan of a batch: noises and images are paired inside each label's block.
 
-    x0, x1 (n, ...) on any device, y (n,) int64 on the host (so that block sizes cost no device sync). Only
-    "sinkhorn" needs eps > 0, and a generator on the device. Raises ValueError for eps <= 0, and for a coupling
-    that makes no plan of a batch.
+    x0, x1 (n, ...) on any device, y (n,) int64 on the host. "sinkhorn" needs eps > 0, and a generator on the
+    device. Raises ValueError for another eps, and for a coupling that makes no plan of a batch.
     """
     if COUPLINGS.get(name, Semidiscrete) is Semidiscrete:
         raise ValueError(f"couple makes a plan of a batch, which {name} does not")

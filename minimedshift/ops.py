@@ -175,7 +175,8 @@ def table_of(mean, rstd, gain, offset):
 
 
 @custom_op("minimedshift::norm_silu", mutates_args=())
-def norm_silu(x: Tensor, gain: Tensor, offset: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def norm_silu(x: Tensor, gain: Tensor, offset: Tensor, groups: int,
+              eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """y, channels-last, mean and rstd (B, groups). gain, offset (B, C) float32."""
     grid, sizes = tiling(*x.shape)
     x = x.contiguous(**LAST)
@@ -234,7 +235,7 @@ norm_silu.register_autograd(norm_silu_gradients, setup_context=keep_moments)
 
 def row_lse(matrix, g, eps):
     """log sum_j exp(g_j + matrix_ij / eps). matrix (n, m) of any strides, g (m,). Returns (n,).
-    Entries may be -inf. A row of nothing else gives -inf. The kernel has no gradient: no coupling needs it."""
+    Entries may be -inf; a row of nothing else gives -inf. The kernel has no gradient: no coupling needs one."""
     function = fused_row_lse if has_kernel("row_lse", matrix) else row_lse_reference
     return function(matrix, g, eps)
 

@@ -25,8 +25,10 @@ from minimedshift.support import checkpoint
 from minimedshift.support.batches import batches, null_label
 from minimedshift.coupling import COUPLINGS
 from minimedshift.flow import loss as flow_loss
-from minimedshift.support.log import Log
-from minimedshift.support.machine import (can_compile, has_bfloat16, keep_memory, machine, pick_device,
+from minimedshift.support.files import write_json
+from minimedshift.support.images import figure
+from minimedshift.support.log import Log, progress
+from minimedshift.support.machine import (can_compile, has_bfloat16, keep_memory, load, machine, pick_device,
     pick_formats)
 from minimedshift.model import PRESETS, UNet
 from minimedshift.support.optim import Muon, split
@@ -221,7 +223,7 @@ def main(argv=None):
         run_of = dict(command=" ".join(["python", *sys.argv]), seed=config.seed, machine=machine(device),
                       torch=torch.__version__, dtype=name_of(dtype), memory_format=name_of(memory), weights="EMA", steps=config.steps,
                       training_seconds=(log.column("seconds") or [0.0])[-1], coupling=log.means())
-        evaluate.write_json(file.parent / "report.json", run_of | report)
+        write_json(file.parent / "report.json", run_of | report)
         evaluate.picture(file.parent / "translations.png", dataset, report["main_pair"], pictures)
         print(f"{file.parent}/: checkpoint.pt, log.csv, loss.png, samples.png, translations.png, report.json")
     return 0
@@ -267,7 +269,7 @@ def teach(model, dataset, config, dtype, device):
     """The student of a trained flow, with progress."""
     def say(what):
         start, unit = time.time(), {"the student learns": "steps", "its finish": "pairs"}.get(what, "images")
-        return lambda done, total: data.progress(done, total, start, what, unit)
+        return lambda done, total: progress(done, total, start, what, unit)
 
     how = dict(steps=5, solver="fireflow", end=config.student_end, colour=config.colour, x0=config.x0)
     return student.teach(model, dataset, config.student_images, config.student_steps, config.student_tau, how,
@@ -281,14 +283,14 @@ def draw_samples(path, model, ema, dataset, translation, device, count=4):
     model.load_state_dict(ema.mean)
     model.eval()
     images = dataset.held_out[0] if len(dataset.held_out[0]) else dataset.train[0]
-    x1 = evaluate.load(images[:count], device)
+    x1 = load(images[:count], device)
     columns = [x1] + [sampler.translate(model, x1, 0, y, **translation) for y in range(1, len(dataset.domains))]
     model.load_state_dict(live)
     model.train()
     way = f"tau {translation['tau']:g}" if translation["x0"] == "noise" else "directly"
     titles = [f"source\n{dataset.domains[0]}"] + [f"{way}\n{domain}" for domain in dataset.domains[1:]]
     rows = [list(row) for row in zip(*(x.cpu() for x in columns))]
-    data.figure(path, rows, titles, [""] * len(x1))
+    figure(path, rows, titles, [""] * len(x1))
 
 
 def resolve(config):

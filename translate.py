@@ -19,16 +19,17 @@ from pathlib import Path
 
 import torch
 
-from minimedshift import data, sampler, student
+from minimedshift import sampler, student
 from minimedshift.measure import metrics
 from minimedshift.phantom import sets
-from minimedshift.support import domain, film
+from minimedshift.support import domain, film, images
 from minimedshift.support.command import UserError, flag, parse, run
 from minimedshift.support.carry import carry, resize, working_shape
 from minimedshift.support.checkpoint import load_model
-from minimedshift.evaluate import TAUS, in_batches, main_domains
+from minimedshift.evaluate import TAUS, main_domains
 from minimedshift.flow import draw_noise
-from minimedshift.support.machine import can_compile, keep_memory, pick_device
+from minimedshift.support.log import progress
+from minimedshift.support.machine import can_compile, in_batches, keep_memory, pick_device
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,9 @@ def plan_files(c):
             raise UserError(f"INPUT {source} is a folder but OUTPUT {target} is a file")
         if source.resolve() in target.resolve().parents:
             raise UserError(f"OUTPUT {target} lies inside INPUT {source}, so its files would be taken for inputs: choose a folder outside")
-        files = [(path, target / path.relative_to(source)) for path in data.image_files(source)]
+        files = [(path, target / path.relative_to(source)) for path in images.image_files(source)]
         if not files:
-            raise UserError(f"INPUT {source} has no image files ({' '.join(data.FORMATS)})")
+            raise UserError(f"INPUT {source} has no image files ({' '.join(images.FORMATS)})")
     else:
         if not source.is_file():
             raise UserError(f"INPUT {source}: there is no such file or folder")
@@ -111,8 +112,8 @@ def plan_files(c):
             taken.add(Path(picture).resolve())
             outputs.append(Path(picture))
     for path in outputs:
-        if path.suffix.lower() not in data.FORMATS:
-            raise UserError(f"{path}: an image file ends in one of {' '.join(data.FORMATS)}")
+        if path.suffix.lower() not in images.FORMATS:
+            raise UserError(f"{path}: an image file ends in one of {' '.join(images.FORMATS)}")
         if path.is_dir():
             raise UserError(f"{path} is a folder, where an image should be written")
     there = [path for path in outputs if path.exists()]
@@ -132,7 +133,7 @@ def plan_files(c):
 def translate_batch(items, model, translator, state, c, how, device, pictures):
     """Translate [(input, output, x, info)] of one working shape, write them and add them to `pictures`."""
     channels, domains = state["image"]["channels"], state["domains"]
-    full = [data.channels_to(x, channels)[None] for _, _, x, _ in items]  # on the host: together they may be large
+    full = [images.channels_to(x, channels)[None] for _, _, x, _ in items]  # on the host: together they may be large
     shape = working_shape(*full[0].shape[-2:], state["image"]["size"], model.stride)
     x1 = torch.cat([resize(x.to(device), shape) for x in full])
     y_source = domain.sources(x1, [path for path, *_ in items], model, state, c.source, c.target, c.seed)
@@ -146,7 +147,7 @@ def translate_batch(items, model, translator, state, c, how, device, pictures):
     for (source, path, x, info), large, small, new in zip(items, full, x1, out):
         if large.shape[-2:] != shape:
             new = carry(large.to(device), small[None], new[None])[0]
-        data.write_image(path, new, info)
+        images.write_image(path, new, info)
         changed.append((source.name, large[0], new.clamp(-1, 1).cpu()))
     pictures.add(changed, x1, y_source, y_target, out)
 
@@ -162,14 +163,14 @@ def translate_files(files, model, translator, state, c, how, device):
         translate_batch(batch, model, translator, state, c, how, device, pictures)
         done += len(batch)
         if len(files) > 1:
-            data.progress(done, len(files) - bad, start, "translating")
+            progress(done, len(files) - bad, start, "translating")
         else:
             print(f"{batch[0][1]} written")
 
     for path, output in files:
         try:
-            x, info = data.read_image(path)
-            data.check_writable(output, info)
+            x, info = images.read_image(path)
+            images.check_writable(output, info)
         except UserError as error:
             if len(files) == 1:
                 raise
@@ -210,7 +211,7 @@ def translate_heads(model, translator, state, c, how, device, heads=8):
         pictures.append(translator(x1, source, target, c.seed))
         captions.append(f"student, {score(pictures[-1])}\n(default)")
     path = Path(c.checkpoint).parent / "translate.png"
-    data.figure(path, [list(row) for row in zip(*(x.cpu() for x in pictures + [truth]))],
+    images.figure(path, [list(row) for row in zip(*(x.cpu() for x in pictures + [truth]))],
                 captions + [f"simulated truth\n{domains[target]}"], [f"head {i}" for i in range(len(x1))])
     print(f"{path}: simulated test heads; dB is the structure PSNR against the simulated truth, mean of the {len(x1)} heads shown")
     return 0

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from minimedshift import data, evaluate, ops, phantom, sampler
-from minimedshift.support.command import UserError, flag, parse, run, whole
+from minimedshift import data, ops, phantom, sampler
+from minimedshift.support.command import UserError, flag, parse, run
+from minimedshift.support.files import whole, write_json
 from minimedshift.coupling import Semidiscrete, couple, exact
 from minimedshift.flow import draw_noise
 from minimedshift.flow import loss as flow_loss
@@ -511,7 +512,7 @@ def main(argv=None):
         for row, r in results[name].items():
             print(show(row, r), flush=True)
     told = dict(machine=title, device=device.type, repeats=c.repeats, quick=c.quick, **results)
-    evaluate.write_json(out / "bench.json", told)
+    write_json(out / "bench.json", told)
     if {"steps", "growth"} & set(results):
         plot(out / "bench.png", results, title)
     return 0

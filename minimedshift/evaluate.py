@@ -21,9 +21,12 @@ import torch
 from minimedshift import balance, data, sampler, student
 from minimedshift.measure import baselines, metrics, realism, rivals
 from minimedshift.phantom import sets
-from minimedshift.support.command import UserError, flag, parse, run, whole
+from minimedshift.support.command import UserError, flag, parse, run
+from minimedshift.support import images
+from minimedshift.support.files import whole, write_json
 from minimedshift.support.checkpoint import load_model
-from minimedshift.support.machine import keep_memory, machine, pick_device
+from minimedshift.support.log import progress
+from minimedshift.support.machine import in_batches, keep_memory, load, machine, pick_device
 
 MAIN = ("synthetic-high", "real-normal")
 STUDENT = "MedShift's student"
@@ -49,32 +52,9 @@ class Config:
 
 # ---------------------------------------------------------------- helpers
 
-def in_batches(function, x, batch=64):
-    """function applied to slices of x (N, ...), joined again: the memory of one batch. A batch that a GPU has no memory for is halved.
-    Raises torch.OutOfMemoryError where a single image does not fit."""
-    while True:
-        try:
-            return torch.cat([function(part) for part in x.split(batch)])
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                raise
-            batch //= 2
-
-
-def load(array, device):
-    """A stored float16 array (or a slice of one) as float32 on the device."""
-    return torch.from_numpy(np.array(array, np.float32)).to(device)
-
-
 def scorer(device):
     """Where scores are computed: they take float64, which mps lacks."""
     return "cpu" if torch.device(device).type == "mps" else device
-
-
-def write_json(path, values):
-    """Write a dict as JSON, whole or not at all."""
-    with whole(path) as work:
-        work.write_text(json.dumps(values, indent=1))
 
 
 # ---------------------------------------------------------------- questions
@@ -450,7 +430,7 @@ def picture(path, dataset, main, pictures, count=6):
     truth = dataset.test.images if dataset.test.truth is None else dataset.test.truth
     columns.append(load(truth[:count, t], "cpu"))
     captions.append(f"{main['target']}\n" + ("the other image" if dataset.test.truth is None else "simulated truth"))
-    data.figure(path, [list(row) for row in zip(*columns)], captions, [""] * count)
+    images.figure(path, [list(row) for row in zip(*columns)], captions, [""] * count)
 
 
 def main_domains(domains, source=None, target=None):
@@ -526,7 +506,7 @@ def with_truth(c, methods, dataset, pairs_of, s, t, reference, device, phase):
     for population, pairs in pairs_of.items():
         phase(f"all {len(few)} ordered pairs, {c.heads_each} test heads each, population {population}")
         start = time.time()
-        show = lambda done, total: data.progress(done, total, start, "scoring pairs", "pairs")
+        show = lambda done, total: progress(done, total, start, "scoring pairs", "pairs")
         rows, means = all_pairs(quick, chosen_all, pairs, dataset.domains, curve, c.heads_each, device, show)
         everything[population] = dict(pairs=rows, means=means)
     return dict(settings=settings, settings_all_pairs=settings_all, main_pair=main, all_pairs=everything, pareto=curves), kept
@@ -596,7 +576,7 @@ def main(argv=None):
             heads_picture(out / "heads.png", methods, results, dataset, s, t, config["seed"], model.stride, device)
         else:
             columns = {name: x for name, x in kept["shared"].items()}
-            data.figure(out / "heads.png", [list(row) for row in zip(*(x[:4].cpu() for x in columns.values()))], list(columns), [""] * 4)
+            images.figure(out / "heads.png", [list(row) for row in zip(*(x[:4].cpu() for x in columns.values()))], list(columns), [""] * 4)
     results["seconds"] = time.time() - phase.start
     write_json(out / "results.json", results)
     text = tables.table(results)
@@ -636,7 +616,7 @@ def heads_picture(path, methods, results, dataset, s, t, seed, stride, device, s
     for name in figure:
         seen = "\n(sees pairs)" if name in rows and rows[name]["kind"] == "ceiling" else ""
         labels.append(f"{name}\n{rows[name]['structure']:.1f} dB, mean{seen}" if name in rows else name)
-    data.figure(path, [list(x.cpu()) for x in figure.values()], [f"{name} of {best_of_ours}: {i}" for name, i in shown.items()], labels, cell=size)
+    images.figure(path, [list(x.cpu()) for x in figure.values()], [f"{name} of {best_of_ours}: {i}" for name, i in shown.items()], labels, cell=size)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from minimedshift import evaluate, sampler
+from minimedshift import sampler
 from minimedshift.phantom import sets
 from minimedshift.support import domain
-from minimedshift.support.command import UserError, flag, parse, run, whole
+from minimedshift.support.command import UserError, flag, parse, run
+from minimedshift.support.files import whole
 from minimedshift.support.checkpoint import load_model
-from minimedshift.support.machine import pick_device
+from minimedshift.support.machine import in_batches, load, pick_device
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,10 @@ def main(argv=None):
     columns = [sets.phantom.DOMAINS.index(name) for name in state["domains"]]
     found = {i / 10: None for i in range(11)}  # tau: (domain told, same head)
     for tau in found:
-        z = [evaluate.load(pairs.images[:, column], device) for column in columns]
+        z = [load(pairs.images[:, column], device) for column in columns]
         if tau < how["end"]:  # from `end` on, z is the image
             leg = tau, how["steps"], how["solver"], how["end"], how["colour"]
-            z = [evaluate.in_batches(lambda x1: sampler.encode(model, x1, y, *leg), z[y]) for y in range(D)]
+            z = [in_batches(lambda x1: sampler.encode(model, x1, y, *leg), z[y]) for y in range(D)]
         z = torch.stack(z, 1).cpu()  # (N, D, C, H, W)
         found[tau] = probe(features(z)), same_head(z)
         print("tau {:.1f}: domain told {:.1%}, same head {:.1%}".format(tau, *found[tau]), flush=True)

@@ -24,12 +24,13 @@ from torch import nn
 from minimedshift import data, evaluate, sampler, student
 from minimedshift.measure import rivals, tables
 from minimedshift.phantom import sets
-from minimedshift.support.command import UserError, flag, parse, run, whole
+from minimedshift.support.command import UserError, flag, parse, run
+from minimedshift.support.files import whole, write_json
 from minimedshift.support.checkpoint import load, load_model
 from minimedshift.coupling import assign, couple
 from minimedshift.flow import draw_noise
 from minimedshift.flow import loss as flow_loss
-from minimedshift.support.machine import pick_formats
+from minimedshift.support.machine import load as load_array, pick_formats
 from minimedshift.model import PRESETS, UNet
 
 
@@ -199,7 +200,7 @@ def evaluations_needed(model, dataset, how, tau=.4, heads=8, share=.05):
     """The fewest evaluations with which a translation of the main pair is within `share` of its solution with 60 Heun steps a leg: root mean
     square difference over that between this solution and the source. None if 24 steps a leg do not do."""
     s, t = (dataset.domains.index(name) for name in evaluate.MAIN)
-    x1 = evaluate.load(dataset.valid.images[:heads, s], "cpu")
+    x1 = load_array(dataset.valid.images[:heads, s], "cpu")
     solve = lambda steps: sampler.translate(model, x1, s, t, tau, **{**how, "solver": "heun", "steps": steps})
     solution = solve(60)
     rms = lambda x: x.square().mean().sqrt().item()
@@ -271,7 +272,7 @@ def rivals_run(shift, seed, steps, folder):
     dataset = sets.phantom_set(state["image"]["size"], config["train_images"], config["valid_heads"], config["test_heads"], seed, shift)
     train_rivals(dataset, folder, seconds, seed)
     evaluate.main(["--checkpoint", str(checkpoint), "--rivals", str(folder), "--out", str(folder / "evaluation")])
-    evaluate.write_json(folder / "one_pair.json", one_network_or_many(folder, dataset))
+    write_json(folder / "one_pair.json", one_network_or_many(folder, dataset))
 
 
 def train_once(flags, folder):
@@ -440,7 +441,7 @@ def main_students(c):
 
     def report(name, row):
         rows[name] = row
-        evaluate.write_json(file, rows)
+        write_json(file, rows)
         print(f"[{time.time() - start:.0f} s] {name}: " + ", ".join(f"{key} {value:.3g}" for key, value in row.items() if isinstance(value, (int, float))), flush=True)
 
     students(c.checkpoint, [name for name in names if f"{name}, finished" not in rows], report)
@@ -501,7 +502,7 @@ def main(argv=None):
             if file.exists():
                 continue
             result = moons_run(name, seed, steps) if c.study == "moons" else phantom_run(name, seed, steps, c.heads, out / key)
-            evaluate.write_json(file, dict(result, seconds=time.time() - start))
+            write_json(file, dict(result, seconds=time.time() - start))
             print(f"{name}, seed {seed}: {time.time() - start:.0f} s", flush=True)
     lines = table([json.loads(file.read_text()) for file in sorted(out.glob(f"*-{steps}-*.json"))])
     (out / "table.md").write_text("\n".join(lines) + "\n")

@@ -13,7 +13,8 @@ def test_round_trip_of_plain_types(tmp_path):
     state = dict(step=3, config=dict(sigma=0.0, data=None), model={"w": torch.randn(3)})
     checkpoint.save(tmp_path / "a" / "c.pt", state)
     back = checkpoint.load(tmp_path / "a" / "c.pt")
-    assert back["step"] == 3 and back["config"] == state["config"] and torch.equal(back["model"]["w"], state["model"]["w"])
+    assert back["step"] == 3 and back["config"] == state["config"]
+    assert torch.equal(back["model"]["w"], state["model"]["w"])
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["c.pt"]
 
 
@@ -68,7 +69,8 @@ def test_ema_leaves_buffers_and_the_live_network_alone():
 
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16), (24, 24)])
 def test_muon_makes_singular_values_alike(shape):
-    u, s, vt = torch.linalg.svd(torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)
     m = u * torch.logspace(0, -1.5, s.shape[1]) @ vt  # singular values from 1 to .03
     o = torch.stack(orthogonalise([*m, torch.randn(16, 16)])[:3])  # others of the same or another side change nothing
     assert 0.6 < torch.linalg.svdvals(o).min() and torch.linalg.svdvals(o).max() < 1.25
@@ -87,13 +89,14 @@ def test_newton_schulz_on_the_gram_matrix_is_newton_schulz():
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 def test_a_step_of_muon_is_the_textbook_step_in_either_memory_format(memory):
-    """From zero momentum the update is U V^T of the gradient as (out, in h w), times sqrt(out / in h w) where that is above 1."""
+    """From zero momentum: U V^T of the gradient as (out, in h w), times sqrt(out / in h w) where that is above 1."""
     for shape in ((4, 3, 3, 3), (24, 2, 3, 3)):
         w = torch.nn.Parameter(torch.randn(shape).to(memory_format=memory))
         before, w.grad = w.detach().clone(), torch.randn(shape).to(memory_format=memory)
         Muon([w], lr=0.1, weight_decay=0.5).step()
         u = torch.stack(orthogonalise([w.grad.flatten(1)]))[0].view(shape)
-        torch.testing.assert_close(w.detach(), 0.95 * before - 0.1 * max(1, shape[0] / (9 * shape[1])) ** 0.5 * u, atol=1e-5, rtol=1e-5)
+        wanted = 0.95 * before - 0.1 * max(1, shape[0] / (9 * shape[1])) ** 0.5 * u
+        torch.testing.assert_close(w.detach(), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_muon_solves_a_badly_scaled_least_squares():

@@ -17,6 +17,7 @@ from minimedshift.measure import metrics, tables
 from minimedshift.phantom import sets
 from minimedshift.support import checkpoint
 from minimedshift.support.command import UserError
+from minimedshift.support.machine import load
 from minimedshift.evaluate import Method
 from minimedshift.model import Shape, UNet
 
@@ -60,7 +61,7 @@ def test_the_flow_gives_each_pair_what_the_sampler_gives_it(dataset):
     method = evaluate.with_network(model, HOW)[0]
     how = {key: HOW[key] for key in ("guidance", "steps", "solver", "end", "colour")}
     for s in (0, 1):
-        x = evaluate.load(dataset.test.images[:3, s], "cpu")
+        x = load(dataset.test.images[:3, s], "cpu")
         for t in (2, 3):
             for tau in (.2, .5):
                 q = evaluate.question(dataset.test, s, t, 3, "cpu", x)

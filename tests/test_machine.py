@@ -13,13 +13,17 @@ CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))
 
 
 @pytest.mark.parametrize("bfloat16, last, best", [
-    (1.2, .9, (torch.float32, torch.channels_last)), (.8, 1.1, (torch.float32, torch.contiguous_format)), (.4, .9, (torch.bfloat16, torch.channels_last))])
+    (1.2, .9, (torch.float32, torch.channels_last)),
+    (.8, 1.1, (torch.float32, torch.contiguous_format)),
+    (.4, .9, (torch.bfloat16, torch.channels_last)),
+])
 def test_a_cpu_takes_what_is_fastest_and_bfloat16_only_by_a_clear_margin(monkeypatch, bfloat16, last, best):
-    """By a clock that convolutions alone move on: `bfloat16` and `last` are factors to the time of contiguous float32, .1 s."""
+    """By a clock that convolutions alone move: `bfloat16` and `last` are factors to contiguous float32's .1 s."""
     now = [0.]
 
     def convolution(x, w, padding):
-        now[0] += .1 * (bfloat16 if x.dtype == torch.bfloat16 else 1) * (last if x.is_contiguous(memory_format=torch.channels_last) else 1)
+        seconds = .1 * (bfloat16 if x.dtype == torch.bfloat16 else 1)
+        now[0] += seconds * (last if x.is_contiguous(memory_format=torch.channels_last) else 1)
         return x * 1
 
     monkeypatch.setattr(machine.F, "conv2d", convolution)
@@ -38,9 +42,15 @@ def test_a_gpu_takes_what_it_has_a_unit_for(monkeypatch):
 
 def test_blocks_are_compiled_where_that_is_possible(monkeypatch, capsys):
     can_compile = machine.can_compile.__wrapped__
-    triton = lambda **built: SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=SimpleNamespace(**built))))
+
+    def triton(**built):
+        driver = SimpleNamespace(active=SimpleNamespace(**built))
+        return SimpleNamespace(runtime=SimpleNamespace(driver=driver))
+
     assert not can_compile(CPU) and not can_compile(MPS)
-    for found, capability, can in ((triton(utils=1), (6, 1), False), (triton(utils=1), (7, 0), True), (triton(utils=1), (9, 0), True), (None, (9, 0), False)):
+    built = triton(utils=1)
+    cases = (built, (6, 1), False), (built, (7, 0), True), (built, (9, 0), True), (None, (9, 0), False)
+    for found, capability, can in cases:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         monkeypatch.setattr(machine, "triton", found)
         assert can_compile(CUDA) == can
@@ -51,3 +61,18 @@ def test_blocks_are_compiled_where_that_is_possible(monkeypatch, capsys):
 
 def test_scores_are_computed_where_there_is_float64():
     assert evaluate.scorer(MPS) == "cpu" and evaluate.scorer(CUDA) == CUDA and evaluate.scorer("cpu") == "cpu"
+
+
+def test_a_batch_that_does_not_fit_is_halved():
+    sizes = []
+
+    def function(x):
+        sizes.append(len(x))
+        if len(x) > 3:
+            raise torch.OutOfMemoryError
+        return 2 * x
+
+    x = torch.arange(10)
+    assert torch.equal(machine.in_batches(function, x, 8), 2 * x) and sizes == [8, 4, 2, 2, 2, 2, 2]
+    with pytest.raises(torch.OutOfMemoryError):
+        machine.in_batches(lambda x: function(torch.cat([x] * 4)), x, 8)

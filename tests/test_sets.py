@@ -1,4 +1,4 @@
-"""The simulated set holds what the simulator renders, is the same bytes every time, and nothing leaks between splits."""
+"""The simulated set holds what the simulator renders, in the same bytes every time; splits share no head."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minimedshift import data, phantom
+from minimedshift import phantom
 from minimedshift.phantom import sets
 from minimedshift.support.command import UserError
 
@@ -69,13 +69,19 @@ def test_shift_is_the_share_of_heads_from_their_own_population():
 
 
 def test_two_builds_are_the_same_bytes_in_one_process_or_three(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(sets.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(sets.os, "cpu_count", lambda: 3)
     monkeypatch.setattr(sets, "BIG", 0)
-    started = []
-    apart = sets.render_apart
-    monkeypatch.setattr(sets, "render_apart", lambda folder, parts, jobs: started.append(parts) or apart(folder, parts, jobs))
+    monkeypatch.setattr(sets, "BLOCK", 2)  # two jobs for the test heads
+    pools = []
+
+    class Pool(sets.ProcessPoolExecutor):
+        def __init__(self, max_workers, **how):
+            pools.append(max_workers)
+            super().__init__(max_workers, **how)
+
+    monkeypatch.setattr(sets, "ProcessPoolExecutor", Pool)
     again = sets.phantom_set(**SMALL, cache=tmp_path)
-    assert started == [3, 3, 3]
+    assert pools == [3, 3, 3]
     for a, b in zip(arrays(dataset), arrays(again)):
         np.testing.assert_array_equal(a, b)
 
@@ -89,9 +95,9 @@ def test_no_head_is_in_two_domains_or_two_splits(tmp_path, monkeypatch):
             (seen if anatomy is None else people).append(seed if anatomy is None else anatomy)
 
     monkeypatch.setattr(phantom, "Head", Fake)
-    for name in ("render", "picture"):
-        monkeypatch.setattr(phantom, name, lambda heads, *_, **__: torch.zeros(1, 1, 8, 8))
-    monkeypatch.setattr(phantom, "project", lambda heads, *_, **__: torch.zeros(1, 3, 8, 8))
+    monkeypatch.setattr(phantom, "render", lambda heads, *_: torch.zeros(len(heads), 1, 8, 8))
+    monkeypatch.setattr(phantom, "picture", lambda materials, heads, *_, **__: torch.zeros(len(heads), 1, 8, 8))
+    monkeypatch.setattr(phantom, "project", lambda heads, *_: torch.zeros(len(heads), 3, 8, 8))
     monkeypatch.setattr(sets, "BIG", 10**9)
     sets.phantom_set(8, 5 * 300, 70, 130, seed=3, cache=tmp_path, progress=False)
     everyone = seen + people
@@ -120,23 +126,26 @@ def test_the_cache_key_holds_everything_that_matters(monkeypatch):
         contents.append(json.dumps([name, content]))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "cached", note)
+    monkeypatch.setattr(sets, "cached", note)
     pairs = dict(size=16, count=2, split="valid", progress=False)
     train = dict(size=16, per_domain=2, progress=False)
-    calls = [(sets.training_images, dict(train, **change)) for change in ({}, dict(size=32), dict(per_domain=3), dict(seed=1), dict(shift=.55))]
-    changes = ({}, dict(size=32), dict(count=3), dict(split="test"), dict(seed=1), dict(prior="real-low"), dict(decoys=3))
+    changes = ({}, dict(size=32), dict(per_domain=3), dict(seed=1), dict(shift=.55))
+    calls = [(sets.training_images, dict(train, **change)) for change in changes]
+    changes = ({}, dict(size=32), dict(count=3), dict(split="test"), dict(seed=1), dict(prior="real-low"),
+               dict(decoys=3))
     calls += [(sets.paired_heads, dict(pairs, **change)) for change in changes]
     for function, arguments in calls:
         with pytest.raises(KeyboardInterrupt):
             function(**arguments)
-    for change in ("source", "torch"):
+    modules = (phantom.anatomy, phantom.rays, phantom.xray, sets)
+    for edited in modules:
         with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-            if change == "source":
-                m.setattr(sets.inspect, "getsource", lambda part: source(part) + "# edited")
-            else:
-                m.setattr(torch, "__version__", "9.9")
+            m.setattr(sets.inspect, "getsource", lambda part: source(part) + "# edited" * (part is edited))
             sets.paired_heads(**pairs)
-    assert len(set(contents)) == len(contents) == len(calls) + 2
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(torch, "__version__", "9.9")
+        sets.paired_heads(**pairs)
+    assert len(set(contents)) == len(contents) == len(calls) + len(modules) + 1
 
 
 @pytest.mark.parametrize("wrong", [dict(train_images=4), dict(valid_heads=0), dict(size=4)])

@@ -190,21 +190,6 @@ def test_a_score_head_is_trained_and_the_diffusion_is_scored(tmp_path, cache):
     assert checkpoint.load(tmp_path / "checkpoint.pt")["shape"]["score"] == 0.5
 
 
-def test_a_batch_that_does_not_fit_is_halved():
-    sizes = []
-
-    def function(x):
-        sizes.append(len(x))
-        if len(x) > 3:
-            raise torch.OutOfMemoryError
-        return 2 * x
-
-    x = torch.arange(10)
-    assert torch.equal(evaluate.in_batches(function, x, 8), 2 * x) and sizes == [8, 4, 2, 2, 2, 2, 2]
-    with pytest.raises(torch.OutOfMemoryError):
-        evaluate.in_batches(lambda x: function(torch.cat([x] * 4)), x, 8)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("coupling", ["semidiscrete", "sinkhorn --entropy 0.3 --sigma 0.1"])

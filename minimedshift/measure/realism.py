@@ -138,12 +138,12 @@ def load_features(path):
 
     def features(x):
         try:
-            found = user_features(x).detach().float().cpu()
+            found = user_features(x)
         except Exception as error:  # and in a user's function
             raise UserError(f"--features {path}: {type(error).__name__} in features(x): {error}") from None
-        if found.ndim != 2 or len(found) != len(x):
+        if not torch.is_tensor(found) or found.ndim != 2 or len(found) != len(x):
             raise UserError(f"--features {path}: features(x) must return a tensor ({len(x)}, D)")
-        return found
+        return found.detach().float().cpu()
 
     return features
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from minimedshift.support.command import whole
+from minimedshift.support.files import whole
 
 KINDS = {"unpaired": "unpaired, no network", "learned": "unpaired, learned", "ours": "**MedShift**", "ceiling": "sees pairs", "bound": "bound"}
 ORDER = ("bound", "unpaired", "learned", "ours", "ceiling")

@@ -8,20 +8,20 @@ Every head has a seed of its own. Paired heads do not depend on `shift`: the sam
 """
 
 import inspect
-import json
-import math
+import multiprocessing
 import os
-import subprocess
-import sys
+import signal
 import time
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
 
-from minimedshift import data, phantom
-from minimedshift.support.command import UserError
+from minimedshift import phantom
 from minimedshift.data import Dataset, Pairs
+from minimedshift.support import log
+from minimedshift.support.command import UserError
+from minimedshift.support.files import cached
 
 BLOCK, BIG = 16, 500  # heads rendered at once; images worth starting processes for
 KINDS = {"images": {}, "truth": dict(noise=False), "second": dict(exposure=1)}  # pictures of a paired head
@@ -35,140 +35,82 @@ def first_seed(seed, split, domain=0):
     return seed * 10_000_000 + int((FIRST_SEED[split] + domain) * 1_000_000)
 
 
-# ---------------------------------------------- blocks of work: each renders BLOCK heads into arrays on disk
-
-def render_training(folder, domain, start, size, per_domain, seed, shift):
-    """Training heads of one domain from `start` on, into folder/train.npy (D, N, 1, H, W); how many."""
-    name, first = phantom.DOMAINS[domain], first_seed(seed, "train", domain)
-    seeds = range(first + start, first + min(start + BLOCK, per_domain))
-    heads = [phantom.Head(s, phantom.population(s, name, shift)) for s in seeds]
-    out = np.load(Path(folder) / "train.npy", mmap_mode="r+")
-    out[domain, start:start + BLOCK] = phantom.render(heads, name, size).numpy()
-    return len(heads)
+def render_training(size, domain, first, count, shift):
+    """A block of training heads of one domain, from seed `first` on: a dict of train (n, 1, H, W) float16."""
+    seeds = range(first, first + count)
+    heads = [phantom.Head(seed, phantom.population(seed, domain, shift)) for seed in seeds]
+    return dict(train=phantom.render(heads, domain, size).half().numpy())
 
 
-def render_pairs(folder, start, size, count, split, seed, prior, decoys):
-    """Paired heads from `start` on: every kind of picture in every domain, line integrals and decoys.
-
-    Into folder/KIND.npy (N, D, 1, H, W), materials.npy (N, 3, H, W) and decoys.npy (N, K, D, 1, H, W).
-    Returns how many images.
-    """
-    first = first_seed(seed, split)
-    block = slice(start, start + BLOCK)
-    heads = [phantom.Head(first + k, prior) for k in range(start, min(start + BLOCK, count))]
-    array = lambda name: np.load(Path(folder) / f"{name}.npy", mmap_mode="r+")
-    # one geometry for every domain and kind; fine bone is seen in the domains of full physics alone
-    materials = {full: phantom.project(heads, size, full) for full in (False, True)}
-    array("materials")[block] = materials[False].numpy()
-    for kind, how in KINDS.items():
-        for d, domain in enumerate(phantom.DOMAINS):
-            full = phantom.PHYSICS[domain].full
-            array(kind)[block, d] = phantom.picture(materials[full], heads, domain, **how).numpy()
+def render_pairs(size, first, count, prior, person, decoys):
+    """A block of paired heads from seed `first` on, decoys from `person` on: a dict of what `Pairs` holds."""
+    seeds = range(first, first + count)
+    heads = [phantom.Head(seed, prior) for seed in seeds]
+    block = {kind: in_all_domains(heads, size, **how) for kind, how in KINDS.items()}
+    block["materials"] = phantom.project(heads, size).half().numpy()
+    block["decoys"] = np.empty((count, decoys, len(phantom.DOMAINS), 1, size, size), np.float16)
     for k in range(decoys):
-        person = first_seed(seed, f"{split} decoys") + k
-        others = [phantom.Head(head.seed, prior, person + (head.seed - first) * decoys) for head in heads]
-        materials = {full: phantom.project(others, size, full) for full in (False, True)}
-        for d, domain in enumerate(phantom.DOMAINS):
-            full = phantom.PHYSICS[domain].full
-            truth = phantom.picture(materials[full], others, domain, noise=False)
-            array("decoys")[block, k, d] = truth.numpy()
-    return len(heads) * len(phantom.DOMAINS) * (len(KINDS) + decoys)
+        others = [phantom.Head(seed, prior, person + i * decoys + k) for i, seed in enumerate(seeds)]
+        block["decoys"][:, k] = in_all_domains(others, size, noise=False)
+    return block
 
 
-def render_part(folder, part, parts, jobs):
-    """Do every `parts`-th job, [function's name, arguments after `folder`]; yield how many images it made."""
-    for name, arguments in jobs[part::parts]:
-        yield globals()[name](folder, *arguments)
+def in_all_domains(heads, size, **how):
+    """The heads in every domain, (B, D, 1, H, W) float16: one geometry, five kinds of physics."""
+    materials = {fine: phantom.project(heads, size, fine) for fine in (False, True)}
+    images = []
+    for domain, physics in phantom.PHYSICS.items():
+        images.append(phantom.picture(materials[physics.full], heads, domain, **how))
+    return torch.stack(images, 1).half().numpy()
 
 
-def render_all(folder, jobs, images, show, what):
-    """Do all jobs, one process a core where there is much to do; the bytes do not depend on how many."""
-    start, done = time.time(), 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = min(cores, 16) if images > BIG else 1  # a small set is done before a process has started
-    counts = render_apart(folder, parts, jobs) if parts > 1 else render_part(folder, 0, 1, jobs)
-    for n in counts:
-        done += n
-        if show:
-            data.progress(done, images, start, what)
+def simulate(render, jobs, images, name, what, cache, progress):
+    """All that render(*job) returns, job after job, as a dict of arrays on disk; `images` in all.
 
+    Many are made by one process a core (threads are half as fast); the bytes do not depend on how many.
+    The cache's key is all that determines the arrays: this room's sources, torch, the jobs.
+    """
+    def build(folder):
+        start, blocks = time.time(), []
+        workers = dict(max_workers=min(os.cpu_count(), 16), mp_context=multiprocessing.get_context("spawn"),
+                       initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+        with ProcessPoolExecutor(**workers) as pool:  # starts no process before there is work
+            each = pool.map if images > BIG else map
+            for block in each(render, *zip(*jobs)):
+                blocks.append(block)
+                if progress:
+                    done = images * len(blocks) // len(jobs)
+                    log.progress(done, images, start, f"simulating {what} heads, once")
+        for kind in blocks[0]:
+            np.save(folder / f"{kind}.npy", np.concatenate([block[kind] for block in blocks]))
 
-def render_apart(folder, parts, jobs):
-    """`render_part` in `parts` processes; they report through one pipe. (Threads are half as fast.)"""
-    code = ("import json, os, sys, torch; from minimedshift.phantom import sets; torch.set_num_threads(1)\n"
-            "folder, part, parts, plan = sys.argv[1:]\n"
-            "for n in sets.render_part(folder, int(part), int(parts), json.load(open(plan))):\n"
-            "    os.write(1, b'%d\\n' % n)")
-    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    plan = Path(folder) / "jobs.json"
-    plan.write_text(json.dumps(jobs))
-    read, write = os.pipe()
-    workers = []
-    for part in range(parts):
-        command = [sys.executable, "-c", code, str(folder), str(part), str(parts), str(plan)]
-        workers.append(subprocess.Popen(command, stdout=write, env=env, start_new_session=True))
-    os.close(write)
-    try:
-        with open(read) as lines:
-            yield from map(int, lines)
-        if any(worker.wait() for worker in workers):
-            raise RuntimeError("a process that simulates heads has failed: see above")
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-        plan.unlink()
+    modules = (phantom.anatomy, phantom.rays, phantom.xray, phantom.sets)
+    key = [[inspect.getsource(module) for module in modules], torch.__version__, jobs]
+    folder = cached(cache, name, key, build)
+    return {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
 
-
-def new_array(folder, name, *shape):
-    """An empty float16 array on disk."""
-    np.lib.format.open_memmap(Path(folder) / f"{name}.npy", "w+", np.float16, shape)
-
-
-def recipe(*arguments):
-    """For the cache's key, all that determines an array: simulator, rendering here, torch, the arguments."""
-    sources = [inspect.getsource(part) for part in (phantom, first_seed, render_training, render_pairs)]
-    return [sources, FIRST_SEED, torch.__version__, arguments]
-
-
-# ---------------------------------------------- the sets
 
 def training_images(size, per_domain, seed=0, shift=.1, cache=None, progress=True):
     """(D, N, 1, H, W) float16 on disk: N unpaired training images of each domain."""
+    jobs = []
+    for d, domain in enumerate(phantom.DOMAINS):
+        for start in range(0, per_domain, BLOCK):
+            first = first_seed(seed, "train", d) + start
+            jobs.append((size, domain, first, min(BLOCK, per_domain - start), shift))
     D = len(phantom.DOMAINS)
-
-    def build(folder):
-        new_array(folder, "train", D, per_domain, 1, size, size)
-        jobs = []
-        for d in range(D):
-            for start in range(0, per_domain, BLOCK):
-                jobs.append(("render_training", (d, start, size, per_domain, seed, shift)))
-        render_all(folder, jobs, D * per_domain, progress, "simulating training heads, once")
-
-    folder = data.cached(cache, f"train-{size}", recipe(size, per_domain, seed, shift), build)
-    return np.load(folder / "train.npy", mmap_mode="r")
+    arrays = simulate(render_training, jobs, D * per_domain, f"train-{size}", "training", cache, progress)
+    return arrays["train"].reshape(D, per_domain, 1, size, size)
 
 
 def paired_heads(size, count, split, seed=0, prior=None, decoys=0, cache=None, progress=True):
     """`Pairs` of `count` heads of a split. prior: a domain's own population, None: the shared one."""
-    D, K = len(phantom.DOMAINS), len(KINDS)
-
-    def build(folder):
-        for kind in KINDS:
-            new_array(folder, kind, count, D, 1, size, size)
-        new_array(folder, "materials", count, 3, size, size)
-        new_array(folder, "decoys", count, decoys, D, 1, size, size)
-        jobs = []
-        for start in range(0, count, BLOCK):
-            jobs.append(("render_pairs", (start, size, count, split, seed, prior, decoys)))
-        render_all(folder, jobs, count * D * (K + decoys), progress, f"simulating {split} heads, once")
-
-    key = recipe(size, count, split, seed, prior, decoys)
-    folder = data.cached(cache, f"{split}-{size}", key, build)
-    load = lambda name: np.load(folder / f"{name}.npy", mmap_mode="r")
-    kinds = {kind: load(kind) for kind in KINDS}
-    return Pairs(**kinds, materials=load("materials"), decoys=load("decoys"))
+    jobs = []
+    for start in range(0, count, BLOCK):
+        first = first_seed(seed, split) + start
+        person = first_seed(seed, f"{split} decoys") + start * decoys
+        jobs.append((size, first, min(BLOCK, count - start), prior, person, decoys))
+    images = count * len(phantom.DOMAINS) * (len(KINDS) + decoys)
+    return Pairs(**simulate(render_pairs, jobs, images, f"{split}-{size}", split, cache, progress))
 
 
 def phantom_set(size, train_images=5000, valid_heads=64, test_heads=128, seed=0, shift=.1, cache=None,
@@ -185,12 +127,8 @@ def phantom_set(size, train_images=5000, valid_heads=64, test_heads=128, seed=0,
     train = training_images(size, train_images // D, seed, float(shift), cache, progress)
     valid = paired_heads(size, valid_heads, "valid", seed, decoys=DECOYS, cache=cache, progress=progress)
     test = paired_heads(size, test_heads, "test", seed, decoys=DECOYS, cache=cache, progress=progress)
-    count = train.shape[1]
-    facts = {}
-    for name in phantom.DOMAINS:
-        facts[name] = dict(count=count, sizes={f"{size}x{size}": count}, depths={"simulated": count})
     held_out = [test.images[:, d] for d in range(D)]
-    return Dataset(tuple(phantom.DOMAINS), size, 1, list(train), held_out, valid, test, facts)
+    return Dataset(phantom.DOMAINS, size, 1, list(train), held_out, valid, test)
 
 
 def own_heads(dataset, source, heads, seed=0, cache=None, progress=True):

@@ -8,16 +8,16 @@ import hashlib
 import inspect
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from minimedshift import coupling as plans
-from minimedshift import data
-from minimedshift.coupling import Semidiscrete, couple
+from minimedshift.coupling import Plan, Semidiscrete, couple
 from minimedshift.flow import direct_label, draw_noise, tint
+from minimedshift.support.files import cached
+from minimedshift.support.log import progress
 
 
 class Step(NamedTuple):
@@ -27,8 +27,8 @@ class Step(NamedTuple):
     y: torch.Tensor   # (B,) int64 label; null_label where it is hidden, for guidance
     t: torch.Tensor   # (B,) in [0, 1)
     e: torch.Tensor   # (B, C, H, W) the bridge's noise
-    plan: Any         # the coupling's Plan
-    seconds: Any      # a function: what the plan took, for each step it serves
+    plan: Plan
+    seconds: float    # what the plan took, for each step it serves
 
 
 def randomness(seed, step, device="cpu"):
@@ -51,15 +51,13 @@ def draw(dataset, config, step, device):
 
     With the semidiscrete coupling the noise will pick its image, and x1 is empty.
     """
-    # two streams, on a CPU too
-    host, there = randomness(config.seed, step), randomness(~config.seed, step, device)
+    host, there = randomness(config.seed, step), randomness(~config.seed, step, device)  # two streams, always
     domains = len(dataset.domains)
     y = torch.randint(domains, (config.batch_size,), generator=host)
     hidden = torch.rand(len(y), generator=host) < config.drop_label
     shape = len(y), dataset.channels, dataset.size, dataset.size
-    if config.coupling == "semidiscrete":
-        x1 = torch.empty(len(y), 0, device=device)
-    else:
+    x1 = torch.empty(len(y), 0, device=device)
+    if config.coupling != "semidiscrete":
         x1 = to_device(dataset.batch(y, host), device)
     if config.x0 == "image":
         source = (y + torch.randint(1, domains, y.shape, generator=host)) % domains
@@ -72,21 +70,26 @@ def draw(dataset, config, step, device):
     return x0, x1, y, hidden, t, e
 
 
-def batches(dataset, config, device, first=0, dtype=torch.float32):
-    """The Steps `first` to config.steps. dtype is the number format of the network's arithmetic.
+def now(device, wait):
+    """Seconds of the host's clock; wait: once a GPU has done what it was given."""
+    if wait and device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
-    On CUDA each is made a step ahead, in a thread and on a stream of its own.
-    """
-    semidiscrete = None
-    if config.coupling == "semidiscrete":
-        semidiscrete = Semidiscrete(*learn_potentials(dataset, config, device), dtype)
+
+def batches(dataset, config, device, first=0, dtype=torch.float32):
+    """The Steps `first` to config.steps. dtype is the number format of the network's arithmetic."""
+    n, domains = config.ot_batch, len(dataset.domains)
     keep = int(config.coupling_labels == "keep")  # 0: one label for all, as far as the coupling sees
     eps = 2 * config.sigma**2
+    wait = n > 1  # for the GPU, to see what a plan takes: once in n steps, not in every one
 
     def window(start):
-        steps = [draw(dataset, config, step, device) for step in range(start, start + config.ot_batch)]
+        steps = [draw(dataset, config, step, device) for step in range(start, start + n)]
         return [torch.cat(parts) for parts in zip(*steps)]
 
+    if config.coupling == "semidiscrete":
+        semidiscrete = Semidiscrete(*learn_potentials(dataset, config, device), dtype)
     if config.entropy:
         x0, x1, y = window(0)[:3]
         eps = plans.find_eps(x0, x1, y * keep, config.entropy)
@@ -94,106 +97,46 @@ def batches(dataset, config, device, first=0, dtype=torch.float32):
               f"{math.sqrt(eps / 2):.3g}", flush=True)
 
     def make():
-        for step in range(first, config.steps):
-            k = step % config.ot_batch
-            if k == 0 or step == first:
-                x0, x1, y, hidden, t, e = window(step - k)
-                watch = Stopwatch(device)
-                if semidiscrete:
-                    x1, y, plan = semidiscrete.pick(x0, y)
-                else:
-                    generator = randomness(config.seed, k - step - 1, device)  # one seed for each window
-                    plan = couple(config.coupling, x0, x1, y * keep, eps, generator)
-                    x0 = x0[plan.index]
-                seconds = watch.stop(config.ot_batch)
-                hidden = to_device(hidden, device)
-                y = to_device(y, device).masked_fill(hidden, null_label(config, len(dataset.domains)))
-            part = slice(k * config.batch_size, (k + 1) * config.batch_size)
-            yield Step(x0[part], x1[part], y[part], t[part], e[part], plan, seconds)
+        for start in range(first - first % n, config.steps, n):
+            x0, x1, y, hidden, t, e = window(start)
+            begun = now(device, wait)
+            if config.coupling == "semidiscrete":
+                x1, y, plan = semidiscrete.pick(x0, y)
+            else:
+                plan = couple(config.coupling, x0, x1, y * keep, eps, randomness(config.seed, ~start, device))
+                x0 = x0[plan.index]
+            seconds = (now(device, wait) - begun) / n
+            y = to_device(y, device).masked_fill(to_device(hidden, device), null_label(config, domains))
+            for step in range(max(start, first), min(start + n, config.steps)):
+                part = slice((step - start) * config.batch_size, (step - start + 1) * config.batch_size)
+                yield Step(x0[part], x1[part], y[part], t[part], e[part], plan, seconds)
 
-    return ahead(make(), device) if device.type == "cuda" else make()
+    return make()
 
 
 def learn_potentials(dataset, config, device):
     """What `Semidiscrete` needs: the training images of each label and their potentials, learned once.
 
-    With --coupling-labels ignore all images are together. Says how evenly images are picked.
+    With --coupling-labels ignore all images are together.
     """
-    groups, weights = dataset.train, dataset.weights
+    groups, weights, labels = dataset.train, dataset.weights, None
     if weights is None:
         weights = [np.ones(len(images), np.float32) for images in groups]
     if config.coupling_labels == "ignore":
+        labels = torch.repeat_interleave(torch.tensor([len(images) for images in groups]))
         groups, weights = [np.concatenate(groups)], [np.concatenate(weights)]
-    digest = [hashlib.sha256(np.ascontiguousarray(images)).hexdigest() for images in groups]
-    weight_digest = [hashlib.sha256(w).hexdigest() for w in weights]
     where = "cpu" if device.type == "mps" else device  # mps lacks its algebra
 
     def build(folder):
         start = time.time()
-        for i, images in enumerate(groups):
+        for i, (images, weight) in enumerate(zip(groups, weights)):
             tinted = tint(torch.from_numpy(np.array(images, np.float32)), config.colour)
-            g, share = plans.learn_potentials(tinted, weights[i], seed=config.seed, device=where)
-            np.save(folder / f"{i}.npy", torch.stack([g, share]).cpu().numpy())
-            data.progress(i + 1, len(groups), start, "learning potentials, once", "labels")
+            g, _ = plans.learn_potentials(tinted, weight, seed=config.seed, device=where)
+            np.save(folder / f"{i}.npy", g.cpu().numpy())
+            progress(i + 1, len(groups), start, "learning potentials, once", "labels")
 
-    content = [inspect.getsource(plans), inspect.getsource(tint), torch.__version__, digest, weight_digest,
-               config.colour, config.seed]
-    folder = data.cached(None, "potentials", content, build)
-    found = [np.load(folder / f"{i}.npy") for i in range(len(groups))]
-    potentials = [g for g, _ in found]
-    share = np.concatenate([share for _, share in found])
-    # the variance of a count over its mean w TRIALS
-    chance = np.mean(1 / np.concatenate(weights)) / plans.TRIALS
-    print("semidiscrete: how often images are picked in a test, over how often they should be, is 1 with a "
-          f"standard deviation of {share.std():.2f}; chance alone makes {chance**.5:.2f}", flush=True)
-    labels = None
-    if config.coupling_labels != "keep":
-        labels = torch.repeat_interleave(torch.tensor([len(images) for images in dataset.train]))
-    return groups, potentials, device, labels
-
-
-class Stopwatch:
-    """Seconds from now to `stop`, over a number of steps, by the host's clock or the GPU's: a function."""
-
-    def __init__(self, device):
-        self.stream = torch.cuda.current_stream() if device.type == "cuda" else None
-        if self.stream:
-            self.start = self.stream.record_event(torch.cuda.Event(enable_timing=True))
-        else:
-            self.start = time.perf_counter()
-
-    def stop(self, steps):
-        if not self.stream:
-            seconds = (time.perf_counter() - self.start) / steps
-            return lambda: seconds
-        end = self.stream.record_event(torch.cuda.Event(enable_timing=True))
-
-        def measured():
-            end.synchronize()
-            return self.start.elapsed_time(end) / 1000 / steps
-
-        return measured
-
-
-def ahead(items, device):
-    """The same items, each made in a thread (CUDA: on its own stream) while the one before is in use."""
-    cuda = device.type == "cuda"
-    stream = torch.cuda.Stream() if cuda else None
-    if cuda:
-        stream.wait_stream(torch.cuda.current_stream())  # for what the items are made of
-
-    def make():
-        with torch.cuda.stream(stream):
-            item = next(items, None)
-            return item, stream.record_event() if cuda else None
-
-    with ThreadPoolExecutor(1) as thread:
-        waiting = thread.submit(make)
-        while (made := waiting.result())[0] is not None:
-            item, ready = made
-            waiting = thread.submit(make)
-            if cuda:
-                torch.cuda.current_stream().wait_event(ready)
-                for z in (*item[:5], *item.plan):
-                    z.record_stream(torch.cuda.current_stream())
-            yield item
+    digests = [hashlib.sha256(np.ascontiguousarray(array)).hexdigest() for array in (*groups, *weights)]
+    code = inspect.getsource(plans) + inspect.getsource(tint)
+    content = [code, torch.__version__, digests, config.colour, config.seed]
+    folder = cached(None, "potentials", content, build)
+    return groups, [np.load(folder / f"{i}.npy") for i in range(len(groups))], device, labels

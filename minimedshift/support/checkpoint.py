@@ -1,7 +1,7 @@
 """Save, load, resume, and the running mean of the weights (EMA).
 
-A checkpoint is one file of plain types and tensors. All randomness of a run is a function of (seed, step), so weights,
-EMA, optimizer and step are the whole state: N steps, or k, a stop and N - k more, give the same bytes.
+A checkpoint is one file of plain types and tensors. All randomness of a run is a function of (seed, step), so
+weights, EMA, optimizer and step are the whole state: a stopped run that goes on ends in the same bytes.
 """
 
 import os
@@ -10,18 +10,19 @@ from pathlib import Path
 
 import torch
 
-from minimedshift.support.command import UserError, whole
 from minimedshift.model import Shape, UNet
+from minimedshift.support.command import UserError
+from minimedshift.support.files import whole
 
-FORMAT = 4  # 1 had no `end` among the settings of a translation, 2 no `colour` and `x0`, 3 knew only whether populations shift
+FORMAT = 4  # changes with what a checkpoint holds
 
 
 class EMA:
-    """Running mean of the parameters (no buffers), with a power-function profile that warms up by itself:
+    """Running mean of the parameters (no buffers), over a constant share of the run so far:
 
-        ema <- beta ema + (1 - beta) theta,    beta = (1 - 1 / step)^(gamma + 1)       arXiv:2312.02696, eq. 127
+        ema <- beta ema + (1 - beta) theta,    beta = (1 - 1 / step)^(gamma + 1)     arXiv:2312.02696, eq. 127
 
-    At step 1 beta is 0. gamma 6.94 averages over about the last tenth of the run so far, 16.97 over a twentieth.
+    At step 1 beta is 0. gamma 6.94 averages over about the last tenth, 16.97 over a twentieth.
     """
 
     def __init__(self, model, gamma=6.94):
@@ -42,7 +43,7 @@ class EMA:
 
 
 def save(path, state):
-    """Write `state` (plain types and tensors) whole or not at all: to a temporary name, flushed, then renamed."""
+    """Write `state` (plain types and tensors) whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as work, open(work, "wb") as file:
@@ -52,33 +53,35 @@ def save(path, state):
 
 
 def load(path, device="cpu"):
-    """Read a checkpoint: a dict (see `save` in train.py). Raises UserError, in one sentence, if it is none of ours."""
+    """The dict of a checkpoint (see `save` in train.py). Raises UserError if it is none of ours."""
     if not Path(path).is_file():
-        raise UserError(f"no checkpoint at {path}: train one with `python train.py`, or say where another is")
+        raise UserError(f"no checkpoint at {path}: train one with `python train.py`")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
         raise UserError(f"{path} is not a minimedshift checkpoint of format {FORMAT} (found {found})")
     return state
 
 
 def load_weights(module, weights, path):
     """Put a dict of tensors into the module. Raises UserError naming the first tensor that does not fit."""
+    shape = lambda x: "nothing" if x is None else tuple(x.shape)
     own = module.state_dict()
     for name in sorted(own.keys() | weights.keys()):
-        have, want = weights.get(name), own.get(name)
-        if have is None or want is None or have.shape != want.shape:
-            shown = [("nothing" if x is None else tuple(x.shape)) for x in (have, want)]
-            raise UserError(f"{path} holds another network: {name} is {shown[0]}, this one needs {shown[1]}")
+        have, want = shape(weights.get(name)), shape(own.get(name))
+        if have != want:
+            raise UserError(f"{path} holds another network: {name} is {have}, this one needs {want}")
     module.load_state_dict(weights)
 
 
-def load_model(path, device="cpu", ema=True):
+def load_model(path, device="cpu"):
     """The network of a checkpoint, with its EMA weights, in eval mode, and the checkpoint itself."""
     state = load(path, device)
     model = UNet(Shape(**state["shape"])).to(device)
-    load_weights(model, state["ema" if ema else "model"], path)
-    return model.eval().to(memory_format=torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last), state
+    load_weights(model, state["ema"], path)
+    if torch.device(device).type != "mps":
+        model = model.to(memory_format=torch.channels_last)
+    return model.eval(), state

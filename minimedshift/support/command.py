@@ -1,42 +1,48 @@
-"""What every command shares: its flags, how its files are written, and how it ends when a user made a mistake."""
+"""What every command shares: its flags, and how it ends when a user made a mistake.
+
+The flags of a command are the fields of a frozen dataclass, each made by `flag`.
+"""
 
 import argparse
-import os
+import operator
 import sys
-from contextlib import contextmanager
 from dataclasses import field, fields
-from pathlib import Path
+from functools import partial
 
 import torch
+
+LIMITS = {  # name -> the test, how it is said
+    "low": (operator.ge, "at least"),
+    "high": (operator.le, "at most"),
+    "above": (operator.gt, "above"),
+    "below": (operator.lt, "below"),
+}
 
 
 class UserError(ValueError):
     """A user's mistake, told in one sentence that names the file or flag and what to do about it."""
 
 
-def flag(default, text, group="options", choices=None, kind=None, low=None, high=None, above=None, below=None):
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def flag(default, text, group="options", choices=None, kind=None, **limits):
     """A dataclass field that is also a command-line flag.
 
-    text, group: for --help. choices: allowed values. kind: its type, if not the default's. What a number may be:
-    at least `low`, at most `high`, more than `above`, less than `below`.
+    text, group: for --help; the group "positional" is for arguments without a name. choices: allowed values.
+    kind: its type, if not the default's. limits: what a number may be, by the names in LIMITS.
     """
-    limits = dict(low=low, high=high, above=above, below=below)
-    return field(default=default, metadata=dict(text=text, group=group, choices=choices, kind=kind, limits=limits))
-
-
-LIMITS = {  # name -> (the test, how it is said)
-    "low": (lambda value, limit: value >= limit, "at least"),
-    "high": (lambda value, limit: value <= limit, "at most"),
-    "above": (lambda value, limit: value > limit, "above"),
-    "below": (lambda value, limit: value < limit, "below"),
-}
+    kind = kind or (str if default is None else type(default))
+    metadata = dict(text=text, group=group, choices=choices, kind=kind, limits=limits)
+    return field(default=default, metadata=metadata)
 
 
 def check(config):
-    """The config, if every number lies where its flag allows it. Raises UserError for the first that does not; NaN never does."""
+    """The config, if every number lies where its flag allows it (NaN never does). Raises UserError."""
     for f in fields(config):
-        value = getattr(config, f.name)
-        limits = {name: limit for name, limit in f.metadata["limits"].items() if limit is not None}
+        value, limits = getattr(config, f.name), f.metadata["limits"]
         if value is None or all(LIMITS[name][0](value, limit) for name, limit in limits.items()):
             continue
         allowed = " and ".join(f"{LIMITS[name][1]} {limit:g}" for name, limit in limits.items())
@@ -45,55 +51,45 @@ def check(config):
 
 
 def parse(config, description, argv=None):
-    """Read `--name value` flags into the frozen dataclass `config` and check them; a wrong flag ends in one sentence, exit status 2.
-
-    Every field made by `flag` is one flag. Types follow the default: a bool field is a switch (`--name`, `--no-name`),
-    an int is accepted where a float is meant, fields listed first without a default group are optional positionals.
-    """
-    module = sys.modules["__main__"].__spec__
-    parser = argparse.ArgumentParser(prog=f"python -m {module.name}" if module else None, description=description, allow_abbrev=False,
-                                     formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=110, max_help_position=34))
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (see --help)"))
+    """A `config` read from flags; a bool is `--name` or `--no-name`. Raises UserError for a wrong flag."""
+    module = sys.modules["__main__"].__spec__  # None for a script
+    layout = partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=34)
+    parser = Parser(prog=module and f"python -m {module.name}", description=description, allow_abbrev=False,
+                    formatter_class=layout)
     groups = {}
     for f in fields(config):
         m = f.metadata
-        kind = m["kind"] or (str if f.default is None else type(f.default))
-        shown = "" if f.default in (None, "") else f" (default: {('no', 'yes')[f.default] if kind is bool else f.default})"
-        options = dict(help=m["text"] + shown, default=f.default)
+        options = dict(default=f.default, help=m["text"])
+        default = f.default
+        if m["kind"] is bool:
+            default = "yes" if default else "no"
+        if default not in (None, ""):
+            options["help"] += f" (default: {default})"
         if m["group"] == "positional":
             parser.add_argument(f.name, nargs="?", metavar=f.name.upper(), **options)
             continue
-        group = groups.setdefault(m["group"], parser.add_argument_group(m["group"]))
+        if m["group"] not in groups:
+            groups[m["group"]] = parser.add_argument_group(m["group"])
+        add = groups[m["group"]].add_argument
         name = "--" + f.name.replace("_", "-")
-        if kind is bool:
-            group.add_argument(name, action=argparse.BooleanOptionalAction, **options)
+        if m["kind"] is bool:
+            add(name, action=argparse.BooleanOptionalAction, **options)
+        elif m["choices"]:
+            add(name, type=m["kind"], choices=m["choices"], **options)
         else:
-            group.add_argument(name, type=kind, choices=m["choices"], metavar=f.name.upper().split("_")[-1] if not m["choices"] else None, **options)
+            add(name, type=m["kind"], metavar=name.split("-")[-1].upper(), **options)
     return check(config(**vars(parser.parse_args(argv))))
 
 
-@contextmanager
-def whole(path):
-    """A name beside `path` to write to; once the block is done the file takes its place, so that `path` is written whole or not at all."""
-    path = Path(path)
-    work = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
-    try:
-        yield work
-        os.replace(work, path)
-    finally:
-        work.unlink(missing_ok=True)
-
-
 def run(main):
-    """Run a command: 0 done, 2 a user's mistake or a GPU too small (one sentence on stderr), 130 interrupted."""
+    """Run a command and exit: 0 done, 2 a user's mistake or a GPU too small, 130 interrupted."""
     try:
         sys.exit(main())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status, says = 2, f"error: {error}"
     except torch.OutOfMemoryError:
-        print("error: the GPU has too little memory for this; fewer images at once (--batch-size), or in training the small network (--preset cpu), may fit", file=sys.stderr)
-        sys.exit(2)
+        status, says = 2, "error: too little memory on the GPU: try a smaller --batch-size, or --preset cpu"
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+        status, says = 130, "\ninterrupted"
+    print(says, file=sys.stderr)
+    sys.exit(status)

@@ -5,8 +5,8 @@ import sys
 
 import torch
 
-from minimedshift.evaluate import in_batches
 from minimedshift.flow import draw_noise, tint
+from minimedshift.support.machine import in_batches
 
 TIMES = (0.9, 0.99)  # between which noise is laid over the image: so little that its own stays visible
 CLOSE = 0.005  # labels are close where what they leave unexplained differs by less than half a percent

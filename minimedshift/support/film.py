@@ -8,10 +8,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from minimedshift import data, sampler
+from minimedshift import sampler
 from minimedshift.bands import low_pass
-from minimedshift.support.command import whole
 from minimedshift.flow import draw_noise
+from minimedshift.support.files import whole
+from minimedshift.support.images import figure
 
 ROWS = 8      # images in a picture
 MOST = 4      # steps of a leg that are shown
@@ -51,7 +52,7 @@ class Pictures:
         """The files, each whole or not at all."""
         if self.c.compare and self.names:
             titles = ["source", "translation", "difference / 2\n(grey: none)"]
-            data.figure(self.c.compare, self.compare, titles, self.names)
+            figure(self.c.compare, self.compare, titles, self.names)
         if self.films:
             strip(self.c.trajectory, self.films, self.sources, self.c.target)
         if self.spreads:
@@ -59,7 +60,7 @@ class Pictures:
             rows = [(x1, out, wide / top * 2 - 1, *two) for x1, out, wide, *two in self.spreads]
             scale = f"standard deviation\n(white: {top:.2g})"
             titles = ["source", "translation", scale, "a sample", "another"]
-            data.figure(self.c.uncertainty, rows, titles, self.names)
+            figure(self.c.uncertainty, rows, titles, self.names)
 
 
 @torch.inference_mode()

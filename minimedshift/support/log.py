@@ -1,4 +1,4 @@
-"""What a training run tells: log.csv, loss.png and a progress line."""
+"""What a command tells while it works: a progress line; in training also log.csv and loss.png."""
 
 import sys
 import time
@@ -6,7 +6,17 @@ import time
 import numpy as np
 import torch
 
-from minimedshift.support.command import whole
+from minimedshift.support.files import whole
+
+
+def progress(done, total, start, what, unit="images"):
+    """One line that rewrites itself on a terminal; in a log file only the last one appears."""
+    if not sys.stdout.isatty() and done < total:
+        return
+    rate = done / max(time.time() - start, 1e-9)
+    left = f"{(total - done) / rate:.0f} s left" if done < total else f"{total / rate:.0f} s"
+    end = "\n" if done == total else ""
+    print(f"\r{what}: {done}/{total}, {rate:.1f} {unit}/s, {left}   ", end=end, flush=True)
 
 
 class Log:
@@ -27,25 +37,22 @@ class Log:
         seconds = time.time() - self.start
         self.pending.append((step, loss, lr, *plan[1:], coupling_seconds, self.before + seconds))
         waited = self.before + seconds - self.pending[0][-1]
-        if not loss.is_cuda or waited > 1:  # reading waits for a GPU: once a second will do
+        if not loss.is_cuda or waited > 1:
             self.flush()
         every = 1 if sys.stdout.isatty() else 30
         if seconds - self.shown > every or step == self.steps:
             self.shown = seconds
             self.flush()
-            self.show(step, (step - self.first) / seconds)
-
-    def show(self, step, rate):
-        """The progress line; rate: steps a second. A terminal gets the next one in its place."""
-        recent = self.column("loss")[-100:]
-        left = round((self.steps - step) / rate)
-        end = "\r" if sys.stdout.isatty() and step < self.steps else "\n"
-        print(f"step {step}/{self.steps}  loss {sum(recent) / len(recent):.4f}  {rate * self.batch_size:.0f} "
-              f"images/s  {left // 60}:{left % 60:02d} left  ", end=end, flush=True)
+            rate = (step - self.first) / seconds
+            left = round((self.steps - step) / rate)
+            end = "\r" if sys.stdout.isatty() and step < self.steps else "\n"
+            loss = np.mean(self.column("loss")[-100:])
+            print(f"step {step}/{self.steps}  loss {loss:.4f}  {rate * self.batch_size:.0f} images/s  "
+                  f"{left // 60}:{left % 60:02d} left  ", end=end, flush=True)
 
     def flush(self):
-        for step, loss, lr, *plan, coupling_seconds, seconds in self.pending:
-            self.rows.append([step, loss.item(), lr, *(z.item() for z in plan), coupling_seconds(), seconds])
+        for row in self.pending:
+            self.rows.append([float(cell) for cell in row])
             self.file.write(",".join(f"{cell:.6g}" for cell in self.rows[-1]) + "\n")
         self.pending = []
 
@@ -62,24 +69,21 @@ class Log:
 
     def coupling(self):
         m = self.means()
-        return (f"coupling: normalised entropy {m['entropy']:.3f}, transport cost {m['cost']:.3f} of "
-                f"independent, marginal error {m['marginal_error']:.1g}, "
-                f"{m['share_of_time']:.1%} of the time")
+        return (f"coupling: normalised entropy {m['entropy']:.3f}, cost {m['cost']:.3f} of independent, "
+                f"marginal error {m['marginal_error']:.1g}, {m['share_of_time']:.1%} of the time")
 
     def draw(self):
         """loss.png: every step's loss and its running mean."""
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
+        from matplotlib.figure import Figure
         self.flush()
         losses = torch.tensor(self.column("loss"))
         width = min(50, len(losses))
-        figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-        smooth = losses.unfold(0, width, 1).mean(1)
+        sheet = Figure(figsize=(7, 3.5), layout="constrained")
+        axes = sheet.subplots()
         axes.plot(range(1, len(losses) + 1), losses, lw=.5, alpha=.4, label="each step")
+        smooth = losses.unfold(0, width, 1).mean(1)
         axes.plot(range(width, len(losses) + 1), smooth, label=f"mean of {width} steps")
         axes.set(xlabel="step", ylabel=r"loss  $|v - u_t|^2$", yscale="log", title="flow-matching loss")
         axes.legend()
         with whole(self.out / "loss.png") as work:
-            figure.savefig(work, dpi=100)
-        plt.close(figure)
+            sheet.savefig(work, dpi=100)

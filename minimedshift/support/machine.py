@@ -1,16 +1,18 @@
-"""What this machine is and does best: device, number format, memory format, and how memory is kept."""
+"""What this machine is and does best: device, number format, memory format, and how to fit its memory."""
 
 import ctypes
 import math
 import platform
 import time
 from functools import cache
+from itertools import product
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minimedshift.support.command import UserError
 from minimedshift.ops import triton
+from minimedshift.support.command import UserError
 
 
 def pick_device(name):
@@ -24,33 +26,33 @@ def pick_device(name):
 @cache
 def pick_formats(dtype, device):
     """The number format of arithmetic and the memory format of weights with which a convolution is fastest.
-    On CUDA channels-last and bfloat16, where the GPU has a unit for it; on mps plain; on a CPU measured, with
-    gradients, in under two seconds. dtype: "auto", or the name of the one to use."""
+
+    On a CPU they are measured. dtype: "auto", or the name of the one to use.
+    """
     wanted = [torch.float32, torch.bfloat16] if dtype == "auto" else [getattr(torch, dtype)]
     if device.type == "cuda":
         can = dtype != "auto" or has_bfloat16()
         return wanted[-1] if can else torch.float32, torch.channels_last
     if device.type == "mps":
         return wanted[0], torch.contiguous_format
-    tensors = {}
-    for number in wanted:
-        for memory in (torch.contiguous_format, torch.channels_last):
-            x = torch.randn(4, 64, 32, 32).to(number, memory_format=memory).requires_grad_()
-            w = torch.randn(64, 64, 3, 3).to(number, memory_format=memory).requires_grad_()
-            tensors[number, memory] = x, w
-    seconds = dict.fromkeys(tensors, math.inf)
-    end = time.perf_counter() + 1.2
-    for turn in range(10):  # in turns, so that what else runs here disturbs all alike
-        for formats, (x, w) in tensors.items():
-            if turn < 2 or time.perf_counter() < end:
-                start = time.perf_counter()
-                y = F.conv2d(x, w, padding=1)
-                y.backward(y.detach())
-                spent = time.perf_counter() - start
-                if formats[0] == torch.bfloat16:
-                    spent = spent / .7  # less exact: it must be clearly faster
-                seconds[formats] = min(seconds[formats], spent)
+    seconds = dict.fromkeys(product(wanted, (torch.contiguous_format, torch.channels_last)), math.inf)
+    for _ in range(4):  # in turns, so that what else runs here disturbs all alike
+        for number, memory in seconds:
+            spent = time_convolution(number, memory)
+            if number == torch.bfloat16:
+                spent = spent / .7  # less exact: it must be clearly faster
+            seconds[number, memory] = min(seconds[number, memory], spent)
     return min(seconds, key=seconds.get)
+
+
+def time_convolution(number, memory):
+    """Seconds of one convolution with its gradients."""
+    x = torch.randn(4, 64, 32, 32).to(number, memory_format=memory).requires_grad_()
+    w = torch.randn(64, 64, 3, 3).to(number, memory_format=memory).requires_grad_()
+    start = time.perf_counter()
+    y = F.conv2d(x, w, padding=1)
+    y.backward(y.detach())
+    return time.perf_counter() - start
 
 
 def has_bfloat16():
@@ -60,12 +62,11 @@ def has_bfloat16():
 
 @cache
 def can_compile(device):
-    """Whether torch.compile can make kernels for this device: CUDA, Triton, compute capability 7.0 or newer.
-    Says once what is missing where Triton cannot build its launcher (a C compiler, or Python's headers)."""
+    """Whether torch.compile can make kernels here: CUDA, Triton, compute capability 7.0 or newer."""
     if device.type != "cuda" or triton is None or torch.cuda.get_device_capability() < (7, 0):
         return False
     try:
-        triton.runtime.driver.active.utils
+        triton.runtime.driver.active.utils  # builds its launcher: needs a C compiler and Python's headers
     except Exception as error:
         print(f"not compiling the network: {error}")
         return False
@@ -73,9 +74,7 @@ def can_compile(device):
 
 
 def keep_memory():
-    """Let the C library keep memory that a step frees, for the next step. Does nothing without glibc.
-    By default glibc gives large blocks back to the system, which hands them out again page by page, each
-    filled with zeros: a fifth of a CPU training step."""
+    """Let glibc keep large blocks that a step frees for the next: saves a fifth of a CPU training step."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     try:
         libc = ctypes.CDLL("libc.so.6")
@@ -85,13 +84,31 @@ def keep_memory():
         pass
 
 
+def load(array, device):
+    """A stored float16 array (or a slice of one) as float32 on the device."""
+    return torch.from_numpy(np.array(array, np.float32)).to(device)
+
+
+def in_batches(function, x, batch=64):
+    """function applied to slices of x (N, ...), joined again. A batch that a GPU has no memory for is halved.
+
+    Raises torch.OutOfMemoryError where a single image does not fit.
+    """
+    while True:
+        try:
+            return torch.cat([function(part) for part in x.split(batch)])
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch //= 2
+
+
 def machine(device):
     """The name of the processor or GPU, for the report."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     try:
         lines = [line for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        names = [line.split(":")[1].strip() for line in lines]
-        return f"{len(names)} x {names[0]}"
+        return f"{len(lines)} x {lines[0].split(':')[1].strip()}"
     except (OSError, IndexError):
         return platform.processor() or platform.machine()

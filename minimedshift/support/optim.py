@@ -4,8 +4,7 @@
     W <- W - lr sqrt(max(1, rows / columns)) U V^T          U S V^T the SVD of M as a matrix (out, in x 3 x 3)
 
 A gradient's few large singular values would drown the many small ones. Here each direction moves alike.
-(K. Jordan et al. 2024, github.com/KellerJordan/Muon.) U V^T comes from five Newton-Schulz steps, which are
-matrix products only.
+U V^T comes from five Newton-Schulz steps, which are matrix products only. (github.com/KellerJordan/Muon)
 """
 
 import torch
@@ -13,30 +12,30 @@ import torch
 
 def orthogonalise(matrices, rounds=5):
     """About U V^T of each matrix (R, C) of a list: singular values between .7 and 1.2.
-    Newton-Schulz is x <- p(x x^T) x with p(s) = a + b s + c s^2. Here it is done on the small Gram matrix
-    s = x x^T: all factors are polynomials in s and commute, so s <- p^2 s, q <- p q, and only the last
-    product q x is as large as x. Gram matrices of one size are worked on together."""
+
+    Newton-Schulz is x <- p(s) x with s = x x^T, p(s) = a + b s + c s^2. All factors are polynomials in the
+    small s and commute, so s <- p^2 s, q <- p q, and only the last product q x is as large as x.
+    """
     turned = [m.mT if m.shape[0] > m.shape[1] else m for m in matrices]  # at least as wide as high
-    done, same = list(turned), {}
-    for i, x in enumerate(turned):
-        same.setdefault(len(x), []).append(i)
-    for side, which in same.items():
+    done = list(turned)
+    for side in {len(x) for x in turned}:
+        which = [i for i, x in enumerate(turned) if len(x) == side]
         s = torch.stack([turned[i] @ turned[i].mT for i in which])  # (N, R, R)
         square = s.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] + 1e-14  # of the norm of x
         s = s / square
         a = 3.4445 * torch.eye(side, device=s.device)
         for i in range(rounds):
+            if i:
+                s = p @ p @ s
             p = torch.baddbmm(torch.add(a, s, alpha=-4.7750), s, s, alpha=2.0315)
             q = p @ q if i else p
-            s = p @ p @ s if i < rounds - 1 else None
-        for one, i in zip(q * square.rsqrt(), which):
-            done[i] = one @ turned[i]
+        for i, factor in zip(which, q * square.rsqrt()):
+            done[i] = factor @ turned[i]
     return [u.mT if m.shape[0] > m.shape[1] else u for u, m in zip(done, matrices)]
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum and decoupled weight decay, for weights of convolutions (out, in, h, w).
-    Each is seen as a matrix (out, h w in)."""
+    """Muon with Nesterov momentum and decoupled weight decay, for weights of convolutions (out, in, h, w)."""
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.01):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))

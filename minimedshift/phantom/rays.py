@@ -1,0 +1,185 @@
+"""How many centimetres of bone, soft tissue and brain each ray crosses: exact chords, cone beam.
+
+A ray is x(t) = (u, v, 0) + t d, d = (u, v, D): it starts at the source, (0, 0, -D), and passes pixel (u, v).
+In a part's own space it is y0 + t w, w = M d, M the part's matrix. The point of the ray level with the part's
+centre gives y0 = k (M_u du + M_v dv): linear in the distance (du, dv) from the projected centre.
+"""
+
+import contextlib
+import itertools
+import math
+
+import numpy as np
+import torch
+
+from minimedshift.phantom.anatomy import CUTS, FILLS, FINE, PARTS
+
+SOURCE_DISTANCE = 75.       # D: cm from the X-ray source to the isocentre plane, in which pixels are measured
+
+
+def outline(mu, mv, mw, centre):
+    """The silhouette of ellipsoids as seen from the source.
+
+    mu, mv, mw (3, B, K) are the columns of each part's matrix, centre (3, B, K). Returns the projected centre
+    (uc, vc), the level k, w at the centre, and the coefficients of two polynomials in (du, dv):
+    A = |w|^2 = A0 + A1 du + A2 dv + A3 du^2 + A4 du dv + A5 dv^2 and
+    Q = |y0 x w|^2 = Q0 du^2 + Q1 du dv + Q2 dv^2.
+    The cross product is linear and vanishes at the centre, so Q has no lower terms: float32 loses nothing.
+    """
+    dot = lambda x, y: (x * y).sum(0)
+    k = 1 + centre[2] / SOURCE_DISTANCE
+    uc, vc = centre[:2] / k
+    wc = mu * uc + mv * vc + mw * SOURCE_DISTANCE
+    a, b = np.cross(mu, wc, axis=0) * k, np.cross(mv, wc, axis=0) * k
+    A = np.stack([dot(wc, wc), 2 * dot(mu, wc), 2 * dot(mv, wc), dot(mu, mu), 2 * dot(mu, mv), dot(mv, mv)])
+    Q = np.stack([dot(a, a), 2 * dot(a, b), dot(b, b)])
+    return dict(k=k, uc=uc, vc=vc, wc=wc, A=A, Q=Q)
+
+
+def geometry(heads):
+    """Everything about the parts that does not depend on the pixel, float64: a dict of arrays (..., B, K)."""
+    last = lambda x: np.moveaxis(x, (0, 1), (-2, -1))
+    matrix = np.stack([head.matrix for head in heads])
+    mu, mv, mw = last(matrix.swapaxes(2, 3))
+    centre, cuts = last([head.centre for head in heads]), last([head.cuts for head in heads])
+    length = np.tile(PARTS["length"], (len(heads), 1))
+    axis = last(np.linalg.inv(matrix))[:, 2] * length  # half a capsule's segment, in camera space
+    own = dict(mu=mu, mv=mv, mw=mw, centre=centre, depth=centre[2], cuts=cuts, length=length, axis=axis)
+    return own | outline(mu, mv, mw, centre)
+
+
+def boxes(g, field, size):
+    """The pixels round the parts: the first (row, column) and the last, exclusive, each (2, B, K)."""
+    lows, highs = [], []
+    for end in (-1., 1.):  # the balls at both ends of the segment
+        ball = outline(g["mu"], g["mv"], g["mw"], g["centre"] + end * g["axis"])
+        a0, a1, a2, a3, a4, a5 = ball["A"]
+        q0, q1, q2 = ball["Q"]
+        # A - Q >= 0 is an ellipse, x^T H x - 2 n.x <= A_0
+        h11, h12, h22 = q0 - a3, (q1 - a4) / 2, q2 - a5
+        n1, n2 = a1 / 2, a2 / 2
+        det = h11 * h22 - h12 * h12
+        x, y = (h22 * n1 - h12 * n2) / det, (h11 * n2 - h12 * n1) / det
+        r = a0 + n1 * x + n2 * y
+        u, v = ball["uc"] + x, ball["vc"] + y
+        du, dv = np.sqrt(r * h22 / det), np.sqrt(r * h11 / det)
+        lows.append((-v - dv, u - du))
+        highs.append((-v + dv, u + du))
+    pixel = lambda x: (x / field + 1) / 2 * size
+    first, last = pixel(np.min(lows, 0)) - 1, pixel(np.max(highs, 0)) + 1
+    return np.clip(np.round([first, last]), 0, size).astype(int)
+
+
+def polynomial(c, du, dv):
+    """c0 + c1 du + c2 dv + c3 du^2 + c4 du dv + c5 dv^2."""
+    return dv * (du * c[4]) + (du * (du * c[3] + c[1]) + c[0]) + dv * (dv * c[5] + c[2])
+
+
+def ellipsoid_spans(part, u, v, du, dv, cuts):
+    """Length in units of t of each ray inside ellipsoids: (-y0.w +- sqrt(A - Q)) / A are its ends.
+
+    part: tensors (..., n, 1, 1) of n parts; u, du (n, 1, columns); v, dv (n, rows, 1).
+    """
+    a0, a1, a2, a3, a4, a5 = part["A"]
+    q0, q1, q2 = part["Q"]
+    area = polynomial(part["A"], du, dv)
+    inside = polynomial((a0, a1, a2, a3 - q0, a4 - q1, a5 - q2), du, dv)
+    half = inside.clamp(min=0).sqrt() / area
+    if not cuts:
+        return 2 * half
+    middle = polynomial((0, a1 / 2, a2 / 2, a3, a4, a5), du, dv) * -part["k"] / area
+    return cut_spans(part, middle - half, middle + half, u, v, cuts)
+
+
+def capsule_spans(part, u, v, du, dv, cuts):
+    """Length in units of t of each ray inside capsules: two balls each and the cylinder between them."""
+    move = part["mu"] * du + part["mv"] * dv
+    y1, y2, y3 = part["k"] * move  # the ray in own space: y + t w
+    w1, w2, w3 = move + part["wc"]
+    flat = y1 * w1 + y2 * w2
+    flat_area = w1 * w1 + w2 * w2
+    across = y1 * y1 + y2 * y2 - 1
+    area = flat_area + w3 * w3
+    enter, leave = torch.full_like(area, math.inf), torch.full_like(area, -math.inf)
+    for z in (y3 - part["length"], y3 + part["length"]):  # the balls
+        b = flat + z * w3
+        half = (b * b - area * (across + z * z)).clamp(min=0).sqrt()
+        enter = torch.where(half > 0, torch.minimum(enter, (-b - half) / area), enter)
+        leave = torch.where(half > 0, torch.maximum(leave, (half - b) / area), leave)
+    cross = y1 * w2 - y2 * w1  # the cylinder: a round wall and a slab
+    half = (flat_area - cross * cross).clamp(min=0).sqrt()
+    slab, reach = -y3 / w3, part["length"] / w3.abs()
+    first = torch.maximum((-flat - half) / flat_area, slab - reach)
+    last = torch.minimum((half - flat) / flat_area, slab + reach)
+    hit = (last > first) & (half > 0)
+    enter = torch.where(hit, torch.minimum(enter, first), enter)
+    leave = torch.where(hit, torch.maximum(leave, last), leave)
+    return cut_spans(part, enter, leave, u, v, cuts)
+
+
+def cut_spans(part, enter, leave, u, v, cuts):
+    """What is left of spans [enter, leave] in the first `cuts` half-spaces n.x <= h, in units of t."""
+    k, depth = part["k"], part["depth"]
+    for nu, nv, nw, h in part["cuts"][:cuts]:
+        speed = nu * u + (nv * v + nw * SOURCE_DISTANCE)  # n.d
+        reach = ((nu * u) * -k + (h - nw * depth - k * (nv * v))) / speed
+        leave = torch.minimum(leave, torch.where(speed > 0, reach, math.inf))
+        enter = torch.maximum(enter, torch.where(speed > 0, -math.inf, reach))
+    return (leave - enter).clamp(min=0)
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Run on one CPU thread: more slow these many small operations down, and would change the bytes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
+def project(heads, size, fine=False):
+    """Line integrals through bone, soft tissue and brain, (B, 3, size, size), in cm of full density.
+
+    fine adds sutures and grooves. Parts of a kind and of similar size in the picture are worked out together
+    as small patches, then added in an order that depends on the head alone: a head gets the same bytes in any
+    company.
+    """
+    single = lambda x: torch.from_numpy(x.astype(np.float32))
+    g = geometry(heads)
+    field = np.array([head.field for head in heads])[:, None]
+    grid = (np.arange(size) + .5) / size * 2 - 1  # pixel centres
+    first, last = boxes(g, field, size)
+    extent = (last - first).max(0)
+    extent[(last <= first).any(0)] = 0
+    if not fine:
+        extent[:, FINE] = 0
+
+    sums = np.zeros((len(heads), len(FILLS), size, size), np.float32)
+    ladder = sorted({min(size, side) for side in (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, size)})
+    for below, side in zip([0] + ladder, ladder):
+        for spans_of, cuts in itertools.product((ellipsoid_spans, capsule_spans), range(3)):
+            kind = ((PARTS["length"] > 0) == (spans_of is capsule_spans)) & (CUTS == cuts)
+            chosen = np.argwhere((extent > below) & (extent <= side) & kind)  # (n, 2): head and part
+            chunks = math.ceil(len(chosen) * side ** 2 / 2 ** 17)  # what a processor's cache likes
+            for some in np.array_split(chosen, max(1, chunks)):
+                b, k = some.T
+                row, col = np.minimum(first[:, b, k], size - side)
+                u = (field[b] * grid[col[:, None] + np.arange(side)])[:, None, :]
+                v = (-field[b] * grid[row[:, None] + np.arange(side)])[:, :, None]
+                part = {name: values[..., b, k][..., None, None] for name, values in g.items()}
+                rays = [single(x) for x in (u, v, u - part["uc"], v - part["vc"])]
+                part = {name: single(values) for name, values in part.items()}
+                spans = spans_of(part, *rays, cuts).numpy()
+                for span, head, fill, r, c in zip(spans, b, PARTS["fill"][k], row, col):
+                    sums[head, fill, r:r + side, c:c + side] += span
+
+    u, v = single(field * grid)[:, None, :], single(-field * grid)[:, :, None]
+    slant = (u * u + v * v + SOURCE_DISTANCE ** 2).sqrt()  # |d|: from t to cm
+    materials = torch.zeros(len(heads), 3, size, size)
+    for fill, weights in enumerate(FILLS.values()):
+        for m in np.flatnonzero(weights):
+            materials[:, m] += torch.from_numpy(sums[:, fill]) * weights[m]
+    return (materials * slant[:, None]).clamp(min=0)

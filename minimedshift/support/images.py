@@ -1,0 +1,170 @@
+"""Image files: read with what is needed to write them back as they were, and pictures of many images."""
+
+from dataclasses import dataclass, field
+from glob import glob
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from minimedshift.support.command import UserError
+from minimedshift.support.files import whole
+
+MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")  # Pillow's names
+COLOURED = ("P", "RGB", "RGBA")
+FORMATS = {  # extension -> format, the modes it can hold, how it is saved without loss (JPEG: nearly)
+    ".png": ("PNG", MODES, {}),
+    ".tif": ("TIFF", MODES, {}),
+    ".jpg": ("JPEG", ("L", "RGB"), dict(quality=95, subsampling=0)),
+    ".bmp": ("BMP", ("1", "L", "P", "RGB"), {}),
+    ".webp": ("WEBP", ("RGB", "RGBA"), dict(lossless=True, exact=True)),
+}
+FORMATS |= {".tiff": FORMATS[".tif"], ".jpeg": FORMATS[".jpg"]}
+LUMINANCE = (.299, .587, .114)  # ITU-R BT.601
+
+
+@dataclass(frozen=True)
+class Info:
+    """What is needed to write an image as it was read."""
+    mode: str                        # one of MODES
+    depth: int                       # bits a channel
+    size: tuple                      # (height, width)
+    alpha: np.ndarray | None = None  # (H, W) uint8, kept as it was
+    extra: dict = field(default_factory=dict)  # orientation, resolution, colour profile
+
+
+def read_image(path):
+    """x (C, H, W) float32 in [-1, 1] and its Info; C = 1 where all channels are equal, else 3.
+
+    16-bit grey keeps its depth. Alpha is put aside: colours count as stored. Raises UserError if unreadable.
+    """
+    try:
+        mode, pixels, extra = decode(path)
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except Exception as error:  # a damaged file can raise anything in its decoder
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path}: cannot be read as an image ({why})") from None
+    depth = {"I;16": 16, "1": 1}.get(mode, 8)
+    v = torch.from_numpy(pixels.astype(np.float32)).reshape(*pixels.shape[:2], -1)
+    alpha = None
+    if mode in ("LA", "RGBA"):
+        alpha, v = pixels[..., -1].copy(), v[..., :-1]
+    if v.shape[-1] == 3 and bool((v == v[..., :1]).all()):
+        v = v[..., :1]
+    x = v.permute(2, 0, 1) / (65535 if depth == 16 else 255) * 2 - 1
+    return x.contiguous(), Info(mode, depth, tuple(x.shape[1:]), alpha, extra)
+
+
+def decode(path):
+    """A file's mode, pixels (H, W) or (H, W, channels), and what is kept of its header."""
+    with Image.open(path) as image:
+        pages = getattr(image, "n_frames", 1)
+        deep = ";16" in str(getattr(image, "tile", ""))
+        image.load()
+        mode = "I;16" if image.mode.startswith("I;16") else image.mode
+        wrong = None
+        if pages > 1:
+            wrong = f"{pages} pages"
+        elif deep and mode != "I;16":  # Pillow would reduce it to 8 bits
+            wrong = "16-bit colour"
+        elif mode not in MODES:
+            wrong = f"mode {mode}"
+        if wrong:
+            raise UserError(f"{path}: {wrong} cannot be translated; "
+                            "write it as one 8- or 16-bit grey or 8-bit RGB image")
+        extra = {key: image.info[key] for key in ("exif", "dpi", "icc_profile") if image.info.get(key)}
+        if mode == "P" and "transparency" in image.info:
+            mode, image = "RGBA", image.convert("RGBA")
+        if mode in ("P", "1"):
+            image = image.convert("RGB" if mode == "P" else "L")
+        return mode, np.asarray(image), extra
+
+
+def channels_to(x, channels):
+    """x (C, H, W) with 1 or 3 channels: the luminance of a coloured image, or a grey one repeated."""
+    if len(x) == channels:
+        return x
+    if channels == 1:
+        return (x * torch.tensor(LUMINANCE).view(3, 1, 1)).sum(0, keepdim=True)
+    return x.expand(channels, -1, -1)
+
+
+def check_writable(path, info):
+    """Raise UserError unless the format that `path` names by its extension can hold an image of this mode."""
+    name, modes, _ = FORMATS.get(Path(path).suffix.lower(), ("", (), {}))
+    if not name:
+        raise UserError(f"{path}: an image file ends in one of {' '.join(FORMATS)}")
+    if info.mode not in modes:
+        raise UserError(f"{path}: {name} cannot hold a {info.depth}-bit {info.mode} image; take .png or .tif")
+
+
+def write_image(path, x, info):
+    """Write x (C, H, W) in [-1, 1] as `info` says, whole or not at all. Raises UserError if it cannot."""
+    path = Path(path)
+    check_writable(path, info)
+    name, _, options = FORMATS[path.suffix.lower()]
+    x = channels_to(x.detach().float().cpu(), 3 if info.mode in COLOURED else 1)
+    v = to_pixels(x, 16 if info.depth == 16 else 8)
+    if info.alpha is not None:
+        v = np.concatenate([v, info.alpha[..., None]], -1)
+    if info.mode == "P":
+        image = to_palette(v)
+    else:
+        image = Image.fromarray(v[..., 0] if v.shape[-1] == 1 else v)
+    if info.mode == "1":
+        image = image.convert("1")
+    try:
+        with whole(path) as work:
+            image.save(work, format=name, **options, **info.extra)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def to_pixels(x, bits=8):
+    """x (C, H, W) in [-1, 1] as grey levels (H, W, C) of 8 or 16 bits."""
+    top = 2**bits - 1
+    v = ((x + 1) / 2 * top).round().clamp(0, top).permute(1, 2, 0)
+    return v.numpy().astype(f"uint{bits}")
+
+
+def to_palette(v):
+    """A palette image of v (H, W, 3) uint8: exact up to 256 colours, so always for grey."""
+    colours, index = np.unique(v.reshape(-1, 3), axis=0, return_inverse=True)
+    if len(colours) > 256:
+        return Image.fromarray(v).quantize(256)
+    image = Image.fromarray(index.reshape(v.shape[:2]).astype(np.uint8), mode="L")
+    image.putpalette(colours.astype(np.uint8).tobytes())
+    return image
+
+
+def image_files(folder):
+    """The files in a folder and below that are images by name, sorted, without hidden ones."""
+    paths = [Path(folder) / name for name in glob("**", root_dir=folder, recursive=True)]
+    return sorted(path for path in paths if path.suffix.lower() in FORMATS and path.is_file())
+
+
+def figure(path, rows, columns, labels, cell=160):
+    """A picture of `rows`, (C, H, W) images in [-1, 1], under `columns`, beside `labels`."""
+    font, line, step = ImageFont.load_default(13), 18, cell + 4
+    longest = max((len(part) for label in labels for part in label.split("\n")), default=0)
+    left = 10 + 7 * longest
+    top = 6 + line * max((text.count("\n") + 1 for text in columns), default=0)
+    sheet = Image.new("RGB", (left + max(map(len, rows)) * step, top + len(rows) * step), "white")
+    draw = ImageDraw.Draw(sheet)
+    for r, (row, label) in enumerate(zip(rows, labels)):
+        draw.multiline_text((4, top + r * step + 4), label, fill="black", font=font)
+        for c, x in enumerate(row):
+            image = Image.fromarray(to_pixels(channels_to(torch.as_tensor(x).float(), 3)))
+            scale = cell / max(image.size)
+            size = [max(1, round(n * scale)) for n in image.size]
+            how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+            sheet.paste(image.resize(size, how), (left + c * step, top + r * step))
+    for c, text in enumerate(columns):
+        draw.multiline_text((left + c * step, 2), text, fill="black", font=font)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as work:
+        sheet.save(work)

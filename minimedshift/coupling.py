@@ -18,7 +18,6 @@ label-blind plan would train a p(x0 | y) that is not N(0, I), while sampling sta
 (arXiv:2503.10636). For coloured noise (flow.draw_noise) read its own Gaussian instead of N(0, I).
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +27,6 @@ from minimedshift.ops import row_lse
 
 ITERATIONS = 100  # of Sinkhorn, the first half of them while eps shrinks
 CLOSEST = 4       # images that are compared again in float32 after a look in bfloat16
-TRIALS = 40       # fresh noises for each image, to see how evenly the images are picked
 
 
 class Plan(NamedTuple):
@@ -210,7 +208,7 @@ class Semidiscrete:
 
     def pick(self, x0, y):
         """The image of each noise x0 (n, ...), among those of its label y (n,), on the host, or among all
-        images where labels are ignored. Returns x1 (n, ...), its labels, and a Plan with the indices of x1."""
+        images where labels are ignored. Returns x1 (n, ...), its labels, and a Plan of indices of images."""
         y = y if self.labels is None else 0 * y
         j = torch.empty(len(y), dtype=torch.int64, device=x0.device)
         x1 = torch.empty_like(x0)
@@ -248,8 +246,7 @@ def learn_potentials(x, weight=None, noises=200, batch=512, rank=256, seed=0, de
 
     whose gradient in g_j is w_j less the share of noises that pick j. Scores <x0, x_j> of white noise are
     Gaussian with covariance x x^T; they are drawn from its leading `rank` directions. About `noises` an image
-    are seen. Returns the mean of g over the second half of the batches, and the shares of TRIALS N fresh
-    noises over w (1 is right).
+    are seen. Returns the mean of g over the second half of the batches.
     """
     x = centred(torch.as_tensor(np.asarray(x), device=device))
     N = len(x)
@@ -260,21 +257,17 @@ def learn_potentials(x, weight=None, noises=200, batch=512, rank=256, seed=0, de
     weight = torch.as_tensor(np.ones(N) if weight is None else weight, dtype=torch.float32, device=device)
     weight = weight / weight.mean()
 
-    def share(g):
-        """How often each image is picked by a batch of fresh noises: (N,), 1 on average."""
-        e = torch.randn(batch, factor.shape[1], generator=draw, device=device)
-        picked = (e @ factor.T + g).argmax(1)
-        return torch.bincount(picked, minlength=N) * (N / batch)
-
     size = x.square().sum(1).mean().sqrt() / 4
     g, mean = torch.zeros(N, device=device), torch.zeros(N, device=device)
     steps = max(800, noises * N // batch)
     for step in range(steps):
+        e = torch.randn(batch, factor.shape[1], generator=draw, device=device)
+        picked = (e @ factor.T + g).argmax(1)
+        share = torch.bincount(picked, minlength=N) * (N / batch)  # 1 on average
         rate = size * 0.3 * min(1, 20 / (step + 1))
-        g = g + rate * (weight - share(g))
+        g = g + rate * (weight - share)
         mean = mean + g * (2 * step >= steps) / (steps - (steps + 1) // 2)
-    rounds = math.ceil(TRIALS * N / batch)
-    return mean, sum(share(mean) for _ in range(rounds)) / rounds / weight
+    return mean
 
 
 # ---------------------------------------------------------------- all of them

@@ -31,8 +31,8 @@ def draw_noise(shape, generator=None, colour=0.0, device="cpu"):
 
         noise = F^-1 [ max(|k|, COARSE)^-colour F[e] ],  e ~ N(0, I),  rescaled      |k| in periods a frame
 
-    colour = 0 is white noise: all but the finest detail is still visible under it at t = .2, and can no longer
-    change in a translation. colour = 1 falls like natural images: edges and shades drown at the same t.
+    colour = 0 is white noise: all but the finest detail is still visible at t = .2, where a translation can no
+    longer change it. colour = 1 falls like natural images: edges and shades drown at the same t.
     """
     return tint(torch.randn(shape, generator=generator, device=device), colour)
 

@@ -235,7 +235,7 @@ norm_silu.register_autograd(norm_silu_gradients, setup_context=keep_moments)
 
 def row_lse(matrix, g, eps):
     """log sum_j exp(g_j + matrix_ij / eps). matrix (n, m) of any strides, g (m,). Returns (n,).
-    Entries may be -inf; a row of nothing else gives -inf. The kernel has no gradient: no coupling needs one."""
+    Entries may be -inf; a row of nothing else gives -inf. The kernel has no gradient: couplings need none."""
     function = fused_row_lse if has_kernel("row_lse", matrix) else row_lse_reference
     return function(matrix, g, eps)
 

@@ -70,26 +70,26 @@ def independent(x0, x1, y, *_):
 # ---------------------------------------------------------------- entropic: Sinkhorn
 
 def sinkhorn(x0, x1, y, eps, generator=None, iterations=ITERATIONS):
-    """Entropic optimal transport: for each image a noise drawn from pi(. | image). Stores n^2 scores."""
+    """Entropic optimal transport: for each image a noise drawn from pi(. | image). Stores n^2 numbers."""
     if not eps > 0:
         raise ValueError(f"sinkhorn needs eps > 0, got {eps}")
-    score = scores(x0, x1, y)
-    logits = torch.add(potentials(score, eps, iterations), score, alpha=1 / eps)  # log pi(j | i) + constant_i
+    matrix = minus_cost(x0, x1, y)
+    logits = torch.add(potentials(matrix, eps, iterations), matrix, alpha=1 / eps)  # log pi(j | i) + constant_i
     e = torch.empty_like(logits).exponential_(generator=generator)
     index = (logits - e.log()).argmax(1)  # a draw: -log e is Gumbel noise
     pi = logits.softmax(1)
-    most = torch.isfinite(score).sum(1).log().sum()  # the entropy of independent pairs
+    most = torch.isfinite(matrix).sum(1).log().sum()  # the entropy of independent pairs
     entropy = torch.special.entr(pi).sum() / most.clamp_min(1e-9)
     return Plan(index, entropy, relative_cost(index, x0, x1, y), (pi.sum(0) - 1).abs().mean())
 
 
-def scores(x0, x1, y):
+def minus_cost(x0, x1, y):
     """-C_ij up to row and column constants: 2 <x1_i, x0_j>, and -inf across labels. (n, n)"""
     y = y.to(x1.device, non_blocking=True)
     return (2 * centred(x1) @ centred(x0).T).masked_fill(y[:, None] != y, -torch.inf)
 
 
-def potentials(score, eps, iterations=ITERATIONS):
+def potentials(matrix, eps, iterations=ITERATIONS):
     """Sinkhorn's algorithm: the potential g (n,) of each noise, in units of eps (arXiv:1803.00567, eq. 4.43).
 
         f_i = -log mean_j exp(g_j - C_ij / eps),    g_j = -log mean_i exp(f_i - C_ij / eps)
@@ -97,12 +97,12 @@ def potentials(score, eps, iterations=ITERATIONS):
     The means are over i's label. After the first every row of the plan has its weight, after the second every
     column. eps shrinks to its value during the first half of the iterations.
     """
-    log_count = torch.isfinite(score).sum(1).log()  # (n,): how many have i's label
-    turned = score.T.contiguous()
+    log_count = torch.isfinite(matrix).sum(1).log()  # (n,): how many have i's label
+    turned = matrix.T.contiguous()
     g, now = torch.zeros_like(log_count), eps
     for i in range(iterations):
         before, now = now, eps * 1000 ** max(0, 1 - 2 * i / iterations)
-        f = log_count - row_lse(score, g * (before / now), now)
+        f = log_count - row_lse(matrix, g * (before / now), now)
         g = log_count - row_lse(turned, f, now)
     return g * (now / eps)
 
@@ -227,10 +227,10 @@ class Semidiscrete:
     def best(self, x0, label):
         """argmax_j <x0, x_j> + g_j among the images of one label: x0 (n, d) -> (n,)."""
         rows, g = self.rows[label], self.g[label]
-        score = (x0.to(rows.dtype) @ rows.T).float() + g
+        value = (x0.to(rows.dtype) @ rows.T).float() + g
         if rows.dtype == torch.float32:
-            return score.argmax(1)
-        closest = score.topk(min(CLOSEST, len(rows)), 1).indices  # (n, k)
+            return value.argmax(1)
+        closest = value.topk(min(CLOSEST, len(rows)), 1).indices  # (n, k)
         candidates = self.images[label].flatten(1)[closest]  # (n, k, d)
         again = torch.einsum("nd,nkd->nk", x0, candidates) + g[closest]
         return closest.gather(1, again.argmax(1, keepdim=True))[:, 0]

@@ -7,8 +7,8 @@ import torch
 from gaussians import covariance, gaussian_bridge, power
 
 from minimedshift import coupling
-from minimedshift.coupling import (Semidiscrete, assign, couple, exact, find_eps, learn_potentials, potentials,
-    scores, sinkhorn)
+from minimedshift.coupling import (Semidiscrete, assign, couple, exact, find_eps, learn_potentials,
+    minus_cost, potentials, sinkhorn)
 from minimedshift.flow import bridge, draw_noise, tint
 
 
@@ -99,8 +99,8 @@ def test_sinkhorn_between_gaussians_is_the_schrodinger_bridge(d, sigma, n=1200):
 def test_the_plan_has_its_marginals_and_sinkhorn_says_so(eps):
     g = seeded()
     x0, x1, y = torch.randn(90, 20, generator=g), torch.randn(90, 20, generator=g), torch.arange(90) % 3
-    score = scores(x0, x1, y)
-    logits = potentials(score, eps, iterations=400) + score / eps
+    matrix = minus_cost(x0, x1, y)
+    logits = potentials(matrix, eps, iterations=400) + matrix / eps
     plan = logits.double().softmax(1) / 90
     assert ((plan.sum(0) * 90 - 1).abs() < 1e-4).all() and ((plan.sum(1) * 90 - 1).abs() < 1e-6).all()
     assert plan[y[:, None] != y].sum() == 0

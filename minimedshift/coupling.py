@@ -74,7 +74,8 @@ def sinkhorn(x0, x1, y, eps, generator=None, iterations=ITERATIONS):
     if not eps > 0:
         raise ValueError(f"sinkhorn needs eps > 0, got {eps}")
     matrix = minus_cost(x0, x1, y)
-    logits = torch.add(potentials(matrix, eps, iterations), matrix, alpha=1 / eps)  # log pi(j | i) + constant_i
+    g = potentials(matrix, eps, iterations)
+    logits = torch.add(g, matrix, alpha=1 / eps)  # log pi(j | i) + constant_i
     e = torch.empty_like(logits).exponential_(generator=generator)
     index = (logits - e.log()).argmax(1)  # a draw: -log e is Gumbel noise
     pi = logits.softmax(1)
@@ -256,7 +257,6 @@ def learn_potentials(x, weight=None, noises=200, batch=512, rank=256, seed=0, de
     factor = left * scale  # (N, rank)
     weight = torch.as_tensor(np.ones(N) if weight is None else weight, dtype=torch.float32, device=device)
     weight = weight / weight.mean()
-
     size = x.square().sum(1).mean().sqrt() / 4
     g, mean = torch.zeros(N, device=device), torch.zeros(N, device=device)
     steps = max(800, noises * N // batch)

@@ -31,7 +31,7 @@ def draw_noise(shape, generator=None, colour=0.0, device="cpu"):
 
         noise = F^-1 [ max(|k|, COARSE)^-colour F[e] ],  e ~ N(0, I),  rescaled      |k| in periods a frame
 
-    colour = 0 is white noise: all but the finest detail is still visible at t = .2, where a translation can no
+    colour = 0 is white noise: all but the finest detail is still visible at t = .2, and a translation can no
     longer change it. colour = 1 falls like natural images: edges and shades drown at the same t.
     """
     return tint(torch.randn(shape, generator=generator, device=device), colour)

@@ -5,7 +5,8 @@
     python train.py --resume       goes on where the last run stopped, exactly
 
 Ends with a student (student.py), which learns from the flow to translate in one evaluation.
-Leaves in out/: checkpoint.pt, log.csv, loss.png, samples.png, translations.png, report.json. Ctrl-C saves and stops.
+Leaves in out/: checkpoint.pt, log.csv, loss.png, samples.png, translations.png, report.json.
+Ctrl-C saves and stops.
 """
 
 import math
@@ -18,74 +19,69 @@ from pathlib import Path
 
 import torch
 
-from minimedshift.support.command import UserError, flag, parse, run
 from minimedshift import balance, data, evaluate, sampler, student
+from minimedshift.coupling import COUPLINGS
+from minimedshift.flow import loss as flow_loss
+from minimedshift.model import PRESETS, UNet
 from minimedshift.phantom import sets
 from minimedshift.support import checkpoint
 from minimedshift.support.batches import batches, null_label
-from minimedshift.coupling import COUPLINGS
-from minimedshift.flow import loss as flow_loss
+from minimedshift.support.command import UserError, flag, parse, run
 from minimedshift.support.files import write_json
 from minimedshift.support.images import figure
 from minimedshift.support.log import Log, progress
-from minimedshift.support.machine import (can_compile, has_bfloat16, keep_memory, load, machine, pick_device,
-    pick_formats)
-from minimedshift.model import PRESETS, UNet
+from minimedshift.support.machine import (
+    can_compile, has_bfloat16, keep_memory, load, machine, pick_device, pick_formats)
 from minimedshift.support.optim import Muon, split
 
 
 @dataclass(frozen=True)
 class Config:
     # ---- data
-    data: str = flag(None, "folder of images, DIR/DOMAIN/*.png; without it the head phantom is simulated", "data")
+    data: str = flag(None, "folder of images, DIR/DOMAIN/*.png (default: simulated heads)", "data")
     size: int = flag(0, "side of the training images in pixels; 0 is the preset's", "data", low=0)
     train_images: int = flag(10000, "simulated training images, all domains together", "data", low=5)
     valid_heads: int = flag(64, "simulated validation heads, each in all domains", "data", low=1)
     test_heads: int = flag(128, "simulated test heads, each in all domains", "data", low=1)
-    shift: float = flag(0.1, "share of each simulated domain's training heads that comes from its own population", "data",
-                        low=0, high=1)
-    domains: str = flag("", "train on these domains alone, names separated by commas; without it on all", "data")
-    balance: bool = flag(True, "draw images less often whose like the other domains hardly have, "
-                         "so that a label does not stand for a population", "data")
+    shift: float = flag(0.1, "share of a domain's simulated training heads that are from its own population",
+                        "data", low=0, high=1)
+    domains: str = flag("", "train on these domains alone, separated by commas (default: all)", "data")
+    balance: bool = flag(True, "draw images less often whose like other domains hardly have", "data")
     check_data: bool = flag(False, "write a picture and a line per domain, then stop", "data")
     # ---- method
-    preset: str = flag("auto", "network and training settings", "method", ("auto", "cpu", "gpu"))
-    coupling: str = flag("semidiscrete", "which noise goes with which image", "method", COUPLINGS)
-    coupling_labels: str = flag("keep", "make plans inside each label, or ignore labels "
-                                "(for teaching: it breaks conditional models)", "method", ("keep", "ignore"))
-    ot_batch: int = flag(0, "training batches that one plan is made over; 0: 1 for independent, 16 for semidiscrete, "
-                         "40 with --x0 image, else 8", "method", low=0)
-    entropy: float = flag(0.0, "normalised entropy of Sinkhorn's plan, which then fixes eps: near 0 exact, "
-                          "near 1 independent; 0: eps = 2 sigma^2", "method", low=0, below=1)
+    preset: str = flag("auto", "network and training settings", "method", ("auto", *PRESETS))
+    coupling: str = flag("semidiscrete", "which noise goes with which image", "method", tuple(COUPLINGS))
+    coupling_labels: str = flag("keep", "plan inside each label, or ignore labels (for teaching: it breaks "
+                                "conditional models)", "method", ("keep", "ignore"))
+    ot_batch: int = flag(0, "batches that one plan is made over; 0: as the coupling needs", "method", low=0)
+    entropy: float = flag(0.0, "normalised entropy of Sinkhorn's plan, near 0 exact, near 1 independent; "
+                          "0: eps = 2 sigma^2", "method", low=0, below=1)
     sigma: float = flag(0.0, "width of the bridge between noise and image", "method", low=0)
-    score: bool = flag(False, "learn the score of the bridge too, for --solver sde (needs --sigma)", "method")
-    x0: str = flag("noise", "where the flow starts: noise, or an image of another domain (no tau then)", "method",
-                   ("noise", "image"))
-    colour: float = flag(1.0, "how fast the noise's amplitude falls with frequency: 0 is white, 1 like natural images",
+    score: bool = flag(False, "learn the score too, for --solver sde (needs --sigma)", "method")
+    x0: str = flag("noise", "the flow starts from noise, or from an image of another domain (then no tau)",
+                   "method", ("noise", "image"))
+    colour: float = flag(1.0, "fall of the noise's amplitude with frequency: 0 white, 1 like natural images",
                          "method", low=0, high=2)
-    drop_label: float = flag(0.1, "share of labels replaced by the null label, for guidance", "method", low=0, below=1)
+    drop_label: float = flag(0.1, "share of labels that are hidden, for guidance", "method", low=0, below=1)
     # ---- training
     steps: int = flag(0, "optimizer steps; 0 is the preset's", "training", low=0)
     batch_size: int = flag(0, "images a step; 0 is the preset's", "training", low=0)
-    lr: float = flag(0.02, "peak learning rate of the convolutions (Muon); the rest (AdamW) has a twentieth", "training",
-                     above=0)
-    ema: float = flag(16.97, "exponent of the EMA profile: 16.97 averages about the last twentieth, 6.94 the last tenth",
+    lr: float = flag(0.02, "peak learning rate of the convolutions (Muon); the rest (AdamW) has a twentieth",
+                     "training", above=0)
+    ema: float = flag(16.97, "exponent of the EMA: 16.97 averages a twentieth of the run, 6.94 a tenth",
                       "training", low=0)
     seed: int = flag(0, "all randomness is a function of the seed and the step", "training", low=0)
     # ---- translation
-    tau: float = flag(0.3, "how far back a translation goes: near 1 keeps structure, near 0 favours realism", "translation",
-                      low=0)
+    tau: float = flag(0.3, "how far back: 1 keeps structure, 0 favours realism", "translation", low=0)
     guidance: float = flag(1.0, "guidance scale of the forward leg; 1 is none", "translation")
-    end: float = flag(0.97, "time at which an image is taken to be: 1 is the paper's; below 1, faint detail passes "
-                      "untouched", "translation", high=1)
+    end: float = flag(0.97, "time at which an image is taken to be; 1 is the paper's", "translation", high=1)
     solver_steps: int = flag(3, "solver steps of each leg", "translation", low=1)
-    solver: str = flag("fireflow", "ODE solver, or sde: a diffusion with the same images at every t", "translation",
-                       tuple(sampler.SOLVERS))
+    solver: str = flag("fireflow", "ODE solver, or sde: a diffusion", "translation", tuple(sampler.SOLVERS))
     # ---- student
-    student: bool = flag(True, "at the end, teach a small local network to translate in one evaluation", "student")
-    student_images: int = flag(0, "training images of each domain that the flow translates for it; 0 is the preset's",
+    student: bool = flag(True, "at the end, teach a small network to translate in one evaluation", "student")
+    student_images: int = flag(0, "images of a domain that the flow translates for it; 0 is the preset's",
                                "student", low=0)
-    student_steps: int = flag(0, "its optimizer steps, of 32 images each; 0 is the preset's", "student", low=0)
+    student_steps: int = flag(0, "its optimizer steps, 32 images each; 0 is the preset's", "student", low=0)
     student_tau: float = flag(0.1, "tau of its lessons", "student", low=0)
     student_end: float = flag(0.99, "end of its lessons, above student-tau", "student", high=1)
     # ---- run
@@ -93,10 +89,8 @@ class Config:
     resume: bool = flag(False, "go on from OUT/checkpoint.pt, with the flags of that run", "run")
     overwrite: bool = flag(False, "start anew where OUT has a checkpoint", "run")
     device: str = flag("auto", "where to compute", "run", ("auto", "cuda", "mps", "cpu"))
-    dtype: str = flag("auto", "number format of the network's arithmetic in training; auto measures", "run",
-                      ("auto", "float32", "bfloat16"))
-    compile: str = flag("auto", "torch.compile the network's blocks; auto: on a GPU (on a CPU it takes longer than it saves)",
-                        "run", ("auto", "yes", "no"))
+    dtype: str = flag("auto", "number format; auto measures", "run", ("auto", "float32", "bfloat16"))
+    compile: str = flag("auto", "torch.compile; auto: on a GPU alone", "run", ("auto", "yes", "no"))
     evaluate: bool = flag(True, "score the result on simulated test heads at the end", "run")
 
 
@@ -112,15 +106,10 @@ FREE = {"out", "resume", "overwrite", "device", "dtype", "compile", "evaluate", 
 def main(argv=None):
     # ---- config: every flag is checked before any long work
     config, device = resolve(parse(Config, __doc__, argv))
-    file, then = open_out(config, device)
+    file, before = open_out(config, device)
 
     # ---- data
-    try:
-        dataset = load_data(config)
-    except UserError:
-        with suppress(OSError):
-            file.parent.rmdir()  # if it is empty
-        raise
+    dataset = load_data(config, file.parent)
     if config.check_data:
         data.check(dataset, file.parent / "data.png")
         return 0
@@ -129,55 +118,50 @@ def main(argv=None):
 
     # ---- model
     keep_memory()
-    if then:
-        dtype, memory = (getattr(torch, then["machine"][name]) for name in ("dtype", "memory_format"))
-        dtype = dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    else:
-        dtype, memory = pick_formats(config.dtype, device)
+    dtype, memory = formats(config, device, before)
     torch.manual_seed(config.seed)
     domains = len(dataset.domains)
-    shape = replace(PRESETS[config.preset][1], num_domains=null_label(config, domains), channels=dataset.channels,
-                    score=config.sigma if config.score else 0.0)
+    shape = replace(PRESETS[config.preset][1], num_domains=null_label(config, domains),
+                    channels=dataset.channels, score=config.sigma if config.score else 0.0)
     model = UNet(shape).to(device, memory_format=memory)
     if config.compile == "yes" or config.compile == "auto" and can_compile(device):
-        model.compile_blocks(dynamic=False)  # for training batches: pictures and scores come in other shapes
-    inside, rest = split(model)
+        model.compile_blocks(dynamic=False)
+    convolutions, rest = split(model)
     adamw = torch.optim.AdamW(rest, config.lr / 20, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    optimizers = [Muon(inside, config.lr), adamw]
+    optimizers = [Muon(convolutions, config.lr), adamw]
     ema = checkpoint.EMA(model, config.ema)
-    if then:
-        checkpoint.load_weights(model, then["model"], file)
-        for optimizer, state in zip(optimizers, then["optimizer"]):
-            optimizer.load_state_dict(state)
-        ema.load(then["ema"])
-    first = then["step"] if then else 0
-    same_lessons = then and all(then["config"].get(name) == getattr(config, name) for name in LESSONS)
-    taught = then.get("student") if same_lessons else None
-    translation = dict(tau=config.tau, guidance=config.guidance, steps=config.solver_steps, solver=config.solver,
-                       end=config.end, colour=config.colour, x0=config.x0)
+    first, taught = 0, None  # step to begin with; the student's state
+    if before:
+        first, taught = go_on(before, config, file, model, optimizers, ema)
+    translation = dict(tau=config.tau, guidance=config.guidance, steps=config.solver_steps,
+                       solver=config.solver, end=config.end, colour=config.colour, x0=config.x0)
     parameters = sum(p.numel() for p in model.parameters())
+    images = sum(len(train) for train in dataset.train)
     print(f"{device.type}, {name_of(dtype)}, {name_of(memory)}, {config.preset} preset: "
-          f"{parameters / 1e6:.2f}M parameters, {domains} domains, {sum(map(len, dataset.train))} images of "
-          f"{config.size}x{config.size}, steps {first} to {config.steps}, {config.batch_size} images each", flush=True)
+          f"{parameters / 1e6:.2f}M parameters, {domains} domains, "
+          f"{images} images of {config.size}x{config.size}, steps {first} to {config.steps}, "
+          f"{config.batch_size} images each", flush=True)
 
     def save(step):
         checkpoint.save(file, dict(
             config=asdict(config), shape=asdict(shape), domains=list(dataset.domains), step=step,
-            image=dict(size=config.size, channels=dataset.channels, range=[-1.0, 1.0]), translate=translation,
-            machine=dict(dtype=name_of(dtype), memory_format=name_of(memory)),
-            model=model.state_dict(), ema=ema.mean, optimizer=[optimizer.state_dict() for optimizer in optimizers],
-            student=taught))
+            image=dict(size=config.size, channels=dataset.channels, range=[-1.0, 1.0]),
+            translate=translation, machine=dict(dtype=name_of(dtype), memory_format=name_of(memory)),
+            model=model.state_dict(), ema=ema.mean, student=taught,
+            optimizer=[optimizer.state_dict() for optimizer in optimizers]))
 
     # ---- loop
-    steps = batches(dataset, config, device, first, dtype)
     stopping = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stopping.append(True))  # finish the step, save, stop
-    log, saved = Log(file.parent, first, config.steps, config.batch_size), time.time()
+    log = Log(file.parent, first, config.steps, config.batch_size)
+    saved = time.time()
+    steps = batches(dataset, config, device, first, dtype)
     for step, (x0, x1, y, t, e, plan, seconds) in enumerate(steps, first):
-        lr = config.lr * min((step + 1) / 50, (1 + math.cos(math.pi * step / config.steps)) / 2)  # warm-up, cosine
-        for optimizer, share in zip(optimizers, (1, 1 / 20)):
-            optimizer.param_groups[0]["lr"] = lr * share
+        warm_up, cosine = (step + 1) / 50, (1 + math.cos(math.pi * step / config.steps)) / 2
+        lr = config.lr * min(warm_up, cosine)
+        optimizers[0].param_groups[0]["lr"] = lr
+        optimizers[1].param_groups[0]["lr"] = lr / 20
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = flow_loss(model, x0, x1, y, t, config.sigma, e).mean()
         loss.backward()
@@ -191,43 +175,41 @@ def main(argv=None):
             save(step + 1)
             saved = time.time()
             log.draw()
-            with torch.compiler.set_stance("force_eager"):
-                draw_samples(file.parent / "samples.png", model, ema, dataset, translation, device)
+            with ema.weights_of(model):
+                draw_samples(file.parent / "samples.png", model, dataset, translation, device)
         if stopping:
-            print(f"\nstopped and saved after step {step + 1}: the same command with --resume goes on", flush=True)
+            print(f"\nstopped and saved after step {step + 1}: the same command with --resume goes on")
             return 130
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     print(log.coupling(), flush=True)
 
     # ---- the student, taught by the EMA weights
-    raw = {name: p.clone() for name, p in model.state_dict().items()}
-    model.load_state_dict(ema.mean)
-    model.eval()
     if config.student and not taught:
         try:
-            with torch.compiler.set_stance("force_eager"):
+            with ema.weights_of(model):
                 taught = teach(model, dataset, config, dtype, device).state()
         except KeyboardInterrupt:
-            print("\nstopped: the flow is saved, the same command with --resume teaches the student anew", flush=True)
+            print("\nstopped: the flow is saved, the same command with --resume teaches the student anew")
             return 130
-        model.load_state_dict(raw)
         save(config.steps)
-        model.load_state_dict(ema.mean)
 
     # ---- report and pictures
     if config.evaluate and dataset.test is not None:
         translator = student.restore(taught, device) if taught else None
-        with torch.compiler.set_stance("force_eager"):
+        with ema.weights_of(model):
             report, pictures = evaluate.report(model, dataset, translation, device, translator)
+        seconds = (log.column("seconds") or [0.0])[-1]
         run_of = dict(command=" ".join(["python", *sys.argv]), seed=config.seed, machine=machine(device),
-                      torch=torch.__version__, dtype=name_of(dtype), memory_format=name_of(memory), weights="EMA", steps=config.steps,
-                      training_seconds=(log.column("seconds") or [0.0])[-1], coupling=log.means())
+                      torch=torch.__version__, dtype=name_of(dtype), memory_format=name_of(memory),
+                      weights="EMA", steps=config.steps, training_seconds=seconds, coupling=log.means())
         write_json(file.parent / "report.json", run_of | report)
         evaluate.picture(file.parent / "translations.png", dataset, report["main_pair"], pictures)
         print(f"{file.parent}/: checkpoint.pt, log.csv, loss.png, samples.png, translations.png, report.json")
     return 0
 
+
+# ---------------------------------------------------------------- parts of it
 
 def name_of(torch_constant):
     """torch.float32 -> "float32"."""
@@ -235,7 +217,7 @@ def name_of(torch_constant):
 
 
 def open_out(config, device):
-    """OUT/checkpoint.pt, its folder made, and what it holds (with --resume, else None). Raises UserError, losing nothing."""
+    """OUT/checkpoint.pt, its folder made, and with --resume what it holds. Raises UserError."""
     file = Path(config.out) / "checkpoint.pt"
     then = checkpoint.load(file, device) if config.resume else None
     if file.exists() and not (then or config.overwrite or config.check_data):
@@ -244,8 +226,8 @@ def open_out(config, device):
     for name, value in asdict(config).items() if then else ():
         before = then["config"].get(name)
         if name not in FREE and before != value:
-            raise UserError(f"--resume needs the flags of the stopped run: --{name.replace('_', '-')} was {before}, "
-                            f"is {value}")
+            raise UserError("--resume needs the flags of the stopped run: "
+                            f"--{name.replace('_', '-')} was {before}, is {value}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -253,16 +235,39 @@ def open_out(config, device):
     return file, then
 
 
-def load_data(config):
-    """The Dataset: a folder's, or the simulated one."""
-    if config.data:
-        dataset = data.folder_set(config.data, config.size, config.seed)
-    else:
-        dataset = sets.phantom_set(config.size, config.train_images, config.valid_heads, config.test_heads,
-                                        config.seed, config.shift)
-    if config.domains:
-        dataset = data.only(dataset, [name.strip() for name in config.domains.split(",")])
-    return dataset
+def load_data(config, out):
+    """The Dataset: a folder's, or the simulated one. Where there is none, an empty folder `out` goes."""
+    try:
+        if config.data:
+            dataset = data.folder_set(config.data, config.size, config.seed)
+        else:
+            dataset = sets.phantom_set(config.size, config.train_images, config.valid_heads,
+                                       config.test_heads, config.seed, config.shift)
+        if config.domains:
+            dataset = data.only(dataset, [name.strip() for name in config.domains.split(",")])
+        return dataset
+    except UserError:
+        with suppress(OSError):
+            out.rmdir()
+        raise
+
+
+def formats(config, device, before):
+    """Number format of arithmetic, memory format of weights: those of the stopped run, or measured."""
+    if before is None:
+        return pick_formats(config.dtype, device)
+    dtype = before["machine"]["dtype"] if config.dtype == "auto" else config.dtype
+    return getattr(torch, dtype), getattr(torch, before["machine"]["memory_format"])
+
+
+def go_on(before, config, file, model, optimizers, ema):
+    """Fill model, optimizers and EMA from a checkpoint. Its step, and its student if it had these lessons."""
+    checkpoint.load_weights(model, before["model"], file)
+    for optimizer, state in zip(optimizers, before["optimizer"]):
+        optimizer.load_state_dict(state)
+    ema.load(before["ema"])
+    same_lessons = all(before["config"].get(name) == getattr(config, name) for name in LESSONS)
+    return before["step"], before.get("student") if same_lessons else None
 
 
 def teach(model, dataset, config, dtype, device):
@@ -277,24 +282,20 @@ def teach(model, dataset, config, dtype, device):
 
 
 @torch.no_grad()
-def draw_samples(path, model, ema, dataset, translation, device, count=4):
-    """samples.png: held-out images of the first domain and their translations to every other one, by the EMA weights."""
-    live = {name: p.clone() for name, p in model.named_parameters()}
-    model.load_state_dict(ema.mean)
-    model.eval()
+def draw_samples(path, model, dataset, translation, device, count=4):
+    """samples.png: held-out images of the first domain and their translations to every other one."""
     images = dataset.held_out[0] if len(dataset.held_out[0]) else dataset.train[0]
     x1 = load(images[:count], device)
-    columns = [x1] + [sampler.translate(model, x1, 0, y, **translation) for y in range(1, len(dataset.domains))]
-    model.load_state_dict(live)
-    model.train()
+    others = range(1, len(dataset.domains))
+    columns = [x1] + [sampler.translate(model, x1, 0, y, **translation) for y in others]
     way = f"tau {translation['tau']:g}" if translation["x0"] == "noise" else "directly"
     titles = [f"source\n{dataset.domains[0]}"] + [f"{way}\n{domain}" for domain in dataset.domains[1:]]
-    rows = [list(row) for row in zip(*(x.cpu() for x in columns))]
-    figure(path, rows, titles, [""] * len(x1))
+    rows = torch.stack(columns, 1).cpu()  # (count, domains, C, H, W)
+    figure(path, list(rows), titles, [""] * len(x1))
 
 
 def resolve(config):
-    """The config with everything automatic filled in, and the device. Raises UserError for flags that make no sense."""
+    """The config with everything automatic filled in, and the device. Raises UserError for wrong flags."""
     device = pick_device(config.device)
     preset = config.preset
     if preset == "auto":  # in float32 the large preset takes many hours
@@ -309,7 +310,7 @@ def resolve(config):
     config = replace(config, preset=preset, **filled)
     stride = shape.stem * 2 ** (len(shape.widths) - 1)
     if config.size < 16 or config.size % stride:
-        raise UserError(f"--size {config.size} is not allowed: it must be at least 16 and divisible by {stride}")
+        raise UserError(f"--size {config.size} must be at least 16 and divisible by {stride}")
     check_together(config)
     return config, device
 
@@ -322,10 +323,9 @@ def check_together(config):
 
     independent, image = config.coupling == "independent", config.x0 == "image"
     has_score = config.score or independent and config.sigma == 0
-    refuse(config.tau >= config.end, f"--tau {config.tau:g} is not allowed: it must be below --end, {config.end:g}")
+    refuse(config.tau >= config.end, f"--tau {config.tau:g} must be below --end, {config.end:g}")
     refuse(config.student_tau >= config.student_end,
-           f"--student-tau {config.student_tau:g} is not allowed: it must be below --student-end, "
-           f"{config.student_end:g}")
+           f"--student-tau {config.student_tau:g} must be below --student-end, {config.student_end:g}")
     refuse(config.coupling == "sinkhorn" and not config.sigma and not config.entropy,
            "--coupling sinkhorn needs --sigma or --entropy above 0")
     refuse(config.entropy and config.coupling != "sinkhorn", "--entropy is for --coupling sinkhorn")

@@ -23,6 +23,8 @@ from minimedshift.support.files import cached
 from minimedshift.support.images import decode, figure, image_files, read_image
 from minimedshift.support.log import progress
 
+OPPOSITE = -0.5  # correlation of mean images below which two domains are negatives of each other
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -208,6 +210,23 @@ def check(dataset, path, each=6):
                      f"values {some.min():.2f} to {some.max():.2f}, mean {some.mean():.2f}")
         shown = np.linspace(0, len(some) - 1, min(each, len(some))).astype(int)
         rows.append(list(some[shown]))
+    for a, b in opposite(dataset):
+        lines.append(f"warning: {a} and {b} look like negatives of each other, and what is translated between "
+                     "them will not stay the same thing; invert the images of one")
     figure(path, rows, [], dataset.domains)
     print(*lines, f"examples: {path}", sep="\n")
     return lines
+
+
+def opposite(dataset):
+    """Pairs of domains of opposite polarity: where the mean image of one is bright, that of the other is dark.
+
+    Coarse contrast is what noise remembers of an image, so a translation keeps it: dark stays dark.
+    """
+    means = []
+    for images in dataset.train:
+        some = np.asarray(images[:: math.ceil(len(images) / 500)], np.float32)
+        means.append(some.mean((0, 1)).ravel())
+    alike = np.corrcoef(np.stack(means) + 1e-6 * np.random.default_rng(0).standard_normal(means[0].size))
+    names = dataset.domains
+    return [(names[i], names[j]) for i, j in zip(*np.nonzero(np.triu(alike < OPPOSITE, 1)))]

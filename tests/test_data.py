@@ -1,11 +1,13 @@
 """A set is the same bytes every time, nothing leaks between its splits, and mistakes end in a sentence."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from minimedshift import data
+from minimedshift import data, phantom
 from minimedshift.support.command import UserError
 
 rng = np.random.default_rng(0)
@@ -96,6 +98,20 @@ def test_depths_and_colours_mix(tmp_path):
     line = data.check(colour, tmp_path / "grid.png")[0]
     assert line.startswith("a: 2 to train, 0 held out; values 0.22 to 0.22")
     assert Image.open(tmp_path / "grid.png").size[0] > 100
+
+
+def test_domains_of_opposite_polarity_are_warned_of(tmp_path, capsys):
+    """Five domains of heads are not; heads and their negatives are. Noise without a shape is not."""
+    heads = [phantom.Head(seed) for seed in range(12)]
+    images = [phantom.render(heads, domain, 32).half().numpy() for domain in phantom.DOMAINS]
+    dataset = data.Dataset(phantom.DOMAINS, 32, 1, images, images)
+    assert data.opposite(dataset) == []
+    negative = replace(dataset, domains=("heads", "negatives"), train=[images[3], -images[4]])
+    assert data.opposite(negative) == [("heads", "negatives")]
+    assert "negatives of each other" in data.check(negative, tmp_path / "grid.png")[-1]
+    draw = np.random.default_rng(0)
+    flat = [draw.uniform(-.1, .1, (300, 1, 32, 32)).astype(np.float16) for _ in range(2)]
+    assert data.opposite(replace(negative, train=flat)) == []
 
 
 def test_the_centre_of_the_shorter_side_is_kept():

@@ -216,8 +216,11 @@ def test_samples_are_drawn_by_the_ema_weights_in_eval_mode(tmp_path):
     before, ema = net.stem.bias[0].item(), checkpoint.EMA(net, 0.)
     ema.mean["stem.bias"] += 1
     translation = dict(tau=.4, guidance=1.5, steps=1, solver="euler", end=.97, colour=1., x0="noise")
-    train.draw_samples(tmp_path / "samples.png", net, ema, data.Dataset(phantom.DOMAINS, 16, 1, images, images), translation, torch.device("cpu"))
-    assert set(modes) == {(False, ema.mean["stem.bias"][0].item())} and net.training and net.stem.bias[0].item() == before
+    dataset = data.Dataset(phantom.DOMAINS, 16, 1, images, images)
+    with ema.weights_of(net):
+        train.draw_samples(tmp_path / "samples.png", net, dataset, translation, torch.device("cpu"))
+    assert set(modes) == {(False, ema.mean["stem.bias"][0].item())}
+    assert net.training and net.stem.bias[0].item() == before
 
 
 def test_the_preset_is_what_the_machine_can_train(monkeypatch):

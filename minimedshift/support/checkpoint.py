@@ -6,6 +6,7 @@ weights, EMA, optimizer and step are the whole state: a stopped run that goes on
 
 import os
 import pickle
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -35,6 +36,18 @@ class EMA:
         """Call after optimizer step number `step` = 1, 2, ..."""
         keep = (1 - 1 / step) ** (self.gamma + 1)
         torch._foreach_lerp_(list(self.mean.values()), list(self.live.values()), 1 - keep)
+
+    @contextmanager
+    def weights_of(self, model):
+        """Inside this block the model has the mean weights, in eval mode and not compiled."""
+        live = {name: p.detach().clone() for name, p in self.live.items()}
+        model.load_state_dict(self.mean)
+        try:
+            with torch.compiler.set_stance("force_eager"):  # pictures and scores come in other shapes
+                yield model.eval()
+        finally:
+            model.load_state_dict(live)
+            model.train()
 
     def load(self, mean):
         """Go on from the running mean of a checkpoint."""

@@ -27,7 +27,7 @@ def pick_device(name):
 def pick_formats(dtype, device):
     """The number format of arithmetic and the memory format of weights with which a convolution is fastest.
 
-    On a CPU they are measured. dtype: "auto", or the name of the one to use.
+    On a CPU they are measured, in about a second. dtype: "auto", or the name of the one to use.
     """
     wanted = [torch.float32, torch.bfloat16] if dtype == "auto" else [getattr(torch, dtype)]
     if device.type == "cuda":
@@ -36,8 +36,11 @@ def pick_formats(dtype, device):
     if device.type == "mps":
         return wanted[0], torch.contiguous_format
     seconds = dict.fromkeys(product(wanted, (torch.contiguous_format, torch.channels_last)), math.inf)
-    for _ in range(4):  # in turns, so that what else runs here disturbs all alike
+    end = time.perf_counter() + 1.2
+    for turn in range(10):  # in turns, so that what else runs here disturbs all alike
         for number, memory in seconds:
+            if turn > 1 and time.perf_counter() > end:
+                break
             spent = time_convolution(number, memory)
             if number == torch.bfloat16:
                 spent = spent / .7  # less exact: it must be clearly faster

@@ -1,11 +1,9 @@
 """Balanced populations: weights with which the domains hold the same heads.
 
-A label stands for a population as well as for a physics. Where real heads are oblique and synthetic ones frontal, a network learns that
-"real" means oblique, and turns heads. So images that have no counterpart in the other domains are drawn less often: importance weights
-p(head) / p_d(head), where p_d is the density of heads in domain d and p, the same for all domains, is their harmonic mean. It is large only
-where every domain has heads.
-
-Densities are counts among nearest neighbours, by features in which a head looks alike in every domain.
+A label stands for a population as well as for a physics. Where real heads are oblique and synthetic ones
+frontal, a network learns that "real" means oblique, and turns heads. So images without counterpart in other
+domains are drawn less often: importance weights p(head) / p_d(head). p_d is the density of heads in domain d,
+counted among nearest neighbours; p is their harmonic mean, large only where every domain has heads.
 """
 
 from dataclasses import replace
@@ -14,48 +12,51 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-SIDE = 8  # of the thumbnail
+SIDE = 8                  # of the thumbnail
 SHARE, FEWEST = 0.04, 20  # of all images are a neighbourhood, and at least so many
-REFERENCES = 2000  # images a domain are enough to count
-FEW = 0.2  # an effective share of images below this is worth a warning
+REFERENCES = 2000         # images a domain are enough to count
+FEW = 0.2                 # an effective share of images below this is worth a warning
 
 
 def features(images):
     """What a head looks like, whatever the domain: (N, C, H, W) in [-1, 1] -> (N, SIDE^2), unit length.
 
-    Local contrast of a thumbnail: z = (x - m) / (s + .03), m and s the mean and standard deviation of 3x3 pixels. Grey level and
-    contrast, which are the domain's, drop out; where it is darker than nearby stays.
+    Local contrast of a thumbnail: z = (x - m) / (s + .03), m and s the mean and standard deviation of 3x3
+    pixels. Grey level and contrast, which are the domain's, drop out.
     """
+    around = lambda z: F.avg_pool2d(z, 3, stride=1, padding=1, count_include_pad=False)
     x = torch.from_numpy(np.array(images, np.float32)).mean(1, keepdim=True)
     x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True)
-    mean = around(x)
-    spread = around((x - mean).square()).sqrt()
-    return F.normalize(((x - mean) / (spread + .03)).flatten(1))
-
-
-def around(x):
-    """The mean of the 3x3 pixels around each pixel of x (N, 1, H, W)."""
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+    m = around(x)
+    s = around((x - m).square()).sqrt()
+    return F.normalize(((x - m) / (s + .03)).flatten(1))
 
 
 def weights(sets, seed=0):
-    """How often each image should be drawn: a list of (N_d,) float32 arrays, one a domain, each with mean 1.
+    """How often each image should be drawn: one (N_d,) float32 array a domain, each with mean 1.
 
-    sets: one (N_d, C, H, W) array a domain. n_d: the share of domain d's images that lie in the neighbourhood of an image, in which there
-    are SHARE of all. Its weight is  mean_d(1 / n_d)^-1 / n_own  (harmonic mean over domains, over its own domain's density).
+    sets: one (N_d, C, H, W) array a domain. n_d: the share of domain d's images that lie in the neighbourhood
+    of an image, in which are SHARE of all. Its weight is mean_d(1 / n_d)^-1 / n_own.
     """
-    found = [torch.cat([features(part) for part in np.array_split(images, max(1, len(images) // 1000))]) for images in sets]
+    found, references = [], []
     draw = np.random.default_rng(seed)
-    some = [z if len(z) <= REFERENCES else z[np.sort(draw.choice(len(z), REFERENCES, replace=False))] for z in found]
-    label = torch.repeat_interleave(torch.tensor([len(z) for z in some]))
-    size = torch.bincount(label).double()
-    references, k = torch.cat(some), min(len(label), max(FEWEST, round(SHARE * len(label))))
+    for images in sets:
+        z = torch.cat([features(part) for part in np.array_split(images, len(images) // 1000 + 1)])
+        found.append(z)
+        if len(z) > REFERENCES:
+            z = z[np.sort(draw.choice(len(z), REFERENCES, replace=False))]
+        references.append(z)
+    size = torch.tensor([len(z) for z in references])
+    label = torch.repeat_interleave(size)
+    references = torch.cat(references)
+    k = min(len(label), max(FEWEST, round(SHARE * len(label))))
     result = []
-    for d, z in enumerate(found):
-        near = torch.cat([torch.cdist(part, references).topk(k, largest=False).indices for part in z.split(1000)])  # (N_d, k)
-        counts = torch.stack([(label[near] == other).sum(1) for other in range(len(sets))], 1)
-        n = (counts + k / 400) / size  # (N_d, D); a little more than counted, so that none is 0
-        w = 1 / (1 / n).mean(1) / n[:, d]
+    for own, z in enumerate(found):
+        near = [torch.cdist(part, references).topk(k, largest=False).indices for part in z.split(1000)]
+        near = label[torch.cat(near)]  # (N, k): the domains of its neighbours
+        counts = torch.stack([(near == d).sum(1) for d in range(len(sets))], 1)
+        n = (counts + k / 400) / size.double()  # (N, D); a little more than counted, so that none is 0
+        w = 1 / (1 / n).mean(1) / n[:, own]
         result.append((w / w.mean()).float().numpy())
     return result
 
@@ -66,11 +67,11 @@ def effective(w):
 
 
 def balanced(dataset):
-    """The Dataset with `weights`. Says the effective number of images of each domain, and warns where domains hardly overlap."""
+    """The Dataset with `weights`. Says how many images of each domain count, and warns where they are few."""
     found = weights(dataset.train)
     counts = [f"{name} {effective(w):.0f} of {len(w)}" for name, w in zip(dataset.domains, found)]
     print("balanced populations, effective images: " + ", ".join(counts), flush=True)
     for name, w in zip(dataset.domains, found):
         if effective(w) < FEW * len(w):
-            print(f"warning: {name} shares few of its images with the other domains; what is said of them is uncertain", flush=True)
+            print(f"warning: {name} shares few of its images with the other domains", flush=True)
     return replace(dataset, weights=found)

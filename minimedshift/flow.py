@@ -3,14 +3,13 @@
     xt = (1 - t) x0 + t x1 + sigma sqrt(t (1 - t)) e          x0 noise (t = 0), x1 image (t = 1), e ~ N(0, I)
     ut = d xt / dt = x1 - x0 + sigma (1 - 2t) / (2 sqrt(t (1 - t))) e              arXiv:2302.00482, eq. 15
 
-The network sees xt and is asked for ut. Its best answer is the mean of ut over all bridges through xt:
-the velocity v of a flow that carries all noise to all images. sigma = 0 is plain flow matching.
-sigma > 0 is a Brownian bridge: with the coupling of entropic optimal transport (coupling.py) it is the
-Schrodinger bridge.
+The network sees xt and is asked for ut. Its best answer is the mean of ut over all bridges through xt: the
+velocity v of a flow that carries all noise to all images. sigma = 0 is plain flow matching. sigma > 0 is a
+Brownian bridge; with the coupling of entropic optimal transport (coupling.py) it is the Schrodinger bridge.
 
-With sigma > 0 the slope of sqrt(t (1 - t)) is infinite at both ends. There are two ways out.
-Either the loss weighs it down (`weight`). Or the network learns the two parts of ut apart (--score),
-d = E[x1 - x0 | xt] and n = E[e | xt], whose targets have the same variance at every t:
+With sigma > 0 the slope of sqrt(t (1 - t)) is infinite at both ends. Either the loss weighs it down
+(`weight`), or the network learns the two parts of ut apart (--score), d = E[x1 - x0 | xt] and n = E[e | xt],
+whose targets have the same variance at every t:
 
     v = d + sigma (1 - 2t) / (2 sqrt(t (1 - t))) n
     grad log p_t = -n / (sigma sqrt(t (1 - t)))                                    arXiv:2307.03672
@@ -32,10 +31,8 @@ def draw_noise(shape, generator=None, colour=0.0, device="cpu"):
 
         noise = F^-1 [ max(|k|, COARSE)^-colour F[e] ],  e ~ N(0, I),  rescaled      |k| in periods a frame
 
-    colour = 0 is white noise, N(0, I). Under it all but the finest detail is still visible at t = .2, and a
-    translation can no longer change it. colour = 1 falls like the spectrum of natural images: edges and
-    shades drown at the same t. What is coarser than a COARSE-th of the frame (where the head is and how
-    it is turned) stays visible under both.
+    colour = 0 is white noise: all but the finest detail is still visible at t = .2, and a translation can no
+    longer change it. colour = 1 falls like natural images: edges and shades drown at the same t.
     """
     return tint(torch.randn(shape, generator=generator, device=device), colour)
 
@@ -54,18 +51,13 @@ def tint(x, colour):
     return torch.fft.irfft2(torch.fft.rfft2(x) * half, s=(H, W))
 
 
-def per_image(t, x):
-    """t (B,) shaped to broadcast against x (B, ...)."""
-    return t.reshape(-1, *[1] * (x.ndim - 1))
-
-
 def bridge(x0, x1, t, sigma=0.0, noise=None):
     """The point xt of the bridge and its velocity ut (equations above).
     x0, x1, noise (B, ...), t (B,) in [0, 1], sigma >= 0. noise is needed where sigma > 0.
     Returns xt, ut like x1. Raises ValueError for a negative sigma, or sigma > 0 without noise."""
     if sigma < 0 or (sigma > 0 and noise is None):
         raise ValueError(f"bridge needs sigma >= 0, and noise with sigma > 0; got sigma = {sigma}")
-    t = per_image(t, x1)
+    t = t.reshape(-1, *[1] * (x1.ndim - 1))  # (B, 1, ...)
     xt = (1 - t) * x0 + t * x1
     ut = x1 - x0
     if sigma > 0:
@@ -77,10 +69,7 @@ def bridge(x0, x1, t, sigma=0.0, noise=None):
 
 
 def weight(t, sigma=0.0):
-    """The loss weight of each time: 1 / (1 + variance that e gives to ut). It is 1 where sigma is 0.
-
-        1 / (1 + sigma^2 (1 - 2t)^2 / (4t (1 - t)))
-    """
+    """The loss weight of each time: 1 / (1 + variance that e gives to ut), which is 1 for sigma = 0."""
     t = t.clamp(EDGE, 1 - EDGE)
     return 1 / (1 + sigma**2 * (1 - 2 * t) ** 2 / (4 * t * (1 - t)))
 

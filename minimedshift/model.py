@@ -1,10 +1,14 @@
 """The network v(xt, t, y): one U-Net for all domains.
 
-Pixel-unshuffle in (so that all work happens at a fraction of the resolution), residual blocks modulated by
-time, self-attention at the lowest resolution, pixel-shuffle out. Only the way up knows the label: the way
-down describes what is in the picture, whatever its domain, and the way up draws it in one domain.
-Fully convolutional: any height and width divisible by `stride`. Label `num_domains` is the null label, for
-classifier-free guidance.
+    xt (B, 1, 64, 64)                                             vt (B, 1, 64, 64)      shapes: preset cpu
+       | unshuffle 4, stem                                           | out, shuffle 4
+    down[0] (B, 96, 16, 16)  ------------- skip -------------->  up[1] (B, 96, 16, 16)
+       | unshuffle 2                                                 | shuffle 2
+    down[1] (B, 128, 8, 8)  -- attention --------- skip ------>  up[0] (B, 128, 8, 8)
+    knows t                                                      knows t and y
+
+Only the way up knows the label: the way down describes what is in the picture, whatever its domain, and the
+way up draws it in one domain. Fully convolutional: any height and width divisible by `stride`.
 """
 
 import math
@@ -19,7 +23,7 @@ from minimedshift.ops import norm_film_silu
 
 @dataclass(frozen=True)
 class Shape:
-    """What fixes the network's tensors. Presets below."""
+    """What fixes the network's tensors."""
     num_domains: int = 5
     channels: int = 1
     stem: int = 2  # pixels of one side that become channels
@@ -37,7 +41,7 @@ def time_features(t, dim=128):
 
 
 def act(norm, x, scale=None, shift=None):
-    """silu(norm(x) (1 + scale) + shift): x (B, C, H, W), norm a GroupNorm, scale and shift (B, C) or None."""
+    """silu(norm(x) (1 + scale) + shift): norm a GroupNorm, x (B, C, H, W), scale and shift (B, C) or None."""
     return norm_film_silu(x, norm.weight, norm.bias, norm.num_groups, scale, shift, norm.eps)
 
 
@@ -80,8 +84,9 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """v(xt, t, y) -> vt. xt (B, C, H, W) float, t (B,) in [0, 1], y (B,) int64 in 0..num_domains.
-    Label num_domains means no label. With a score head it returns d and n (flow.py) as (B, 2C, H, W)."""
+    """v(xt, t, y) -> vt. xt, vt (B, C, H, W) float, t (B,) in [0, 1], y (B,) int64 in 0..num_domains.
+    Label num_domains means no label, for guidance. With a score head it returns d and n (flow.py) as
+    (B, 2C, H, W). Raises ValueError where H or W is not divisible by `stride`."""
 
     def __init__(self, shape):
         super().__init__()
@@ -97,8 +102,7 @@ class UNet(nn.Module):
         levels = list(enumerate(zip(widths, shape.blocks)))
         for i, (width, count) in levels:
             enter = nn.Conv2d(4 * widths[i - 1], width, 1) if i else nn.Identity()
-            blocks = [Block(width, emb) for _ in range(count)]
-            self.down.append(nn.ModuleList([enter, *blocks]))
+            self.down.append(nn.ModuleList([enter, *[Block(width, emb) for _ in range(count)]]))
         for i, (width, count) in reversed(levels):
             merge = nn.Conv2d(2 * width, width, 1)
             blocks = [Block(width, emb) for _ in range(count)]
@@ -114,50 +118,34 @@ class UNet(nn.Module):
         H, W = xt.shape[-2:]
         if H % self.stride or W % self.stride:
             raise ValueError(f"height and width must be divisible by {self.stride}, got {H} x {W}")
-        time = self.time(time_features(t))  # (B, emb)
-        describe = F.silu(time)                 # for the way down
-        draw = F.silu(time + self.label(y))     # for the way up
-        x = self.stem(F.pixel_unshuffle(xt, self.shape.stem))  # (B, widths[0], H / stem, W / stem)
+        time = self.time(time_features(t))   # (B, emb)
+        describe = F.silu(time)              # for the way down
+        draw = F.silu(time + self.label(y))  # for the way up: here the label enters
+        x = self.stem(F.pixel_unshuffle(xt, self.shape.stem))
         skips = []
         for i, (enter, *blocks) in enumerate(self.down):
-            x = enter(F.pixel_unshuffle(x, 2) if i else x)
+            x = enter(F.pixel_unshuffle(x, 2) if i else x)  # (B, widths[i], h, w), h = H / stem / 2^i
             for block in blocks:
                 x = block(x, describe)
             skips.append(x)
         x = self.attention(x)
-        for i, (merge, *blocks, leave) in enumerate(self.up):
-            x = merge(torch.cat([x, skips.pop()], 1))
+        for merge, *blocks, leave in self.up:
+            x = merge(torch.cat([x, skips.pop()], 1))  # (B, widths[i], h, w), i from the last to 0
             for block in blocks:
                 x = block(x, draw)
             x = F.pixel_shuffle(leave(x), 2) if skips else x
         return F.pixel_shuffle(self.out(act(self.norm, x)), self.shape.stem)
 
     def compile_blocks(self, **options):
-        """torch.compile each residual block, in place. Names of parameters stay as they are.
-        Blocks of one width share their code, so the first step comes soon. dynamic=False makes code for each
-        shape met, the fastest; dynamic=True makes code for all shapes at once."""
+        """torch.compile each residual block, in place; those of one width share their code. dynamic=False
+        makes code for each shape met, the fastest; dynamic=True makes code for all shapes at once."""
         torch._dynamo.config.recompile_limit = 64  # shapes; beyond, a block would run uncompiled
         for module in self.modules():
             if isinstance(module, Block):
                 module.compile(**options)
 
-    def capture(self, batch, size, dtype):
-        """Record the forward and the backward pass as a CUDA graph, in place: one launch, not some thousand.
-        In train mode the network then takes only `batch` images of size x size, in number format dtype. In
-        eval mode it stays as it is. Needs a CUDA device."""
-        device = self.out.weight.device
-        xt = torch.zeros(batch, self.shape.channels, size, size, device=device)
-        t = torch.zeros(batch, device=device)
-        y = torch.zeros(batch, dtype=torch.long, device=device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
-            torch.cuda.make_graphed_callables(self, (xt, t, y))
 
-
-# Side of the training images in pixels, and the network. GFLOPs are of one evaluation of one image, a
-# multiply-add counted as two:
-#   cpu  2.65M parameters, 0.54 GFLOPs; the whole of `python train.py`, 16 images a step, peaked at 1.0 GB
-#   gpu  24.09M parameters, 27.11 GFLOPs; memory not measured yet
-PRESETS = {
-    "cpu": (64, Shape(stem=4, widths=(96, 128), blocks=(2, 2))),
-    "gpu": (256, Shape(stem=4, widths=(128, 256, 384), blocks=(2, 2, 2))),
+PRESETS = {  # side of the training images in pixels, and the network; GFLOPs of one evaluation of one image
+    "cpu": (64, Shape(stem=4, widths=(96, 128), blocks=(2, 2))),  # 2.65M parameters, 0.54 GFLOPs
+    "gpu": (256, Shape(stem=4, widths=(128, 256, 384), blocks=(2, 2, 2))),  # 24.09M parameters, 27.11 GFLOPs
 }

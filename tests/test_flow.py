@@ -27,7 +27,8 @@ def test_ends_are_noise_and_image_and_stay_finite():
 
 def test_the_bridge_has_the_brownian_variance():
     n, t, sigma = 200_000, 0.3, 0.7
-    xt, _ = bridge(torch.zeros(n, 1), torch.zeros(n, 1), torch.full((n,), t), sigma, torch.randn(n, 1, generator=torch.Generator().manual_seed(1)))
+    zeros, e = torch.zeros(n, 1), torch.randn(n, 1, generator=torch.Generator().manual_seed(1))
+    xt, _ = bridge(zeros, zeros, torch.full((n,), t), sigma, e)
     assert xt.var().item() == pytest.approx(sigma**2 * t * (1 - t), rel=0.02)
 
 
@@ -69,14 +70,16 @@ def test_weight_keeps_the_variance_that_the_bridge_adds_to_the_target_below_one(
 
 
 def gaussian_parts(xt, t, sigma, a=1.0, b=0.5, c=0.3):
-    """d = E[x1 - x0 | xt] and s = sigma^2 / 2 grad log p_t for centred Gaussians of variances a, b and covariance c under the bridge."""
+    """d = E[x1 - x0 | xt] and s = sigma^2 / 2 grad log p_t under the bridge, for centred Gaussians of variances a, b
+    and covariance c."""
     S = (1 - t) ** 2 * a + t**2 * b + 2 * t * (1 - t) * c + sigma**2 * t * (1 - t)
     return (t * b - (1 - t) * a + (1 - 2 * t) * c) / S * xt, -(sigma**2) / 2 / S * xt
 
 
 @pytest.mark.parametrize("t", [0.02, 0.4, 0.97])
 def test_the_two_parts_minimise_their_loss_and_compose_to_the_velocity(t, sigma=0.8, n=200_000):
-    """The exact d and s of a Gaussian bridge: no rescaling of either lowers the loss, and what they compose to is the mean of ut, found by regression."""
+    """The exact d and s of a Gaussian bridge: no rescaling of either lowers the loss, and what they compose to is the
+    mean of ut, found by regression."""
     g = torch.Generator().manual_seed(0)
     x0 = torch.randn(n, 1, generator=g)
     x1 = 0.3 * x0 + (0.5 - 0.09) ** 0.5 * torch.randn(n, 1, generator=g)
@@ -103,4 +106,6 @@ def test_tint_is_symmetric_and_is_what_draw_noise_does():
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 3, 1, 12, 10, generator=g, dtype=torch.float64)
     torch.testing.assert_close((tint(a, 1.0) * b).sum(), (a * tint(b, 1.0)).sum())
-    torch.testing.assert_close(draw_noise((2, 1, 8, 8), torch.Generator().manual_seed(3), 1.0), tint(torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(3)), 1.0))
+    seeded = lambda: torch.Generator().manual_seed(3)
+    white = torch.randn(2, 1, 8, 8, generator=seeded())
+    torch.testing.assert_close(draw_noise((2, 1, 8, 8), seeded(), 1.0), tint(white, 1.0))

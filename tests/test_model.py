@@ -55,14 +55,20 @@ def test_the_file_tells_the_truth_about_each_preset(name):
         with FlopCounterMode(display=False) as count:
             net(torch.empty(1, 1, size, size), torch.empty(1), torch.empty(1, dtype=torch.long))
     parameters = sum(p.numel() for p in net.parameters())
-    assert f"{parameters / 1e6:.2f}M parameters, {count.get_total_flops() / 1e9:.2f} GFLOPs" in open(model.__file__).read()
+    told = f"{parameters / 1e6:.2f}M parameters, {count.get_total_flops() / 1e9:.2f} GFLOPs"
+    assert told in open(model.__file__).read()
 
 
 def test_blocks_of_one_width_are_compiled_once_for_training_and_once_for_every_batch_to_translate():
     torch.compiler.reset()
-    found, inputs = [], lambda batch, size=16: (torch.randn(batch, 1, size, size), torch.rand(batch), torch.zeros(batch, dtype=torch.long))
+    found = []
+
+    def inputs(batch, size=16):
+        return torch.randn(batch, 1, size, size), torch.rand(batch), torch.zeros(batch, dtype=torch.long)
+
     backend = lambda graph, examples: found.append(graph) or graph.forward
-    net, same = awake(Shape(stem=2, widths=(32, 48, 64), blocks=(2, 1, 2), head=16)), awake(Shape(stem=2, widths=(32, 48, 64), blocks=(2, 1, 2), head=16))
+    shape = Shape(stem=2, widths=(32, 48, 64), blocks=(2, 1, 2), head=16)
+    net, same = awake(shape), awake(shape)
     names = list(net.state_dict())
     net.compile_blocks(dynamic=False, backend=backend)
     for batch in (4, 4, 2, 8, 3):

@@ -131,7 +131,7 @@ def learn_potentials(dataset, config, device):
         start = time.time()
         for i, (images, weight) in enumerate(zip(groups, weights)):
             tinted = tint(torch.from_numpy(np.array(images, np.float32)), config.colour)
-            g, _ = plans.learn_potentials(tinted, weight, seed=config.seed, device=where)
+            g = plans.learn_potentials(tinted, weight, seed=config.seed, device=where)
             np.save(folder / f"{i}.npy", g.cpu().numpy())
             progress(i + 1, len(groups), start, "learning potentials, once", "labels")
 

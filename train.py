@@ -22,7 +22,7 @@ import torch
 from minimedshift import balance, data, evaluate, sampler, student
 from minimedshift.coupling import COUPLINGS
 from minimedshift.flow import loss as flow_loss
-from minimedshift.model import PRESETS, UNet
+from minimedshift.model import UNet
 from minimedshift.phantom import sets
 from minimedshift.support import checkpoint
 from minimedshift.support.batches import batches, null_label
@@ -33,6 +33,7 @@ from minimedshift.support.log import Log, progress
 from minimedshift.support.machine import (
     can_compile, has_bfloat16, keep_memory, load, machine, pick_device, pick_formats)
 from minimedshift.support.optim import Muon, split
+from minimedshift.support.presets import PRESETS
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,6 @@ class Config:
     evaluate: bool = flag(True, "score the result on simulated test heads at the end", "run")
 
 
-SCHEDULE = {"cpu": (1400, 16), "gpu": (40000, 64)}  # optimizer steps, images a step
-STUDENT = {"cpu": (300, 600), "gpu": (1000, 6000)}  # images of each domain, optimizer steps
 SAVE_EVERY = 120  # seconds
 LESSONS = ("student_images", "student_steps", "student_tau", "student_end")
 # flags that may differ on --resume
@@ -121,7 +120,7 @@ def main(argv=None):
     dtype, memory = formats(config, device, before)
     torch.manual_seed(config.seed)
     domains = len(dataset.domains)
-    shape = replace(PRESETS[config.preset][1], num_domains=null_label(config, domains),
+    shape = replace(PRESETS[config.preset].shape, num_domains=null_label(config, domains),
                     channels=dataset.channels, score=config.sigma if config.score else 0.0)
     model = UNet(shape).to(device, memory_format=memory)
     if config.compile == "yes" or config.compile == "auto" and can_compile(device):
@@ -297,18 +296,16 @@ def draw_samples(path, model, dataset, translation, device, count=4):
 def resolve(config):
     """The config with everything automatic filled in, and the device. Raises UserError for wrong flags."""
     device = pick_device(config.device)
-    preset = config.preset
-    if preset == "auto":  # in float32 the large preset takes many hours
-        preset = "gpu" if device.type == "cuda" and has_bfloat16() else "cpu"
-    size, shape = PRESETS[preset]
-    steps, batch_size = SCHEDULE[preset]
-    images, lessons = STUDENT[preset]
+    name = config.preset
+    if name == "auto":  # in float32 the large preset takes many hours
+        name = "gpu" if device.type == "cuda" and has_bfloat16() else "cpu"
+    preset = PRESETS[name]
     ot_batch = {"independent": 1, "semidiscrete": 16}.get(config.coupling, 40 if config.x0 == "image" else 8)
-    automatic = dict(size=size, steps=steps, batch_size=batch_size, ot_batch=ot_batch,
-                     student_images=images, student_steps=lessons)
+    automatic = dict(size=preset.size, steps=preset.steps, batch_size=preset.batch_size, ot_batch=ot_batch,
+                     student_images=preset.lessons, student_steps=preset.student_steps)
     filled = {name: getattr(config, name) or value for name, value in automatic.items()}
-    config = replace(config, preset=preset, **filled)
-    stride = shape.stem * 2 ** (len(shape.widths) - 1)
+    config = replace(config, preset=name, **filled)
+    stride = preset.shape.stem * 2 ** (len(preset.shape.widths) - 1)
     if config.size < 16 or config.size % stride:
         raise UserError(f"--size {config.size} must be at least 16 and divisible by {stride}")
     check_together(config)

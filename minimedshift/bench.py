@@ -17,11 +17,12 @@ from torch.autograd import grad
 
 from minimedshift import flow, ops, sampler
 from minimedshift.coupling import Semidiscrete, couple
-from minimedshift.model import PRESETS, UNet
+from minimedshift.model import UNet
 from minimedshift.support.command import flag, parse, run
 from minimedshift.support.files import write_json
 from minimedshift.support.machine import can_compile, keep_memory, machine, pick_device, pick_formats
 from minimedshift.support.optim import Muon, split
+from minimedshift.support.presets import PRESETS
 
 
 @dataclass(frozen=True)
@@ -69,19 +70,19 @@ class Side:
     """The preset of this device, and what is done with it. plain: the reference."""
 
     def __init__(self, device, plain=False):
-        size, shape = PRESETS["gpu" if device.type == "cuda" else "cpu"]
+        preset = PRESETS["gpu" if device.type == "cuda" else "cpu"]
         batch = 64 if device.type == "cuda" else 16
         self.dtype, memory = pick_formats("auto", device)
         self.velocity = sampler.Velocity
         if plain:
             self.dtype, memory, self.velocity = torch.float32, torch.contiguous_format, TwoCalls
         torch.manual_seed(0)
-        self.model = UNet(shape).to(device, memory_format=memory)
+        self.model = UNet(preset.shape).to(device, memory_format=memory)
         if can_compile(device) and not plain:
             self.model.compile_blocks(dynamic=False)
         inside, rest = split(self.model)
         self.optimizers = [Muon(inside, .02), torch.optim.AdamW(rest, .001, fused=not plain)]
-        self.noise = lambda count: flow.draw_noise((count, 1, size, size), None, 1.0, device)
+        self.noise = lambda count: flow.draw_noise((count, 1, preset.size, preset.size), None, 1.0, device)
         self.x0, self.x1 = self.noise(batch), self.noise(batch)
         self.t, self.y = torch.rand(batch, device=device), torch.arange(batch, device=device) % 5
 

@@ -211,15 +211,15 @@ def check(dataset, path, each=6):
         shown = np.linspace(0, len(some) - 1, min(each, len(some))).astype(int)
         rows.append(list(some[shown]))
     for a, b in opposite(dataset):
-        lines.append(f"warning: {a} and {b} look like negatives of each other, and what is translated between "
-                     "them will not stay the same thing; invert the images of one")
+        lines.append(f"warning: {a} and {b} look like negatives of each other: a translation between them will "
+                     "not show the same thing; invert the images of one")
     figure(path, rows, [], dataset.domains)
     print(*lines, f"examples: {path}", sep="\n")
     return lines
 
 
 def opposite(dataset):
-    """Pairs of domains of opposite polarity: where the mean image of one is bright, that of the other is dark.
+    """Pairs of domains of opposite polarity: where one's mean image is bright, the other's is dark.
 
     Coarse contrast is what noise remembers of an image, so a translation keeps it: dark stays dark.
     """

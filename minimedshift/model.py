@@ -143,9 +143,3 @@ class UNet(nn.Module):
         for module in self.modules():
             if isinstance(module, Block):
                 module.compile(**options)
-
-
-PRESETS = {  # side of the training images in pixels, and the network; GFLOPs of one evaluation of one image
-    "cpu": (64, Shape(stem=4, widths=(96, 128), blocks=(2, 2))),  # 2.65M parameters, 0.54 GFLOPs
-    "gpu": (256, Shape(stem=4, widths=(128, 256, 384), blocks=(2, 2, 2))),  # 24.09M parameters, 27.11 GFLOPs
-}

@@ -25,11 +25,12 @@ from minimedshift import evaluate, phantom, sampler
 from minimedshift.coupling import assign, couple
 from minimedshift.flow import loss as flow_loss
 from minimedshift.measure import methods, rivals
-from minimedshift.model import PRESETS, Shape, UNet
+from minimedshift.model import Shape, UNet
 from minimedshift.phantom import sets
 from minimedshift.support import checkpoint, domain
 from minimedshift.support.command import UserError, flag, parse, run
 from minimedshift.support.machine import in_batches, load, pick_device, pick_formats
+from minimedshift.support.presets import PRESETS
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def train_rivals(folder, config, seconds, heads):
 
     def learn(steps):
         torch.manual_seed(seed)
-        model = UNet(PRESETS["cpu"][1]).to(device)
+        model = UNet(PRESETS["cpu"].shape).to(device)
         return rivals.supervised(model, source, target, t, steps, batch_size=16, seed=seed, dtype=dtype)
 
     rivals.save(folder / "supervised.pt", learn(rivals.steps_within(seconds, learn)), pair, t)

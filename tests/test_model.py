@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from minimedshift import model
-from minimedshift.model import PRESETS, Shape, UNet
+from minimedshift.model import Shape, UNet
+from minimedshift.support import presets
+from minimedshift.support.presets import PRESETS
 
 SMALL = Shape(stem=2, widths=(32, 48), blocks=(1, 1), head=16)
 
@@ -49,14 +50,14 @@ def test_images_of_a_batch_do_not_mix():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_file_tells_the_truth_about_each_preset(name):
-    size, shape = PRESETS[name]
+    size, shape = PRESETS[name].size, PRESETS[name].shape
     with torch.device("meta"):
         net = UNet(shape)
         with FlopCounterMode(display=False) as count:
             net(torch.empty(1, 1, size, size), torch.empty(1), torch.empty(1, dtype=torch.long))
     parameters = sum(p.numel() for p in net.parameters())
     told = f"{parameters / 1e6:.2f}M parameters, {count.get_total_flops() / 1e9:.2f} GFLOPs"
-    assert told in open(model.__file__).read()
+    assert told in open(presets.__file__).read()
 
 
 def test_blocks_of_one_width_are_compiled_once_for_training_and_once_for_every_batch_to_translate():

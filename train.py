@@ -13,7 +13,6 @@ import math
 import signal
 import sys
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import torch
 
 from minimedshift import balance, data, evaluate, sampler, student
 from minimedshift.coupling import COUPLINGS
+from minimedshift.flow import TIMES
 from minimedshift.flow import loss as flow_loss
 from minimedshift.model import UNet
 from minimedshift.phantom import sets
@@ -63,6 +63,7 @@ class Config:
                    "method", ("noise", "image"))
     colour: float = flag(1.0, "fall of the noise's amplitude with frequency: 0 white, 1 like natural images",
                          "method", low=0, high=2)
+    times: str = flag("uniform", "how t is drawn in training", "method", tuple(TIMES))
     drop_label: float = flag(0.1, "share of labels that are hidden, for guidance", "method", low=0, below=1)
     # ---- training
     steps: int = flag(0, "optimizer steps; 0 is the preset's", "training", low=0)
@@ -105,10 +106,15 @@ FREE = {"out", "resume", "overwrite", "device", "dtype", "compile", "evaluate", 
 def main(argv=None):
     # ---- config: every flag is checked before any long work
     config, device = resolve(parse(Config, __doc__, argv))
-    file, before = open_out(config, device)
+    file, before, made = open_out(config, device)
 
     # ---- data
-    dataset = load_data(config, file.parent)
+    try:
+        dataset = load_data(config)
+    except UserError:
+        if made:
+            file.parent.rmdir()
+        raise
     if config.check_data:
         data.check(dataset, file.parent / "data.png")
         return 0
@@ -216,39 +222,35 @@ def name_of(torch_constant):
 
 
 def open_out(config, device):
-    """OUT/checkpoint.pt, its folder made, and with --resume what it holds. Raises UserError."""
+    """OUT/checkpoint.pt, with --resume what it holds, and whether OUT was made now. Raises UserError."""
     file = Path(config.out) / "checkpoint.pt"
     then = checkpoint.load(file, device) if config.resume else None
     if file.exists() and not (then or config.overwrite or config.check_data):
         raise UserError(f"{file} would be replaced: --resume goes on from it, --overwrite starts anew, "
                         "--out names another folder")
     for name, value in asdict(config).items() if then else ():
-        before = then["config"].get(name)
-        if name not in FREE and before != value:
+        was = then["config"].get(name, value)
+        if name not in FREE and was != value:
             raise UserError("--resume needs the flags of the stopped run: "
-                            f"--{name.replace('_', '-')} was {before}, is {value}")
+                            f"--{name.replace('_', '-')} was {was}, is {value}")
+    made = not file.parent.exists()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {config.out} cannot be made ({error.strerror})") from None
-    return file, then
+    return file, then, made
 
 
-def load_data(config, out):
-    """The Dataset: a folder's, or the simulated one. Where there is none, an empty folder `out` goes."""
-    try:
-        if config.data:
-            dataset = data.folder_set(config.data, config.size, config.seed)
-        else:
-            dataset = sets.phantom_set(config.size, config.train_images, config.valid_heads,
-                                       config.test_heads, config.seed, config.shift)
-        if config.domains:
-            dataset = data.only(dataset, [name.strip() for name in config.domains.split(",")])
-        return dataset
-    except UserError:
-        with suppress(OSError):
-            out.rmdir()
-        raise
+def load_data(config):
+    """The Dataset: a folder's, or the simulated one."""
+    if config.data:
+        dataset = data.folder_set(config.data, config.size, config.seed)
+    else:
+        dataset = sets.phantom_set(config.size, config.train_images, config.valid_heads, config.test_heads,
+                                   config.seed, config.shift)
+    if config.domains:
+        dataset = data.only(dataset, [name.strip() for name in config.domains.split(",")])
+    return dataset
 
 
 def formats(config, device, before):

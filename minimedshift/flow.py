@@ -25,6 +25,10 @@ import torch
 COARSE = 3  # periods per frame
 EDGE = 1e-3  # with sigma > 0, t stays this far away from 0 and 1
 
+# How t is drawn in training: function of u (B,), uniform in [0, 1) -> t (B,). It says how often each level of
+# noise is seen. Another noise schedule walks the same paths at another speed (arXiv:2303.00848, section 3).
+TIMES = {"uniform": lambda u: u}
+
 
 def draw_noise(shape, generator=None, colour=0.0, device="cpu"):
     """Gaussian noise (B, C, H, W) of unit variance whose amplitude falls with spatial frequency k:

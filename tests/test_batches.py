@@ -10,7 +10,8 @@ from minimedshift.support.batches import draw, randomness
 def test_labels_hidden_and_noise_come_from_two_streams():
     """On a CPU both generators are of one kind: seeded alike, the noise would tell which labels are hidden."""
     dataset = SimpleNamespace(domains=range(5), channels=1, size=16)
-    config = SimpleNamespace(seed=0, batch_size=8, drop_label=.5, coupling="semidiscrete", x0="noise", colour=0.)
+    config = SimpleNamespace(seed=0, batch_size=8, drop_label=.5, coupling="semidiscrete", times="uniform",
+                             x0="noise", colour=0.)
     drawn = [draw(dataset, config, step, torch.device("cpu")) for step in range(300)]
     hidden = torch.stack([each[3] for each in drawn]).double()  # (300, 8)
     noise = torch.stack([each[0][0].flatten() for each in drawn]).double()  # (300, 256)

@@ -83,8 +83,12 @@ def test_stop_and_resume_give_the_same_bytes(tmp_path, cache, coupling):
     stopped = checkpoint.load(parts / "checkpoint.pt")["step"]
     assert status == 130 and "--resume" in output and 5 < stopped < 40, (status, output, errors)
     assert finish(start(parts, cache, *flags, "--resume"))[0] == 0
-    assert finish(start(whole, cache, *flags))[0] == 0
-    a, b = (checkpoint.load(folder / "checkpoint.pt") for folder in (whole, parts))
+    b = checkpoint.load(parts / "checkpoint.pt")
+    for _ in range(5):  # until it measures the same number format and memory format, on a machine that is busy
+        assert finish(start(whole, cache, *flags, "--overwrite"))[0] == 0
+        a = checkpoint.load(whole / "checkpoint.pt")
+        if a["machine"] == b["machine"]:
+            break
     for key in ("model", "ema", "optimizer", "step", "student"):
         assert same_tensors(a[key], b[key]), key
     without_time = lambda folder: [row.rsplit(",", 2)[0] for row in (folder / "log.csv").read_text().splitlines()]

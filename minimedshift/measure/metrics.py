@@ -286,6 +286,14 @@ def ranks(errors):
 
 # ---------------------------------------------------------------- all together
 
+METRICS = {  # function(x, truth, images) -> a number: a column of the evaluation's first table
+    "noise": noise_ratio,
+    "spectrum": spectrum_distance,
+    "psnr": lambda x, truth, images: psnr(x, truth).mean().item(),
+    "ssim": lambda x, truth, images: ssim(x, truth).mean().item(),
+}
+
+
 @torch.no_grad()
 def score(x, truth, images, E_curve, E_second, decoys=None, materials=None):
     """All numbers of one set of translations, as a flat dict that json can write.
@@ -297,16 +305,15 @@ def score(x, truth, images, E_curve, E_second, decoys=None, materials=None):
     x = x.to(truth)
     E, heads = structure_mse(x, truth), structure(x, truth)  # (N,)
     row = dict(structure=heads.mean().item(), median=heads.median().item(), E=E.mean().item(),
-               worst_tenth=10 * torch.log10(4 / worst_tenth(E)).item(), E_heads=E.tolist(),
-               psnr=psnr(x, truth).mean().item(), ssim=ssim(x, truth).mean().item())
+               worst_tenth=10 * torch.log10(4 / worst_tenth(E)).item(), E_heads=E.tolist())
     row["gap_closed"] = gap_closed(row["E"], E_curve.mean().item(), E_second.mean().item())
     row["gap_interval"] = difference_interval(E, E_curve, E_curve, E_second)  # the curve closes 0
     row["recall"], row["false"] = fine_structure(x, truth)
-    row.update(dict.fromkeys(("noise", "spectrum", "same_head", "bone", "soft", "sharpness", "soft_tissue")))
+    row.update(dict.fromkeys(("same_head", "bone", "soft", "sharpness", "soft_tissue")))
     noisy = not torch.equal(images, truth)
-    if noisy:
-        row["noise"] = noise_ratio(x, images, truth)
-        row["spectrum"] = spectrum_distance(x, images, truth)
+    for name, metric in METRICS.items():
+        of_noise = metric in (noise_ratio, spectrum_distance)
+        row[name] = metric(x, truth, images) if noisy or not of_noise else None
     if decoys is not None:
         row["same_head"] = same_head(x, truth, decoys).float().mean().item()
     if materials is not None:

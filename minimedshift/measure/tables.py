@@ -2,6 +2,7 @@
 
 from matplotlib.figure import Figure
 
+from minimedshift.measure.metrics import METRICS
 from minimedshift.support.files import whole
 
 KINDS = {"bound": "bound", "unpaired": "unpaired, no network", "learned": "unpaired, learned",
@@ -91,17 +92,16 @@ def table(results):
 
 
 def structure_table(rows):
-    """Structure, its spread over heads, noise, and how far behind or ahead of ours."""
+    """Structure, its spread over heads, how far behind or ahead of ours, and METRICS (spectrum: dB off)."""
     header = ["method", "kind", "structure, dB", "median", "worst tenth", "E", "gap closed (95%)",
-              "less ours", "noise", "spectrum, dB off", "same head", "PSNR", "SSIM"]
+              "less ours", "same head", *METRICS]
     lines = []
     for name, row in ordered(rows):
         dB = [number(row[key]) for key in ("structure", "median", "worst_tenth")]
         less = interval(row.get("less_ours"), "+.0f")
-        noise = [number(row["noise"]), number(row["spectrum"], 1), percent(row["same_head"])]
-        plain = [number(row["psnr"]), number(row["ssim"], 3)]
-        kind = KINDS[row["kind"]]
-        lines.append([label(name, row), kind, *dB, number(row["E"], 5), gap(row), less, *noise, *plain])
+        others = ["-" if row[key] is None else f"{row[key]:.3g}" for key in METRICS]
+        lines.append([label(name, row), KINDS[row["kind"]], *dB, number(row["E"], 5), gap(row), less,
+                      percent(row["same_head"]), *others])
     return markdown(header, lines)
 
 

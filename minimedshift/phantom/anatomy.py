@@ -233,7 +233,7 @@ SYNTHETIC = Prior(
 REAL = Prior(
     turns=((.7, -58, 17), (.3, 58, 17)), tilt=(3, 9), roll=(14, 14),
     field=(9.8, 11.5), shift=1., skin=(.3, .8), ears=.2, spread=.7)
-PRIORS = {
+PRIORS = {  # a domain that is not here has the population that all share
     None: Prior(),
     "synthetic-low": SYNTHETIC,
     "synthetic-high": dataclasses.replace(SYNTHETIC, roll=(-6, 10), tilt=(-6, 8)),
@@ -273,7 +273,7 @@ class Head:
     def __init__(self, seed, prior=None, anatomy=None):
         self.seed, self.prior = int(seed), prior  # numpy integers would hash differently
         person = self.seed if anatomy is None else int(anatomy)
-        drawn = PRIORS[prior]
+        drawn = PRIORS.get(prior, PRIORS[None])
         body = vary(np.random.default_rng(derive_seed(person, "anatomy", prior)), drawn)
 
         rng = np.random.default_rng(derive_seed(self.seed, "view", prior))

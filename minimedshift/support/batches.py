@@ -15,7 +15,7 @@ import torch
 
 from minimedshift import coupling as plans
 from minimedshift.coupling import Plan, Semidiscrete, couple
-from minimedshift.flow import direct_label, draw_noise, tint
+from minimedshift.flow import TIMES, direct_label, draw_noise, tint
 from minimedshift.support.files import cached
 from minimedshift.support.log import progress
 
@@ -65,7 +65,7 @@ def draw(dataset, config, step, device):
         y = direct_label(source, y, domains)
     else:
         x0 = draw_noise(shape, there, config.colour, device)
-    t = torch.rand(len(y), generator=there, device=device)
+    t = TIMES[config.times](torch.rand(len(y), generator=there, device=device))
     e = torch.randn(shape, generator=there, device=device)
     return x0, x1, y, hidden, t, e
 

@@ -297,12 +297,16 @@ def test_speed():
         assert 2 * count / (time.perf_counter() - start) > wanted
 
 
-@pytest.mark.parametrize("argv, says", [([], "usage"), (["--help"], "usage"), (["a.xyz"], "cannot be written"),
+@pytest.mark.parametrize("argv, says", [([], "usage"), (["--size"], "usage"), (["a.xyz"], "cannot be written"),
                                         (["/no/such/folder/a.png"], "cannot be written")])
 def test_the_drawing_command_ends_in_a_sentence(argv, says):
     with pytest.raises(UserError, match=says) as error:
         __main__.main(argv)
     assert "\n" not in str(error.value)
+
+
+def test_the_drawing_command_helps(capsys):
+    assert __main__.main(["--help"]) == 0 and "FILE.png" in capsys.readouterr().out
 
 
 def test_the_drawing_command_draws(tmp_path):

@@ -10,7 +10,7 @@ The same head can be drawn in every domain, so a translation has a ground truth.
     python -m minimedshift.phantom FILE.png    draws each domain's own heads, and one head in all domains
 """
 
-from minimedshift.phantom.anatomy import Head, population
+from minimedshift.phantom.anatomy import PRIORS, Head, population
 from minimedshift.phantom.rays import project
 from minimedshift.phantom.xray import DOMAINS, PHYSICS, picture, render
 

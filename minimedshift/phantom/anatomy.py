@@ -254,7 +254,8 @@ def derive_seed(*keys):
 
 def population(seed, domain, shift):
     """`domain` for a share `shift` of the training heads' seeds, else None, the population that all share."""
-    return domain if derive_seed(seed, "population") < shift * 2**63 else None
+    own = derive_seed(seed, "population") < shift * 2**63
+    return domain if own and domain in PRIORS else None
 
 
 # ---------------------------------------------------------------- a head
@@ -273,7 +274,7 @@ class Head:
     def __init__(self, seed, prior=None, anatomy=None):
         self.seed, self.prior = int(seed), prior  # numpy integers would hash differently
         person = self.seed if anatomy is None else int(anatomy)
-        drawn = PRIORS.get(prior, PRIORS[None])
+        drawn = PRIORS[prior]
         body = vary(np.random.default_rng(derive_seed(person, "anatomy", prior)), drawn)
 
         rng = np.random.default_rng(derive_seed(self.seed, "view", prior))

@@ -133,4 +133,5 @@ def phantom_set(size, train_images=5000, valid_heads=64, test_heads=128, seed=0,
 
 def own_heads(dataset, source, heads, seed=0, cache=None, progress=True):
     """`Pairs` of test heads from `source`'s own population: a user's case, his synthetic heads made real."""
-    return paired_heads(dataset.size, heads, "test", seed, source, DECOYS, cache, progress)
+    prior = source if source in phantom.PRIORS else None
+    return paired_heads(dataset.size, heads, "test", seed, prior, DECOYS, cache, progress)

@@ -1,4 +1,4 @@
-"""Tests run on the CPU, whatever this machine has, unless they are marked gpu: commands in processes of their own too."""
+"""Tests run on the CPU, whatever this machine has, unless they are marked gpu: their processes too."""
 
 import pytest
 import torch

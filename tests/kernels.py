@@ -73,8 +73,8 @@ def norm_film_silu(device, B, C, groups, H, W, film=True, dtype=torch.float32, m
 
 
 def check_norm_film_silu(device):
-    shapes = ((2, 16, 1, 7, 5), (1, 48, 3, 33, 1), (3, 48, 3, 1, 1), (1, 16, 1, 6, 8), (2, 6, 3, 4, 4), (1, 1, 1, 5, 5),
-              (1, 136, 17, 4, 3))
+    shapes = ((2, 16, 1, 7, 5), (1, 48, 3, 33, 1), (3, 48, 3, 1, 1), (1, 16, 1, 6, 8), (2, 6, 3, 4, 4),
+              (1, 1, 1, 5, 5), (1, 136, 17, 4, 3))
     for shape in shapes:
         norm_film_silu(device, *shape)
 

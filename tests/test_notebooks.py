@@ -32,7 +32,8 @@ def test_outputs_are_stored_and_small_and_cells_are_short(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_source_that_is_shown_is_todays(path):
     import lesson
-    shown = [out.metadata["shown"] for cell in code_cells(path) for out in cell.outputs if out.get("metadata", {}).get("shown")]
+    outputs = [out for cell in code_cells(path) for out in cell.outputs]
+    shown = [out.metadata["shown"] for out in outputs if out.get("metadata", {}).get("shown")]
     assert shown, "a notebook shows the package's own code"
     for one in shown:
         assert lesson.hash_of(lesson.find(one["name"])) == one["hash"], f"{path.name} shows old code: {one['name']}"

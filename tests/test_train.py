@@ -15,6 +15,7 @@ from PIL import Image
 
 import train
 from minimedshift import data, evaluate, phantom, student
+from minimedshift.measure import methods as compared
 from minimedshift.phantom import sets
 from minimedshift.support import checkpoint
 from minimedshift.support.command import UserError, run
@@ -22,8 +23,8 @@ from minimedshift.support.log import Log
 from minimedshift.model import Shape, UNet
 
 ROOT = Path(train.__file__).parent
-TINY = ["--size", "16", "--train-images", "20", "--valid-heads", "2", "--test-heads", "3", "--batch-size", "4", "--solver-steps", "1",
-        "--student-images", "2", "--student-steps", "2"]
+TINY = ("--size 16 --train-images 20 --valid-heads 2 --test-heads 3 --batch-size 4 --solver-steps 1 "
+        "--student-images 2 --student-steps 2").split()
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +33,9 @@ def cache(tmp_path_factory):
 
 
 def start(out, cache, *flags):
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *TINY, "--out", str(out), *flags], env={**os.environ, **cache}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--out", str(out), *flags]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, env={**os.environ, **cache}, text=True, **pipes)
 
 
 def finish(process):
@@ -54,15 +56,18 @@ def same_tensors(a, b):
 def test_a_whole_run_leaves_everything_it_promises(tmp_path, cache):
     status, output, errors = finish(start(tmp_path, cache, "--steps", "4"))
     assert (status, errors) == (0, ""), errors
-    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pt", "log.csv", "loss.png", "samples.png", "translations.png", "report.json"}
+    files = "checkpoint.pt log.csv loss.png samples.png translations.png report.json"
+    assert {p.name for p in tmp_path.iterdir()} == set(files.split())
     assert "images/s" in output and "left" in output
     report = json.loads((tmp_path / "report.json").read_text())
     assert len(report["pairs"]) == 20 and report["simulated"] and report["main_pair"]["heads"] == 3
-    assert set(report["main_pair"]["medshift"]) == {"0.1", "0.2", "0.3", "0.4", "0.5", "0.6"} and "curve" in report["main_pair"]["methods"]
+    assert set(report["main_pair"]["medshift"]) == {"0.1", "0.2", "0.3", "0.4", "0.5", "0.6"}
+    assert "curve" in report["main_pair"]["methods"]
     rows = (tmp_path / "log.csv").read_text().splitlines()
     assert len(report["student_pairs"]) == 20 and report["main_pair"]["student"]["structure"] > 0
     assert "the student learns: 2/2" in output
-    assert rows[0] == "step,loss,lr,entropy,cost,marginal_error,coupling_seconds,seconds" and [int(r.split(",")[0]) for r in rows[1:]] == [1, 2, 3, 4]
+    assert rows[0] == "step,loss,lr,entropy,cost,marginal_error,coupling_seconds,seconds"
+    assert [int(row.split(",")[0]) for row in rows[1:]] == [1, 2, 3, 4]
     state = checkpoint.load(tmp_path / "checkpoint.pt")
     assert state["step"] == 4 and state["image"]["size"] == 16 and state["translate"]["steps"] == 1
     assert {"config", "domains", "model", "ema", "optimizer", "machine"} <= state.keys()
@@ -70,7 +75,8 @@ def test_a_whole_run_leaves_everything_it_promises(tmp_path, cache):
     assert student.restore(state["student"]).finishes.keys() == {(s, t) for s in range(5) for t in range(5) if s != t}
 
 
-@pytest.mark.parametrize("coupling", ["exact --x0 image --ot-batch 7", "sinkhorn --entropy 0.3 --score", "semidiscrete --coupling-labels ignore"])
+@pytest.mark.parametrize("coupling", ["exact --x0 image --ot-batch 7", "sinkhorn --entropy 0.3 --score",
+                                      "semidiscrete --coupling-labels ignore"])
 def test_stop_and_resume_give_the_same_bytes(tmp_path, cache, coupling):
     flags = ["--steps", "40", "--no-evaluate", "--coupling", *coupling.split(), "--sigma", "0.1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -119,20 +125,40 @@ def test_check_data_shows_and_stops(tmp_path, cache):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--learning-rate", "1"], "unrecognized"), (["--steps", "many"], "--steps"), (["--steps", "-1"], "--steps"), (["--size", "30"], "--size"),
-    (["--coupling", "best"], "--coupling"), (["--sigma", "-1"], "--sigma"), (["--tau", "1"], "--tau"), (["--lr", "0"], "--lr"),
-    (["--device", "tpu"], "--device"), (["--data", "/no/such/folder"], "/no/such/folder"), (["--resume"], "no checkpoint"),
-    (["--seed", "-1"], "--seed"), (["--colour", "9"], "--colour"), (["--end", "1.1"], "--end"),
-    (["--student-tau", "0.99"], "--student-tau"), (["--student-end", "1.1"], "--student-end"), (["--student-steps", "-1"], "--student-steps"),
-    (["--tau", "0.98"], "--tau"), (["--coupling", "sinkhorn"], "--sigma or --entropy"), (["--entropy", "0.1"], "--entropy is for"),
-    (["--coupling", "sinkhorn", "--entropy", "1"], "--entropy"), (["--ot-batch", "4", "--coupling", "independent"], "--ot-batch"), (["--ot-batch", "-1"], "--ot-batch"),
-    (["--coupling-labels", "ignore", "--coupling", "independent"], "--coupling-labels"), (["--score"], "--score needs"), (["--solver", "sde", "--sigma", "0.1"], "--solver sde"),
-    (["--solver", "sde", "--coupling", "exact"], "--solver sde"), (["--x0", "image", "--coupling", "exact", "--solver", "sde"], "--solver sde"),
-    (["--x0", "image", "--coupling", "semidiscrete"], "--x0 image")])
+    ("--learning-rate 1", "unrecognized"),
+    ("--steps many", "--steps"),
+    ("--steps -1", "--steps"),
+    ("--size 30", "--size"),
+    ("--coupling best", "--coupling"),
+    ("--sigma -1", "--sigma"),
+    ("--tau 1", "--tau"),
+    ("--lr 0", "--lr"),
+    ("--device tpu", "--device"),
+    ("--data /no/such/folder", "/no/such/folder"),
+    ("--resume", "no checkpoint"),
+    ("--seed -1", "--seed"),
+    ("--colour 9", "--colour"),
+    ("--end 1.1", "--end"),
+    ("--student-tau 0.99", "--student-tau"),
+    ("--student-end 1.1", "--student-end"),
+    ("--student-steps -1", "--student-steps"),
+    ("--tau 0.98", "--tau"),
+    ("--coupling sinkhorn", "--sigma or --entropy"),
+    ("--entropy 0.1", "--entropy is for"),
+    ("--coupling sinkhorn --entropy 1", "--entropy"),
+    ("--ot-batch 4 --coupling independent", "--ot-batch"),
+    ("--ot-batch -1", "--ot-batch"),
+    ("--coupling-labels ignore --coupling independent", "--coupling-labels"),
+    ("--score", "--score needs"),
+    ("--solver sde --sigma 0.1", "--solver sde"),
+    ("--solver sde --coupling exact", "--solver sde"),
+    ("--x0 image --coupling exact --solver sde", "--solver sde"),
+    ("--x0 image --coupling semidiscrete", "--x0 image"),
+])
 def test_a_mistake_ends_in_one_sentence_and_status_2(tmp_path, capsys, monkeypatch, flags, says):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
-        run(lambda: train.main(flags))
+        run(lambda: train.main(flags.split()))
     errors = capsys.readouterr().err
     assert end.value.code == 2 and says in errors and errors.count("\n") == 1
 
@@ -149,8 +175,9 @@ def test_resume_with_another_flag_is_refused_and_loses_nothing(tmp_path, cache):
 
 def test_a_finished_run_resumes_to_its_end_in_the_number_format_asked_for(tmp_path, cache, monkeypatch, capsys):
     monkeypatch.setenv("MINIMEDSHIFT_CACHE", cache["MINIMEDSHIFT_CACHE"])
-    for more, dtype in (["--dtype", "float32"], "float32"), (["--resume"], "float32"), (["--resume", "--dtype", "bfloat16"], "bfloat16"):
-        assert train.main([*TINY, "--steps", "2", "--no-evaluate", "--out", str(tmp_path), *more]) == 0
+    runs = {"--dtype float32": "float32", "--resume": "float32", "--resume --dtype bfloat16": "bfloat16"}
+    for more, dtype in runs.items():
+        assert train.main([*TINY, "--steps", "2", "--no-evaluate", "--out", str(tmp_path), *more.split()]) == 0
         assert f"cpu, {dtype}," in capsys.readouterr().out
 
 
@@ -170,19 +197,24 @@ def test_help_shows_groups_and_defaults():
 
 
 def test_the_log_tells_what_a_coupling_did_and_cost(tmp_path, cache):
-    status, output, errors = finish(start(tmp_path, cache, "--steps", "3", "--coupling", "sinkhorn", "--entropy", "0.5", "--ot-batch", "4", "--no-evaluate"))
+    flags = "--steps 3 --coupling sinkhorn --entropy 0.5 --ot-batch 4 --no-evaluate".split()
+    status, output, errors = finish(start(tmp_path, cache, *flags))
     assert (status, errors) == (0, "") and "entropy 0.5 is eps" in output and "% of the time" in output
-    rows = [dict(zip(Log.COLUMNS, map(float, row.split(",")))) for row in (tmp_path / "log.csv").read_text().splitlines()[1:]]
-    assert all(abs(row["entropy"] - 0.5) < 0.02 and 0 < row["cost"] < 1.2 and 0 < row["coupling_seconds"] < row["seconds"] for row in rows)
+    for line in (tmp_path / "log.csv").read_text().splitlines()[1:]:
+        row = dict(zip(Log.COLUMNS, map(float, line.split(","))))
+        assert abs(row["entropy"] - 0.5) < 0.02 and 0 < row["cost"] < 1.2
+        assert 0 < row["coupling_seconds"] < row["seconds"]
 
 
 def test_an_image_to_image_network_trains_translates_and_is_scored(tmp_path, cache):
-    status, output, errors = finish(start(tmp_path, cache, "--steps", "3", "--x0", "image", "--coupling", "exact", "--ot-batch", "6"))
+    flags = "--steps 3 --x0 image --coupling exact --ot-batch 6".split()
+    status, output, errors = finish(start(tmp_path, cache, *flags))
     assert (status, errors) == (0, ""), errors
     report = json.loads((tmp_path / "report.json").read_text())
     assert list(report["main_pair"]["medshift"]) == ["null"] and len(report["pairs"]) == 20
     command = [sys.executable, str(ROOT / "translate.py"), "--checkpoint", str(tmp_path / "checkpoint.pt")]
-    assert subprocess.run(command, env={**os.environ, **cache}, capture_output=True).returncode == 0 and (tmp_path / "translate.png").exists()
+    done = subprocess.run(command, env={**os.environ, **cache}, capture_output=True)
+    assert done.returncode == 0 and (tmp_path / "translate.png").exists()
     done = subprocess.run([*command, "--tau", "0.5"], env={**os.environ, **cache}, capture_output=True, text=True)
     assert done.returncode == 2 and "--tau has no meaning" in done.stderr and done.stderr.count("\n") == 1
 
@@ -207,7 +239,8 @@ def test_no_training_step_waits_for_the_gpu(tmp_path, monkeypatch, coupling):
     monkeypatch.setattr(train, "Log", Spy)
     monkeypatch.setenv("MINIMEDSHIFT_CACHE", str(tmp_path / "cache"))
     try:
-        assert train.main([*TINY, "--out", str(tmp_path), "--steps", "7", "--no-evaluate", "--ot-batch", "2", "--coupling", *coupling.split()]) == 0
+        flags = f"--steps 7 --no-evaluate --ot-batch 2 --coupling {coupling}".split()
+        assert train.main([*TINY, "--out", str(tmp_path), *flags]) == 0
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -228,32 +261,35 @@ def test_samples_are_drawn_by_the_ema_weights_in_eval_mode(tmp_path):
 
 
 def test_the_preset_is_what_the_machine_can_train(monkeypatch):
-    for device, bfloat16, preset in (("cuda", True, "gpu"), ("cuda", False, "cpu"), ("mps", False, "cpu"), ("cpu", False, "cpu")):
+    machines = (("cuda", True, "gpu"), ("cuda", False, "cpu"), ("mps", False, "cpu"), ("cpu", False, "cpu"))
+    for device, bfloat16, preset in machines:
         monkeypatch.setattr(train, "pick_device", lambda name: torch.device(device))
         monkeypatch.setattr(train, "has_bfloat16", lambda: bfloat16)
-        assert train.resolve(train.Config())[0].preset == preset and train.resolve(train.Config(preset="gpu"))[0].size == 256
+        assert train.resolve(train.Config())[0].preset == preset
+        assert train.resolve(train.Config(preset="gpu"))[0].size == 256
 
 
 @pytest.mark.slow
 def test_the_readme_run_beats_the_grey_value_curves(tmp_path, cache, monkeypatch):
-    """`python train.py` with no flag but --out, then `python translate.py` on what it left: the README's first screen."""
+    """`python train.py` with no flag but --out, then `python translate.py`: the README's first screen."""
     command = [sys.executable, str(ROOT / "train.py"), "--out", str(tmp_path)]
     done = subprocess.run(command, env={**os.environ, **cache}, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert len(report["pairs"]) == 20 and report["all_pairs"]["same_head"] is not None
-    model, state = checkpoint.load_model(tmp_path / "checkpoint.pt")  # what is asked of it is asked on validation heads
+    # what is asked of it is asked on validation heads
+    model, state = checkpoint.load_model(tmp_path / "checkpoint.pt")
     monkeypatch.setenv("MINIMEDSHIFT_CACHE", cache["MINIMEDSHIFT_CACHE"])
     dataset = sets.phantom_set(64, 10000, 64, 128)
     translator = student.restore(state["student"])
-    methods = evaluate.every_method(dataset, model, state["translate"], translator)
-    s, t = evaluate.main_domains(dataset.domains)
-    q = evaluate.question(dataset.valid, s, t, 64, "cpu")
+    methods = compared.every_method(dataset, model, state["translate"], translator)
+    s, t = compared.main_domains(dataset.domains)
+    q = compared.question(dataset.valid, s, t, 64, "cpu")
     curve = next(method for method in methods if method.name == "curve")
     found = evaluate.sweep(methods, [q], curve)
     scores = {name: max(point["gap_closed"] for point in points) for name, points in found.items()}
     assert scores["MedShift"] > max(.5, scores["histogram"], scores["untouched"])
-    assert scores[evaluate.STUDENT] > max(.75, scores["MedShift"])
-    done = subprocess.run([sys.executable, str(ROOT / "translate.py"), "--checkpoint", str(tmp_path / "checkpoint.pt")], env={**os.environ, **cache},
-                          capture_output=True, text=True, timeout=300)
+    assert scores[compared.STUDENT] > max(.75, scores["MedShift"])
+    command = [sys.executable, str(ROOT / "translate.py"), "--checkpoint", str(tmp_path / "checkpoint.pt")]
+    done = subprocess.run(command, env={**os.environ, **cache}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and (tmp_path / "translate.png").exists(), done.stderr

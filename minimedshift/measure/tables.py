@@ -1,5 +1,7 @@
 """What an evaluation found, for people: results.json as table.md and pareto.png."""
 
+from itertools import cycle
+
 from matplotlib.figure import Figure
 
 from minimedshift.measure.metrics import METRICS
@@ -144,7 +146,7 @@ def pareto(path, results):
     rows = results["main_pair"]["shared"]
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    markers = {kind: list(shapes) for kind, (_, shapes) in STYLES.items()}
+    markers = {kind: cycle(shapes) for kind, (_, shapes) in STYLES.items()}
     for name, row in ordered(rows):
         points, kind = results["pareto"][name], row["kind"]
         if name in ("second exposure", "real against real"):  # at 0 but for chance: not on this axis
@@ -152,7 +154,7 @@ def pareto(path, results):
         first, last = points[0]["setting"], points[-1]["setting"]
         knob = f", {row['knob']} {first:g} to {last:g}" if len(points) > 1 else ""
         x, y = ([point[key] for point in points] for key in ("structure", "kernel"))
-        axes.plot(x, y, markers[kind].pop(0), ls="-", lw=1, ms=5, color=STYLES[kind][0], label=name + knob)
+        axes.plot(x, y, next(markers[kind]), ls="-", lw=1, ms=5, color=STYLES[kind][0], label=name + knob)
     heads = "simulated validation heads" if results["simulated"] else "validation heads"
     axes.set(yscale="log", xlabel="structure, dB (right: the same head)",
              ylabel="kernel distance to the target's images (down: looks real)",

@@ -1,4 +1,5 @@
-"""Train MedShift: one flow-matching network for all domains.
+"""Train MedShift: one flow-matching network for all domains. The loop is in `main`: a batch of paired noise and
+images (support/batches.py), flow.loss, Muon and AdamW, the running mean of the weights.
 
     python train.py                simulates the five X-ray domains, trains, translates, scores
     python train.py --data DIR     your own images, DIR/DOMAIN/*.png
@@ -76,7 +77,7 @@ class Config:
     # ---- translation
     tau: float = flag(0.3, "how far back: 1 keeps structure, 0 favours realism", "translation", low=0)
     guidance: float = flag(1.0, "guidance scale of the forward leg; 1 is none", "translation")
-    end: float = flag(0.97, "time at which an image is taken to be; 1 is the paper's", "translation", high=1)
+    end: float = flag(0.97, "time t assigned to an image; 1 is the paper's", "translation", high=1)
     solver_steps: int = flag(3, "solver steps of each leg", "translation", low=1)
     solver: str = flag("fireflow", "ODE solver, or sde: a diffusion", "translation", tuple(sampler.SOLVERS))
     # ---- student

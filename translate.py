@@ -48,7 +48,7 @@ class Config:
     steps: int = flag(None, "solver steps of each leg", HOW, kind=int, low=1)
     solver: str = flag(None, "ODE solver, or sde: a diffusion with the same images at every t",
                        HOW, choices=tuple(sampler.SOLVERS))
-    end: float = flag(None, "time at which an image is taken to be", HOW, kind=float, above=0, high=1)
+    end: float = flag(None, "time t assigned to an image", HOW, kind=float, above=0, high=1)
     overwrite: bool = flag(False, "replace existing files", "files")
     compare: str = flag(None, "also draw: source | translation | difference, of the first 8 images", "files")
     trajectory: str = flag(None, "also draw: the first 8 images on their way to tau and up again", "files")

@@ -1,4 +1,4 @@
-"""Grey-value curves, the bands of an image, and the regions of a head. No network, no pairs.
+"""Simple image tools that need no network and no pairs; finish.py and the rivals without a network use them.
 
     Curve, fit_histogram           a function of the grey value, fitted so that histograms match
     laplacian, gaussians, join     an image as bands from fine to coarse, and their sum

@@ -1,8 +1,9 @@
 """Which noise goes with which image: the coupling.
 
 Flow matching pairs every image x1 with a noise x0 and learns the line between them. Any pairing will do in
-which the noises of each label are N(0, I). If the lines are short, they cross less. The Schrodinger bridge of
-a Brownian motion of width sigma pairs them by entropic optimal transport (arXiv:2302.00482, Prop. 3.4):
+which the noises of each label are N(0, I). Short lines cross less, so the flow is straighter and needs fewer
+solver steps. The Schrodinger bridge of a Brownian motion of width sigma pairs them by entropic optimal
+transport (arXiv:2302.00482, Prop. 3.4):
 
     pi = argmin <C, pi> + eps sum pi log pi,    C_ij = ||x1_i - x0_j||^2,    eps = 2 sigma^2
 
@@ -23,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from minimedshift.assignment import assign
 from minimedshift.ops import row_lse
 
 ITERATIONS = 100  # of Sinkhorn, the first half of them while eps shrinks
@@ -31,7 +33,7 @@ CLOSEST = 4       # images that are compared again in float32 after a look in bf
 
 class Plan(NamedTuple):
     """Which noise goes with which image, and three scalars about it; all are tensors on the device."""
-    index: torch.Tensor    # (n,) int64: x0[index] goes with x1
+    index: torch.Tensor    # (n,) int64: x0[index] goes with x1; of Semidiscrete: the image of each x0
     entropy: torch.Tensor  # mean entropy of pi(. | image) over log n: 0 is one noise an image, 1 independent
     cost: torch.Tensor     # mean ||x1 - x0||^2 of the pairs over that of all pairs of one label
     error: torch.Tensor    # mean relative error of the plan's column sums; its row sums are exact
@@ -77,7 +79,7 @@ def sinkhorn(x0, x1, y, eps, generator=None, iterations=ITERATIONS):
     g = potentials(matrix, eps, iterations)
     logits = torch.add(g, matrix, alpha=1 / eps)  # log pi(j | i) + constant_i
     e = torch.empty_like(logits).exponential_(generator=generator)
-    index = (logits - e.log()).argmax(1)  # a draw: -log e is Gumbel noise
+    index = (logits - e.log()).argmax(1)  # a draw, by the Gumbel-max trick: -log e is Gumbel noise
     pi = logits.softmax(1)
     most = torch.isfinite(matrix).sum(1).log().sum()  # the entropy of independent pairs
     entropy = torch.special.entr(pi).sum() / most.clamp_min(1e-9)
@@ -131,61 +133,6 @@ def exact(x0, x1, y, *_):
     index = index.to(x1.device)
     zero = torch.zeros((), device=x1.device)
     return Plan(index, zero, relative_cost(index, x0, x1, y), zero)
-
-
-def assign(cost):
-    """The cheapest one-to-one assignment of rows to columns: by auction, then by shortest paths. Optimal.
-
-    Auction (Bertsekas 1988): a row without a column takes its best one from whoever has it, and raises that
-    column's price by its margin over the second best plus eps. The total is then within n eps of the optimum.
-    Each row then gives up a column that is not quite its best, and gets one along the cheapest chain of
-    exchanges (Jonker & Volgenant 1987). cost (n, n) finite -> the column of each row, (n,) int64 on the host.
-    """
-    cost = cost.detach().cpu().double().numpy()
-    n, spread = len(cost), cost.std() or 1.0
-    if n == 1:  # there is no second best
-        return torch.arange(n)
-    price, value, rows = np.zeros(n), np.empty(n), list(cost)
-    for eps in (spread / 5, spread / 20, spread / 100, spread / 500):
-        owner, column, free = [-1] * n, [-1] * n, list(range(n))
-        while free:
-            i = free.pop()
-            np.add(rows[i], price, out=value)
-            j = int(value.argmin())
-            best, value[j] = value[j], np.inf
-            price[j] += value.min() - best + eps
-            if owner[j] >= 0:
-                free.append(owner[j])
-            owner[j], column[i] = i, j
-
-    u = (cost + price).min(1)  # cost_ij + price_j - u_i >= 0, and 0 on every pair that is kept
-    owner, column = np.full(n, -1), np.array(column)
-    column[cost[np.arange(n), column] + price[column] > u] = -1
-    owner[column[column >= 0]] = np.flatnonzero(column >= 0)
-    for start in np.flatnonzero(column < 0):
-        distance = cost[start] + price - u[start]  # of each column from `start`
-        before = np.full(n, start)                 # the row from which it is reached
-        shut = np.zeros(n)                         # infinite where the distance is final
-        reached = []
-        j = int(distance.argmin())
-        while owner[j] >= 0:  # Dijkstra, until a column nobody owns
-            i = owner[j]
-            shut[j] = np.inf
-            reached.append(j)
-            through = cost[i] + price + (distance[j] - u[i]) + shut
-            nearer = through < distance
-            distance[nearer], before[nearer] = through[nearer], i
-            j = int((distance + shut).argmin())
-        # prices rise so that no cost_ij + price_j - u_i turns negative, and along the chain each is 0
-        gain = distance[j] - distance[reached]
-        price[reached] += gain
-        u[owner[reached]] += gain
-        u[start] += distance[j]
-        i = -1
-        while i != start:  # everyone on the chain moves on by one
-            i = before[j]
-            owner[j], column[i], j = i, j, column[i]
-    return torch.from_numpy(column)
 
 
 # ---------------------------------------------------------------- semidiscrete: all training images at once

@@ -211,8 +211,8 @@ def check(dataset, path, each=6):
         shown = np.linspace(0, len(some) - 1, min(each, len(some))).astype(int)
         rows.append(list(some[shown]))
     for a, b in opposite(dataset):
-        lines.append(f"warning: {a} and {b} look like negatives of each other: a translation between them will "
-                     "not show the same thing; invert the images of one")
+        lines.append(f"warning: {a} and {b} look like negatives of each other: a translation between them "
+                     "will not show the same thing; invert the images of one")
     figure(path, rows, [], dataset.domains)
     print(*lines, f"examples: {path}", sep="\n")
     return lines

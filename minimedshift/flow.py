@@ -7,9 +7,9 @@ The network sees xt and is asked for ut. Its best answer is the mean of ut over 
 velocity v of a flow that carries all noise to all images. sigma = 0 is plain flow matching. sigma > 0 is a
 Brownian bridge; with the coupling of entropic optimal transport (coupling.py) it is the Schrodinger bridge.
 
-With sigma > 0 the slope of sqrt(t (1 - t)) is infinite at both ends. Either the loss weighs it down
-(`weight`), or the network learns the two parts of ut apart (--score), d = E[x1 - x0 | xt] and n = E[e | xt],
-whose targets have the same variance at every t:
+The rest is for sigma > 0 alone: skip it at first reading. The slope of sqrt(t (1 - t)) is infinite at both
+ends. Either the loss weighs it down (`weight`), or the network learns the two parts of ut apart (--score),
+d = E[x1 - x0 | xt] and n = E[e | xt], whose targets have the same variance at every t:
 
     v = d + sigma (1 - 2t) / (2 sqrt(t (1 - t))) n
     grad log p_t = -n / (sigma sqrt(t (1 - t)))                                    arXiv:2307.03672
@@ -26,7 +26,7 @@ COARSE = 3  # periods per frame
 EDGE = 1e-3  # with sigma > 0, t stays this far away from 0 and 1
 
 # How t is drawn in training: function of u (B,), uniform in [0, 1) -> t (B,). It says how often each level of
-# noise is seen. Another noise schedule walks the same paths at another speed (arXiv:2303.00848, section 3).
+# noise is seen. Another noise schedule changes just that, not the paths (arXiv:2303.00848).
 TIMES = {"uniform": lambda u: u}
 
 
@@ -55,20 +55,20 @@ def tint(x, colour):
     return torch.fft.irfft2(torch.fft.rfft2(x) * half, s=(H, W))
 
 
-def bridge(x0, x1, t, sigma=0.0, noise=None):
+def bridge(x0, x1, t, sigma=0.0, e=None):
     """The point xt of the bridge and its velocity ut (equations above).
-    x0, x1, noise (B, ...), t (B,) in [0, 1], sigma >= 0. noise is needed where sigma > 0.
-    Returns xt, ut like x1. Raises ValueError for a negative sigma, or sigma > 0 without noise."""
-    if sigma < 0 or (sigma > 0 and noise is None):
-        raise ValueError(f"bridge needs sigma >= 0, and noise with sigma > 0; got sigma = {sigma}")
+    x0, x1, e (B, ...), t (B,) in [0, 1], sigma >= 0. e, white noise, is needed where sigma > 0.
+    Returns xt, ut like x1. Raises ValueError for a negative sigma, or sigma > 0 without e."""
+    if sigma < 0 or (sigma > 0 and e is None):
+        raise ValueError(f"bridge needs sigma >= 0, and e with sigma > 0; got sigma = {sigma}")
     t = t.reshape(-1, *[1] * (x1.ndim - 1))  # (B, 1, ...)
     xt = (1 - t) * x0 + t * x1
     ut = x1 - x0
     if sigma > 0:
         t = t.clamp(EDGE, 1 - EDGE)
         spread = (t * (1 - t)).sqrt()
-        xt = xt + sigma * spread * noise
-        ut = ut + sigma * (1 - 2 * t) / (2 * spread) * noise
+        xt = xt + sigma * spread * e
+        ut = ut + sigma * (1 - 2 * t) / (2 * spread) * e
     return xt, ut
 
 
@@ -83,18 +83,18 @@ def mean_square(error):
     return error.square().flatten(1).mean(1)
 
 
-def loss(model, x0, x1, y, t, sigma=0.0, noise=None):
+def loss(model, x0, x1, y, t, sigma=0.0, e=None):
     """Flow-matching loss of each image per pixel, weighted: (B,).
 
         E ||v(xt, t, y) - ut||^2                     arXiv:2210.02747, eq. 9
         E ||d - (x1 - x0)||^2 + ||n - e||^2          with a score head, which returns d, n as (B, 2C, H, W)
     """
-    xt, ut = bridge(x0, x1, t, sigma, noise)
+    xt, ut = bridge(x0, x1, t, sigma, e)
     out = model(xt, t, y).float()
     if out.shape[1] == x1.shape[1]:
         return weight(t, sigma) * mean_square(out - ut)
     d, n = out.chunk(2, 1)
-    return mean_square(d - (x1 - x0)) + mean_square(n - noise)
+    return mean_square(d - (x1 - x0)) + mean_square(n - e)
 
 
 def velocity_and_score(out, t, sigma):

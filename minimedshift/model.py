@@ -4,11 +4,11 @@
        | unshuffle 4, stem                                           | out, shuffle 4
     down[0] (B, 96, 16, 16)  ------------- skip -------------->  up[1] (B, 96, 16, 16)
        | unshuffle 2                                                 | shuffle 2
-    down[1] (B, 128, 8, 8)  -- attention --------- skip ------>  up[0] (B, 128, 8, 8)
+    down[1] (B, 128, 8, 8)  ---------- skip and attention ---->  up[0] (B, 128, 8, 8)
     knows t                                                      knows t and y
 
 Only the way up knows the label: the way down describes what is in the picture, whatever its domain, and the
-way up draws it in one domain. Fully convolutional: any height and width divisible by `stride`.
+way up draws it in one domain. Fully convolutional: any height and width that the levels can halve.
 """
 
 import math
@@ -119,20 +119,20 @@ class UNet(nn.Module):
         if H % self.stride or W % self.stride:
             raise ValueError(f"height and width must be divisible by {self.stride}, got {H} x {W}")
         time = self.time(time_features(t))   # (B, emb)
-        describe = F.silu(time)              # for the way down
-        draw = F.silu(time + self.label(y))  # for the way up: here the label enters
+        emb_down = F.silu(time)
+        emb_up = F.silu(time + self.label(y))  # here the label enters
         x = self.stem(F.pixel_unshuffle(xt, self.shape.stem))
         skips = []
         for i, (enter, *blocks) in enumerate(self.down):
             x = enter(F.pixel_unshuffle(x, 2) if i else x)  # (B, widths[i], h, w), h = H / stem / 2^i
             for block in blocks:
-                x = block(x, describe)
+                x = block(x, emb_down)
             skips.append(x)
         x = self.attention(x)
         for merge, *blocks, leave in self.up:
             x = merge(torch.cat([x, skips.pop()], 1))  # (B, widths[i], h, w), i from the last to 0
             for block in blocks:
-                x = block(x, draw)
+                x = block(x, emb_up)
             x = F.pixel_shuffle(leave(x), 2) if skips else x
         return F.pixel_shuffle(self.out(act(self.norm, x)), self.shape.stem)
 

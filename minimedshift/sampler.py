@@ -4,8 +4,9 @@
     decode     from z at t = tau up to the image at t = end        dx = v(x, t, y_target) dt,  dt > 0
 
 (arXiv:2508.21435, eq. 4-5). tau near 1 keeps structure, as little has turned into noise; tau near 0 favours
-realism. In the paper end is 1. In the stiff layer next to t = 1, detail fainter than (1 - end) x0 is blown up
-into full-sized noise, and the network's errors with it. With end < 1 such detail passes as it is (README).
+realism. In the paper end is 1. But next to t = 1 the noise that is left, (1 - t) x0, is fainter than an
+image's own detail, and its velocity still has full size: small errors grow. So an image counts as xt at
+t = end < 1.
 
 A solver is a generator: from a velocity v, a start x and any monotone list of times, it yields every (t, xt),
 the start too. The same code runs both ways.

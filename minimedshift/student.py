@@ -1,15 +1,14 @@
-"""The student: what the flow does mostly, learned by a small local network that needs one evaluation.
+"""The student: what the flow usually does, learned by a small local network in one evaluation.
 
-Why is it better than its teacher? The flow's errors are rare and large: it redraws an outline some pixels
-off, here in one head and there in another. Nothing near a pixel tells where, so a small network cannot learn
-it. What remains is the median of all its lessons, which rare errors do not move:
+Why is it better than its teacher? The flow's errors are rare and large (RESULTS.md, section 3): it redraws
+an outline some pixels off, here in one head and there in another. A small network without attention hardly
+learns where. What remains is the median of all its lessons, which rare errors do not move:
 
     student(x, s, t) = argmin_f  E | f(x) - teacher(x, s, t) |          over training images x of domain s
 
 The L2 loss would give the mean, which they do move. What differs between two domains is local, so the student
-may be: it has no attention. A view of 16 pixels is too narrow; one as wide as the image does not hurt
-(RESULTS.md). A median has no noise of its own, and a tone that is wrong in all lessons stays wrong: finish.py
-mends both.
+may be. A view of 16 pixels each way is too narrow; one as wide as the image does not hurt. A median has no
+noise of its own, and a tone that is wrong in all lessons stays wrong: finish.py mends both.
 """
 
 import itertools
@@ -24,6 +23,8 @@ from torch import nn
 from minimedshift import finish, sampler
 from minimedshift.support import checkpoint
 from minimedshift.support.command import UserError
+
+AVERAGED = 16.97  # exponent of the EMA: about the last twentieth of the steps
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def lessons(model, images, tau, say=QUIET, batch=64, x0="noise", **how):
 
 
 def turned(x, way):
-    """Square images x (..., H, H), mirrored and transposed in one of eight ways: physics knows no up."""
+    """Square images x (..., H, H), mirrored and transposed in one of eight ways: none changes the physics."""
     x = x.flip(-1) if way & 1 else x
     x = x.flip(-2) if way & 2 else x
     return x.transpose(-1, -2) if way & 4 else x
@@ -154,7 +155,7 @@ def learn(shape, images, answers, steps, pairs=None, batch=32, lr=1.5e-3, seed=0
     student.to(device, memory_format=torch.contiguous_format if device.type == "mps" else torch.channels_last)
     optimizer = torch.optim.AdamW(student.parameters(), lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(2, steps))
-    ema, draw = checkpoint.EMA(student, 16.97), torch.Generator().manual_seed(seed)
+    ema, draw = checkpoint.EMA(student, AVERAGED), torch.Generator().manual_seed(seed)
     for step in range(1, steps + 1):
         s, t = pairs[torch.randint(len(pairs), (batch,), generator=draw)].T
         i, way = torch.randint(N, (batch,), generator=draw), int(torch.randint(8, (), generator=draw))

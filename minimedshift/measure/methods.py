@@ -1,7 +1,8 @@
 """What is compared: a Question, and every Method that answers it.
 
 A Question is one ordered pair of domains on N heads: pictures to translate, and their truth. A Method is a
-way to translate them. `every_method` is the table of all: a new rival is one function and one entry there.
+way to translate them. `every_method` lists all: those without a network come from baselines.UNPAIRED and
+PAIRED, learned ones from `study rivals`.
 """
 
 import time

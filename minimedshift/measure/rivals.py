@@ -1,4 +1,7 @@
-"""Learned rivals that are not train.py with other flags: SDEdit, a small CycleGAN, and supervision.
+"""Learned rivals with code of their own.
+
+SDEdit (arXiv:2108.01073) adds noise to the picture and denoises it under the target's label. Supervision, the
+ceiling, learns from pairs. (Others are train.py with other flags: see study.py.)
 
 The CycleGAN (arXiv:1703.10593) has local generators: a pixel sees only what is near it, so anatomy stays.
 """

@@ -1,4 +1,8 @@
-"""Which domain an image is from, and whether from any: how much of noise laid over it each label explains."""
+"""Which domain an image is from, and whether from any: `--source auto`.
+
+A little noise is laid over the image. The label under which the network predicts that noise best is its
+domain.
+"""
 
 import math
 import sys

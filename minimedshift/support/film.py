@@ -1,4 +1,5 @@
-"""Pictures of translations: what changed, the way down to z and up again, and what was chance."""
+"""Pictures of translations: what changed (--compare), the way down to z and up again (--trajectory), and
+where several translations of one image differ (--uncertainty)."""
 
 import math
 

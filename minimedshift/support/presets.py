@@ -1,4 +1,4 @@
-"""What `python train.py --preset NAME` trains: the network, its images, how long. A new one is one more entry."""
+"""What `python train.py --preset NAME` trains: the network, its images, how long. A new one is an entry."""
 
 from dataclasses import dataclass
 

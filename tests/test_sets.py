@@ -1,6 +1,10 @@
 """The simulated set holds what the simulator renders, in the same bytes every time; splits share no head."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,3 +156,13 @@ def test_the_cache_key_holds_everything_that_matters(monkeypatch):
 def test_a_set_too_small_is_a_sentence(wrong):
     with pytest.raises(UserError, match="at least 5 training images"):
         sets.phantom_set(**{**SMALL, **wrong})
+
+
+def test_a_script_of_ones_own_builds_a_large_set_without_a_guard(tmp_path):
+    """Processes that render do not run the script again, which would start processes, which would run it."""
+    script = tmp_path / "mine.py"
+    script.write_text("from minimedshift.phantom import sets\n"
+                      f"print(sets.training_images(8, 101, cache={str(tmp_path / 'cache')!r}, progress=False).shape)\n")
+    env = os.environ | {"PYTHONPATH": str(Path(sets.__file__).parents[2])}
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "(5, 101, 1, 8, 8)\n", done.stderr

@@ -11,8 +11,10 @@ import inspect
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -64,6 +66,18 @@ def in_all_domains(heads, size, **how):
     return torch.stack(images, 1).half().numpy()
 
 
+@contextmanager
+def without_script():
+    """Processes that start in this block do not run the user's own script again: they need nothing of it."""
+    main = sys.modules["__main__"]
+    kept = {name: vars(main).get(name) for name in ("__file__", "__spec__")}
+    main.__file__ = main.__spec__ = None
+    try:
+        yield
+    finally:
+        vars(main).update(kept)
+
+
 def simulate(render, jobs, images, name, what, cache, progress):
     """All that render(*job) returns, job after job, as a dict of arrays on disk; `images` in all.
 
@@ -75,8 +89,9 @@ def simulate(render, jobs, images, name, what, cache, progress):
         workers = dict(max_workers=min(os.cpu_count(), 16), mp_context=multiprocessing.get_context("spawn"),
                        initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
         with ProcessPoolExecutor(**workers) as pool:  # starts no process before there is work
-            each = pool.map if images > BIG else map
-            for block in each(render, *zip(*jobs)):
+            with without_script():
+                found = (pool.map if images > BIG else map)(render, *zip(*jobs))
+            for block in found:
                 blocks.append(block)
                 if progress:
                     done = images * len(blocks) // len(jobs)

@@ -1,5 +1,5 @@
-"""Train MedShift: one flow-matching network for all domains. The loop is in `main`: a batch of paired noise and
-images (support/batches.py), flow.loss, Muon and AdamW, the running mean of the weights.
+"""Train MedShift: one flow-matching network for all domains. The loop is in `main`: a batch of paired noise
+and images (support/batches.py), flow.loss, Muon and AdamW, the running mean of the weights.
 
     python train.py                simulates the five X-ray domains, trains, translates, scores
     python train.py --data DIR     your own images, DIR/DOMAIN/*.png

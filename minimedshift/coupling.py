@@ -7,7 +7,8 @@ transport (arXiv:2302.00482, Prop. 3.4):
 
     pi = argmin <C, pi> + eps sum pi log pi,    C_ij = ||x1_i - x0_j||^2,    eps = 2 sigma^2
 
-All rows and columns of pi weigh alike. (For C = 1/2 ||.||^2 it would be eps = sigma^2.) The couplings:
+pi_ij is the share of image i that goes to noise j; all rows and columns have equal weight. (For
+C = 1/2 ||.||^2 it would be eps = sigma^2.) The couplings:
 
     independent   eps to infinity: any noise with any image
     sinkhorn      eps between: pi from a batch, then a noise for each image drawn from pi(. | image)
@@ -34,7 +35,7 @@ CLOSEST = 4       # images that are compared again in float32 after a look in bf
 class Plan(NamedTuple):
     """Which noise goes with which image, and three scalars about it; all are tensors on the device."""
     index: torch.Tensor    # (n,) int64: x0[index] goes with x1; of Semidiscrete: the image of each x0
-    entropy: torch.Tensor  # mean entropy of pi(. | image) over log n: 0 is one noise an image, 1 independent
+    entropy: torch.Tensor  # mean entropy of pi(. | image), 0: one noise an image, 1: any of its label alike
     cost: torch.Tensor     # mean ||x1 - x0||^2 of the pairs over that of all pairs of one label
     error: torch.Tensor    # mean relative error of the plan's column sums; its row sums are exact
 
@@ -98,7 +99,8 @@ def potentials(matrix, eps, iterations=ITERATIONS):
         f_i = -log mean_j exp(g_j - C_ij / eps),    g_j = -log mean_i exp(f_i - C_ij / eps)
 
     The means are over i's label. After the first every row of the plan has its weight, after the second every
-    column. eps shrinks to its value during the first half of the iterations.
+    column. eps shrinks to its value during the first half of the iterations; g is in units of the eps of the
+    moment, so it is rescaled by before / now.
     """
     log_count = torch.isfinite(matrix).sum(1).log()  # (n,): how many have i's label
     turned = matrix.T.contiguous()
@@ -219,7 +221,9 @@ def learn_potentials(x, weight=None, noises=200, batch=512, rank=256, seed=0, de
 
 # ---------------------------------------------------------------- all of them
 
-COUPLINGS = {  # a plan of a batch: function(x0, x1, y, eps, generator) -> Plan
+# A plan of a batch: function(x0, x1, y, eps, generator) -> Plan. y[i] is the label of image i and of noise i;
+# index[i], the noise of image i, must be of the same label.
+COUPLINGS = {
     "independent": independent,
     "sinkhorn": sinkhorn,
     "exact": exact,

@@ -4,9 +4,8 @@
     decode     from z at t = tau up to the image at t = end        dx = v(x, t, y_target) dt,  dt > 0
 
 (arXiv:2508.21435, eq. 4-5). tau near 1 keeps structure, as little has turned into noise; tau near 0 favours
-realism. In the paper end is 1. But next to t = 1 the noise that is left, (1 - t) x0, is fainter than an
-image's own detail, and its velocity still has full size: small errors grow. So an image counts as xt at
-t = end < 1.
+realism. In the paper end is 1. But near t = 1 the noise that is left, (1 - t) x0, is invisible, while the
+velocity x1 - x0 holds x0 in full: the network must guess it. So an image counts as xt at t = end < 1.
 
 A solver is a generator: from a velocity v, a start x and any monotone list of times, it yields every (t, xt),
 the start too. The same code runs both ways.

@@ -38,7 +38,7 @@ class Shape:
 
 
 def shape_for(size, num_domains, channels):
-    """The Shape for images of `size` pixels: the view is the same share of the head up to 256 pixels."""
+    """The Shape for images of `size` pixels: at 64, 128 and 256 pixels the view is the same share of it."""
     if size >= 256:
         return Shape(num_domains, channels, width=128, stem=8)
     return Shape(num_domains, channels, width=64, stem=2 if size < 128 else 4)

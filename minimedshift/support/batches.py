@@ -27,7 +27,7 @@ class Step(NamedTuple):
     y: torch.Tensor   # (B,) int64 label; null_label where it is hidden, for guidance
     t: torch.Tensor   # (B,) in [0, 1)
     e: torch.Tensor   # (B, C, H, W) the bridge's noise
-    plan: Plan
+    plan: Plan        # of the whole window of ot_batch steps, for the log
     seconds: float    # what the plan took, for each step it serves
 
 
@@ -51,7 +51,8 @@ def draw(dataset, config, step, device):
 
     With the semidiscrete coupling the noise will pick its image, and x1 is empty.
     """
-    host, there = randomness(config.seed, step), randomness(~config.seed, step, device)  # two streams, always
+    # different seeds: on a CPU the device's numbers would be the host's again
+    host, there = randomness(config.seed, step), randomness(~config.seed, step, device)
     domains = len(dataset.domains)
     y = torch.randint(domains, (config.batch_size,), generator=host)
     hidden = torch.rand(len(y), generator=host) < config.drop_label

@@ -14,6 +14,7 @@ import math
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -114,7 +115,8 @@ def main(argv=None):
         dataset = load_data(config)
     except UserError:
         if made:
-            file.parent.rmdir()
+            with suppress(OSError):  # another run may have begun to use it
+                file.parent.rmdir()
         raise
     if config.check_data:
         data.check(dataset, file.parent / "data.png")

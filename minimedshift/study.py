@@ -29,6 +29,7 @@ from minimedshift.model import Shape, UNet
 from minimedshift.phantom import sets
 from minimedshift.support import checkpoint, domain
 from minimedshift.support.command import UserError, flag, parse, run
+from minimedshift.support.files import whole
 from minimedshift.support.machine import in_batches, load, pick_device, pick_formats
 from minimedshift.support.presets import PRESETS
 
@@ -55,7 +56,8 @@ def show(path, found):
             lines[-1].append(f"{np.mean(values):.3f}" + f" ± {error:.3f}" * (len(values) > 1))
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    with whole(path) as work:
+        work.write_text(text)
     print(text)
 
 
@@ -164,8 +166,12 @@ def train(flags, folder):
     """The report of `train.py` with these flags. It goes on where it was stopped; what is done stays."""
     command = [sys.executable, Path(__file__).parents[1] / "train.py", "--preset", "cpu", "--no-student"]
     command += [*flags.split(), "--out", folder, *["--resume"] * (folder / "checkpoint.pt").exists()]
-    if not (folder / "report.json").exists() and subprocess.run(command).returncode:
-        raise UserError(f"train.py {flags} has stopped: see above")
+    if not (folder / "report.json").exists():
+        status = subprocess.run(command).returncode
+        if status == 130:
+            raise KeyboardInterrupt
+        if status:
+            raise UserError(f"train.py {flags} has stopped: see above")
     return json.loads((folder / "report.json").read_text())
 
 
@@ -285,7 +291,8 @@ def study_latent(c):
     axes.set(xlabel="tau (1: the image)", ylim=(0, 1.05), title=f"z of {N} simulated validation heads")
     axes.legend(title=f"EMA weights of step {state['step']}")
     Path(c.out).mkdir(parents=True, exist_ok=True)
-    axes.figure.savefig(Path(c.out) / "latent.png", dpi=110)
+    with whole(Path(c.out) / "latent.png") as work:
+        axes.figure.savefig(work, dpi=110)
 
 
 STUDIES = dict(moons=study_moons, phantom=study_phantom, rivals=study_rivals, latent=study_latent)

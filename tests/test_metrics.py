@@ -312,15 +312,6 @@ def test_intervals_of_the_gap():
     assert metrics.difference_interval(E, E, in_the_noise, second) is None
 
 
-def test_ranks_share_a_place_unless_the_difference_is_clear():
-    base = .01 + .005 * noise(128).abs()
-    same = base + 1e-3 * noise(128, seed=1)
-    errors = dict(worse=base + .002, good=base, same=same, worst=base + .01)
-    assert metrics.ranks(errors) == dict(worse=3, good=1, same=1, worst=4)
-    other = .01 + .005 * noise(128, seed=9).abs()                # heads differ far more than methods
-    assert metrics.ranks(dict(a=base, b=other)) == dict(a=1, b=1)
-
-
 # ---------------------------------------------------------------- together
 
 def test_score_puts_the_numbers_together():

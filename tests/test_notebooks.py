@@ -44,3 +44,9 @@ def test_the_source_that_is_shown_is_todays(path):
 def test_it_runs_from_top_to_bottom(path):
     import refresh
     refresh.execute(path)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_files_are_loaded_as_weights_only(path):
+    for cell in code_cells(path):
+        assert cell.source.count("torch.load(") == cell.source.count("weights_only=True"), cell.source

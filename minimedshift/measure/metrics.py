@@ -272,18 +272,6 @@ def difference_interval(E_a, E_b, E_curve, E_second):
     return bootstrap(share, E_a, E_b, E_curve, E_second)
 
 
-def ranks(errors):
-    """Rank of each method, {name: int}, from {name: E (N,)}: 1 + how many methods are clearly better.
-    Clearly: the 95 % interval of the paired difference of mean E lies below 0."""
-    def differences(E):
-        mean = E.mean(-1)  # (methods, draws)
-        return mean[:, None] - mean  # first minus second
-
-    _, high = bootstrap(differences, torch.stack(list(errors.values())))
-    better = torch.tensor(high) < 0  # of the first method
-    return dict(zip(errors, (1 + better.sum(0)).tolist()))
-
-
 # ---------------------------------------------------------------- all together
 
 METRICS = {  # function(x, truth, images) -> a number: a column of the evaluation's first table

@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 
 from minimedshift.phantom import DOMAINS, Head, render
 from minimedshift.support.command import UserError, run
+from minimedshift.support.files import whole
 
 
 def main(argv=None):
@@ -26,7 +27,8 @@ def main(argv=None):
             ax.set(xticks=[], yticks=[], title=domain if heads is own else "")
     figure.supxlabel("Every picture is simulated, those of the real domains too.", fontsize=10)
     try:
-        figure.savefig(argv[0], dpi=100)
+        with whole(argv[0]) as work:
+            figure.savefig(work, dpi=100)
     except (OSError, ValueError) as error:
         raise UserError(f"{argv[0]} cannot be written: {error}") from None
     print(f"{argv[0]} written")

@@ -12,7 +12,7 @@ import torch
 from minimedshift.flow import draw_noise, tint
 from minimedshift.support.machine import in_batches
 
-TIMES = (0.9, 0.99)  # between which noise is laid over the image: so little that its own stays visible
+NEAR = (0.9, 0.99)  # between which noise is laid over the image: so little that its own stays visible
 CLOSE = 0.005  # labels are close where what they leave unexplained differs by less than half a percent
 FAR = 2.0      # an image is far from a domain that leaves more than this unexplained in some octave
 
@@ -41,7 +41,7 @@ def unexplained(model, x1, labels, seed=0, colour=0.0, draws=8):
     gain = torch.fft.fft2(tint(impulse, colour)).abs().to(x1.device)  # E |F[x0]|^2 = H W gain^2
     shares = 0
     for i in range(draws):
-        t = TIMES[0] + (TIMES[1] - TIMES[0]) * (i + 0.5) / draws
+        t = NEAR[0] + (NEAR[1] - NEAR[0]) * (i + 0.5) / draws
         x0 = draw_noise((C, H, W), generator, colour).to(x1.device)
         xt, times, share = (1 - t) * x0 + t * x1, torch.full((B,), t, device=x1.device), []
         for y in labels:

@@ -342,6 +342,20 @@ def test_score_puts_the_numbers_together():
     assert numbers["noise"] == pytest.approx(1, abs=.2)
 
 
+def test_score_tells_the_translation_from_the_images_and_the_truth():
+    """Twice the noise of the target is a ratio of 4: nothing is symmetric in x, images and truth."""
+    truth, _ = heads()
+    images, x = truth + .02 * noise(*truth.shape, seed=1), truth + .04 * noise(*truth.shape, seed=2)
+    curve, second = torch.full((4,), .02), torch.zeros(4)
+    numbers = metrics.score(x, truth, images, curve, second)
+    assert numbers["noise"] == pytest.approx(4, rel=.15)
+    assert numbers["noise"] == metrics.noise_ratio(x, images, truth)
+    assert numbers["spectrum"] == metrics.spectrum_distance(x, images, truth)
+    assert numbers["spectrum"] == pytest.approx(10 * math.log10(4), abs=.5)
+    assert numbers["psnr"] == metrics.psnr(x, truth).mean().item()
+    assert numbers["ssim"] == metrics.ssim(x, truth).mean().item()
+
+
 def test_score_without_noise_to_measure_against():
     truth, _ = heads()
     curve, second = torch.full((4,), .02), torch.zeros(4)

@@ -275,11 +275,14 @@ def difference_interval(E_a, E_b, E_curve, E_second):
 # ---------------------------------------------------------------- all together
 
 METRICS = {  # function(x, truth, images) -> a number: a column of the evaluation's first table
-    "noise": noise_ratio,
-    "spectrum": spectrum_distance,
+    "noise": lambda x, truth, images: noise_ratio(x, images, truth),
+    "spectrum": lambda x, truth, images: spectrum_distance(x, images, truth),
     "psnr": lambda x, truth, images: psnr(x, truth).mean().item(),
     "ssim": lambda x, truth, images: ssim(x, truth).mean().item(),
 }
+
+
+OF_NOISE = ("noise", "spectrum")  # not known where the truth itself is noisy
 
 
 @torch.no_grad()
@@ -300,8 +303,7 @@ def score(x, truth, images, E_curve, E_second, decoys=None, materials=None):
     row.update(dict.fromkeys(("same_head", "bone", "soft", "sharpness", "soft_tissue")))
     noisy = not torch.equal(images, truth)
     for name, metric in METRICS.items():
-        of_noise = metric in (noise_ratio, spectrum_distance)
-        row[name] = metric(x, truth, images) if noisy or not of_noise else None
+        row[name] = metric(x, truth, images) if noisy or name not in OF_NOISE else None
     if decoys is not None:
         row["same_head"] = same_head(x, truth, decoys).float().mean().item()
     if materials is not None:

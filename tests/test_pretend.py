@@ -1,0 +1,120 @@
+"""Whole runs on a pretended GPU (pretend.py): no operation mixes devices, no step waits, mps gets no float64."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pretend import pretended
+
+import train
+import translate
+from minimedshift.phantom import sets
+from minimedshift.support import machine
+from minimedshift.support.log import Log
+
+TINY = ("--size 16 --train-images 20 --valid-heads 2 --test-heads 8 --batch-size 4 --solver-steps 1 "
+        "--student-images 2 --student-steps 2 --preset cpu").split()
+RUNS = {"semidiscrete": "--coupling semidiscrete",
+        "semidiscrete, labels ignored": "--coupling semidiscrete --coupling-labels ignore --no-evaluate",
+        "exact": "--coupling exact --no-evaluate",
+        "sinkhorn, score, diffusion": "--coupling sinkhorn --sigma .5 --score --solver sde --no-evaluate",
+        "independent": "--coupling independent --no-evaluate",
+        "from image to image": "--coupling exact --x0 image --no-evaluate"}
+WAITS_BY_NATURE = ("exact", "from image to image")  # an assignment is found on the host
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    sets.phantom_set(16, 20, 2, 8, cache=folder, progress=False)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch, cache):
+    """Nothing that was found out about the machine is kept from one test to the next."""
+    monkeypatch.setenv("MINIMEDSHIFT_CACHE", cache)
+    for found in (machine.pick_formats, machine.can_compile):
+        monkeypatch.setattr(found, "__wrapped__", found.__wrapped__)
+        found.cache_clear()
+    yield
+    for found in (machine.pick_formats, machine.can_compile):
+        found.cache_clear()
+
+
+def waits_of_steps(monkeypatch, gpu):
+    """{step: what made the host wait since the step before, but for the log itself}."""
+    waits = {}
+
+    class Spy(Log):
+        def __call__(self, step, *rest):
+            waits[step] = list(gpu.waits)
+            super().__call__(step, *rest)
+            gpu.waits.clear()
+
+    monkeypatch.setattr(train, "Log", Spy)
+    return waits
+
+
+# ---------------------------------------------------------------- the pretended device itself
+
+def test_it_refuses_to_mix_and_sees_what_waits():
+    with pretended("cuda") as gpu:
+        x, y = torch.ones(3, device="cuda"), torch.ones(3)
+        assert x.device.type == "cuda" and x.is_cuda and not y.is_cuda and x[1:].view(2, 1).is_cuda
+        for mix in (lambda: x + y, lambda: torch.cat([x, y]), lambda: x.masked_fill(y > 0, 1), lambda: x @ y,
+                    lambda: x.add_(y), lambda: torch.randn(3, generator=torch.Generator(), device="cuda")):
+            with pytest.raises(RuntimeError):
+                mix()
+        with pytest.raises(TypeError):
+            x.numpy()
+        assert (x + 1).is_cuda and (x + torch.tensor(1.)).is_cuda and not gpu.waits
+        quiet = (lambda: y.pin_memory().to("cuda", non_blocking=True), lambda: x.argmax(), lambda: x[:2] * 2)
+        loud = (lambda: x.sum().item(), lambda: x.tolist(), lambda: x.cpu(), lambda: y.to("cuda"), lambda: x[x > 0],
+                lambda: x.nonzero(), lambda: bool(x.any()), lambda: float(x[0]))
+        for does, waits in ((quiet, False), (loud, True)):
+            for f in does:
+                gpu.waits.clear()
+                f()
+                assert bool(gpu.waits) == waits, gpu.waits
+        layer = torch.nn.Linear(3, 1).to("cuda")
+        layer(x).backward()
+        assert layer.weight.is_cuda and layer.weight.grad.is_cuda
+    with pretended("mps"):
+        with pytest.raises(TypeError):
+            torch.ones(3, device="mps").double()
+
+
+# ---------------------------------------------------------------- whole runs on it
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_whole_run_on_a_gpu(tmp_path, monkeypatch, name, capsys):
+    with pretended("cuda") as gpu:
+        waits = waits_of_steps(monkeypatch, gpu)
+        assert train.main([*TINY, "--steps", "4", "--out", str(tmp_path), *RUNS[name].split()]) == 0
+        checkpoint = ["--checkpoint", str(tmp_path / "checkpoint.pt")]
+        for method in (["--method", "student"], ["--method", "flow"]):
+            assert translate.main([*checkpoint, *method]) == 0
+    assert "cuda, bfloat16, channels_last, cpu preset" in capsys.readouterr().out
+    if name not in WAITS_BY_NATURE:
+        assert not waits[3] + waits[4], "these lines wait for the GPU in every step"
+
+
+def test_a_whole_run_on_a_mac(tmp_path, capsys):
+    with pretended("mps"):
+        assert train.main([*TINY, "--steps", "2", "--out", str(tmp_path)]) == 0
+        assert translate.main(["--checkpoint", str(tmp_path / "checkpoint.pt"), "--method", "flow"]) == 0
+    assert "mps, float32, contiguous_format, cpu preset" in capsys.readouterr().out
+
+
+def test_a_step_of_the_gpu_preset_at_its_own_size(tmp_path, monkeypatch, capsys):
+    draw = np.random.default_rng(0)
+    for domain in "ab":
+        (tmp_path / "images" / domain).mkdir(parents=True)
+        for i in range(3):
+            pixels = draw.integers(0, 255, (256, 256), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / domain / f"{i}.png")
+    flags = "--steps 1 --batch-size 1 --ot-batch 1 --solver-steps 1 --student-images 1 --student-steps 1".split()
+    with pretended("cuda"):
+        assert train.main(["--data", str(tmp_path / "images"), "--out", str(tmp_path / "out"), *flags]) == 0
+    assert "cuda, bfloat16, channels_last, gpu preset: 24" in capsys.readouterr().out

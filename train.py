@@ -30,6 +30,7 @@ from minimedshift.support import checkpoint
 from minimedshift.support.batches import batches, null_label
 from minimedshift.support.command import UserError, flag, parse, refuse, run
 from minimedshift.support.files import write_json
+from minimedshift.support.guard import Guard
 from minimedshift.support.images import figure
 from minimedshift.support.log import Log, progress
 from minimedshift.support.machine import (
@@ -163,6 +164,7 @@ def main(argv=None):
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stopping.append(True))  # finish the step, save, stop
     log = Log(file.parent, first, config.steps, config.batch_size)
+    guard = Guard(model, optimizers, ema)
     saved = time.time()
     steps = batches(dataset, config, device, first, dtype)
     for step, (x0, x1, y, t, e, plan, seconds) in enumerate(steps, first):
@@ -173,13 +175,19 @@ def main(argv=None):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = flow_loss(model, x0, x1, y, t, config.sigma, e).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         ema.update(step + 1)
-        log(step + 1, loss.detach(), lr, plan, seconds)
-        if stopping or time.time() > saved + SAVE_EVERY or step + 1 == config.steps:
+        saving = stopping or time.time() > saved + SAVE_EVERY or step + 1 == config.steps
+        read = log(step + 1, loss.detach(), norm, lr, plan, seconds, now=saving)
+        try:
+            guard.watch(step + 1, read)
+        except UserError:
+            save(step + 1)
+            raise
+        if saving:
             save(step + 1)
             saved = time.time()
             log.draw()

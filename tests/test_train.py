@@ -66,7 +66,7 @@ def test_a_whole_run_leaves_everything_it_promises(tmp_path, cache):
     rows = (tmp_path / "log.csv").read_text().splitlines()
     assert len(report["student_pairs"]) == 20 and report["main_pair"]["student"]["structure"] > 0
     assert "the student learns: 2/2" in output
-    assert rows[0] == "step,loss,lr,entropy,cost,marginal_error,coupling_seconds,seconds"
+    assert rows[0] == "step,loss,grad_norm,lr,entropy,cost,marginal_error,coupling_seconds,seconds"
     assert [int(row.split(",")[0]) for row in rows[1:]] == [1, 2, 3, 4]
     state = checkpoint.load(tmp_path / "checkpoint.pt")
     assert state["step"] == 4 and state["image"]["size"] == 16 and state["translate"]["steps"] == 1

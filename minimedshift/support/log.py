@@ -19,36 +19,44 @@ def progress(done, total, start, what, unit="images"):
     print(f"\r{what}: {done}/{total}, {rate:.1f} {unit}/s, {left}   ", end=end, flush=True)
 
 
+LOOK = 20  # steps from one look at a GPU's losses to the next: no other step waits for it
+
+
 class Log:
-    """log.csv, loss.png and the progress line. A loss on a GPU is read up to a second late: no step waits."""
-    COLUMNS = ("step", "loss", "lr", "entropy", "cost", "marginal_error", "coupling_seconds", "seconds")
+    """log.csv, loss.png and the progress line."""
+    COLUMNS = ("step", "loss", "grad_norm", "lr", "entropy", "cost", "marginal_error", "coupling_seconds", "seconds")
 
     def __init__(self, out, first, steps, batch_size):
         self.out, self.first, self.steps, self.batch_size = out, first, steps, batch_size
         path = out / "log.csv"
-        lines = path.read_text().splitlines()[1:first + 1] if first and path.exists() else []
+        lines = path.read_text().splitlines() if first and path.exists() else []
+        lines = lines[1:first + 1] if lines[:1] == [",".join(self.COLUMNS)] else []
         self.rows = [[float(cell) for cell in line.split(",")] for line in lines]
         self.file = open(path, "w", buffering=1)
         self.file.write("\n".join([",".join(self.COLUMNS), *lines, ""]))
         self.start, self.shown, self.pending = time.time(), 0.0, []
         self.before = self.rows[-1][-1] if self.rows else 0.0  # seconds that earlier processes took
 
-    def __call__(self, step, loss, lr, plan, coupling_seconds):
+    def __call__(self, step, loss, norm, lr, plan, coupling_seconds, now=False):
+        """Returns (step, loss, gradient norm) of the steps that were read: on a GPU of none but now and then.
+        now: read all."""
         seconds = time.time() - self.start
-        self.pending.append((step, loss, lr, *plan[1:], coupling_seconds, self.before + seconds))
-        waited = self.before + seconds - self.pending[0][-1]
-        if not loss.is_cuda or waited > 1:
+        self.pending.append((step, loss, norm, lr, *plan[1:], coupling_seconds, self.before + seconds))
+        known = len(self.rows)
+        if now or not loss.is_cuda or step % LOOK == 0:
             self.flush()
         every = 1 if sys.stdout.isatty() else 30
         if seconds - self.shown > every or step == self.steps:
             self.shown = seconds
-            self.flush()
             rate = (step - self.first) / seconds
             left = round((self.steps - step) / rate)
             end = "\r" if sys.stdout.isatty() and step < self.steps else "\n"
+            if not self.rows:
+                self.flush()
             loss = np.mean(self.column("loss")[-100:])
             print(f"step {step}/{self.steps}  loss {loss:.4f}  {rate * self.batch_size:.0f} images/s  "
                   f"{left // 60}:{left % 60:02d} left  ", end=end, flush=True)
+        return [row[:3] for row in self.rows[known:]]
 
     def flush(self):
         for row in self.pending:

@@ -47,10 +47,11 @@ def waits_of_steps(monkeypatch, gpu):
     waits = {}
 
     class Spy(Log):
-        def __call__(self, step, *rest):
+        def __call__(self, step, *rest, **more):
             waits[step] = list(gpu.waits)
-            super().__call__(step, *rest)
+            read = super().__call__(step, *rest, **more)
             gpu.waits.clear()
+            return read
 
     monkeypatch.setattr(train, "Log", Spy)
     return waits

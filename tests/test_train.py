@@ -231,10 +231,11 @@ def test_a_score_head_is_trained_and_the_diffusion_is_scored(tmp_path, cache):
 @pytest.mark.parametrize("coupling", ["semidiscrete", "sinkhorn --entropy 0.3 --sigma 0.1"])
 def test_no_training_step_waits_for_the_gpu(tmp_path, monkeypatch, coupling):
     class Spy(Log):
-        def __call__(self, step, *rest):
-            torch.cuda.set_sync_debug_mode("default")  # the log may wait, once a second
-            super().__call__(step, *rest)
+        def __call__(self, step, *rest, **more):
+            torch.cuda.set_sync_debug_mode("default")  # the log may wait, now and then
+            read = super().__call__(step, *rest, **more)
             torch.cuda.set_sync_debug_mode("error" if 2 <= step < 6 else "default")
+            return read
 
     monkeypatch.setattr(train, "Log", Spy)
     monkeypatch.setenv("MINIMEDSHIFT_CACHE", str(tmp_path / "cache"))

@@ -4,6 +4,7 @@ and images (support/batches.py), flow.loss, Muon and AdamW, the running mean of 
     python train.py                simulates the five X-ray domains, trains, translates, scores
     python train.py --data DIR     your own images, DIR/DOMAIN/*.png
     python train.py --resume       goes on where the last run stopped, exactly
+    torchrun --nproc_per_node=2 train.py    the same run over two devices
 
 Ends with a student (student.py), which learns from the flow to translate in one evaluation.
 Leaves in out/: checkpoint.pt, log.csv, loss.png, samples.png, translations.png, report.json.
@@ -26,7 +27,7 @@ from minimedshift.flow import TIMES
 from minimedshift.flow import loss as flow_loss
 from minimedshift.model import UNet
 from minimedshift.phantom import sets
-from minimedshift.support import checkpoint
+from minimedshift.support import checkpoint, ranks
 from minimedshift.support.batches import batches, null_label
 from minimedshift.support.command import UserError, flag, parse, refuse, run
 from minimedshift.support.files import write_json
@@ -109,11 +110,13 @@ FREE = {"out", "resume", "overwrite", "device", "dtype", "compile", "evaluate", 
 def main(argv=None):
     # ---- config: every flag is checked before any long work
     config, device = resolve(parse(Config, __doc__, argv))
+    device = ranks.join(device)
     file, before, made = open_out(config, device)
 
     # ---- data
     try:
-        dataset = load_data(config)
+        with ranks.first():
+            dataset = load_data(config)
     except UserError:
         if made:
             with suppress(OSError):  # another run may have begun to use it
@@ -127,7 +130,7 @@ def main(argv=None):
 
     # ---- model
     keep_memory()
-    dtype, memory = formats(config, device, before)
+    dtype, memory = ranks.same(formats(config, device, before))
     torch.manual_seed(config.seed)
     domains = len(dataset.domains)
     shape = replace(PRESETS[config.preset].shape, num_domains=null_label(config, domains),
@@ -139,6 +142,7 @@ def main(argv=None):
     adamw = torch.optim.AdamW(rest, config.lr / 20, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     optimizers = [Muon(convolutions, config.lr), adamw]
     ema = checkpoint.EMA(model, config.ema)
+    net = ranks.parallel(model)  # as it is called in training; the weights are those of model
     first, taught = 0, None  # step to begin with; the student's state
     if before:
         first, taught = go_on(before, config, file, model, optimizers, ema)
@@ -151,7 +155,11 @@ def main(argv=None):
           f"{images} images of {config.size}x{config.size}, steps {first} to {config.steps}, "
           f"{config.batch_size} images each", flush=True)
 
+    rank, _ = ranks.number()
+
     def save(step):
+        if rank:
+            return
         checkpoint.save(file, dict(
             config=asdict(config), shape=asdict(shape), domains=list(dataset.domains), step=step,
             image=dict(size=config.size, channels=dataset.channels, range=[-1.0, 1.0]),
@@ -163,25 +171,27 @@ def main(argv=None):
     stopping = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stopping.append(True))  # finish the step, save, stop
-    log = Log(file.parent, first, config.steps, config.batch_size)
+    log = Log(file.parent, first, config.steps, config.batch_size, rank > 0)
     guard = Guard(model, optimizers, ema)
     saved = time.time()
-    steps = batches(dataset, config, device, first, dtype)
+    with ranks.first():
+        steps = batches(dataset, config, device, first, dtype, *ranks.number())
     for step, (x0, x1, y, t, e, plan, seconds) in enumerate(steps, first):
         warm_up, cosine = (step + 1) / 50, (1 + math.cos(math.pi * step / config.steps)) / 2
         lr = config.lr * min(warm_up, cosine)
         optimizers[0].param_groups[0]["lr"] = lr
         optimizers[1].param_groups[0]["lr"] = lr / 20
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = flow_loss(model, x0, x1, y, t, config.sigma, e).mean()
+            loss = flow_loss(net, x0, x1, y, t, config.sigma, e).mean()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         ema.update(step + 1)
-        saving = stopping or time.time() > saved + SAVE_EVERY or step + 1 == config.steps
-        read = log(step + 1, loss.detach(), norm, lr, plan, seconds, now=saving)
+        stop, late = ranks.any_of(stopping, time.time() > saved + SAVE_EVERY)
+        saving = stop or late or step + 1 == config.steps
+        read = log(step + 1, ranks.mean(loss.detach()), norm, lr, plan, seconds, now=saving)
         try:
             guard.watch(step + 1, read)
         except UserError:
@@ -190,14 +200,18 @@ def main(argv=None):
         if saving:
             save(step + 1)
             saved = time.time()
-            log.draw()
-            with ema.weights_of(model):
-                draw_samples(file.parent / "samples.png", model, dataset, translation, device)
-        if stopping:
+            if rank == 0:
+                log.draw()
+                with ema.weights_of(model):
+                    draw_samples(file.parent / "samples.png", model, dataset, translation, device)
+        if stop:
             print(f"\nstopped and saved after step {step + 1}: the same command with --resume goes on")
             return 130
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ranks.leave()
+    if rank:
+        return 0  # what remains is small, and rank 0's
     print(log.coupling(), flush=True)
 
     # ---- the student, taught by the EMA weights
@@ -328,6 +342,9 @@ def resolve(config):
 def check_together(config):
     """Raises UserError for flags that do not go together."""
     independent, image = config.coupling == "independent", config.x0 == "image"
+    _, processes = ranks.number()
+    refuse(config.batch_size % processes,
+           f"--batch-size {config.batch_size} must be a multiple of the {processes} processes")
     has_score = config.score or independent and config.sigma == 0
     refuse(config.tau >= config.end, f"--tau {config.tau:g} must be below --end, {config.end:g}")
     refuse(config.student_tau >= config.student_end,

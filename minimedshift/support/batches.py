@@ -78,12 +78,19 @@ def now(device, wait):
     return time.perf_counter()
 
 
-def batches(dataset, config, device, first=0, dtype=torch.float32):
-    """The Steps `first` to config.steps. dtype is the number format of the network's arithmetic."""
+def batches(dataset, config, device, first=0, dtype=torch.float32, rank=0, processes=1):
+    """The Steps `first` to config.steps. dtype is the number format of the network's arithmetic.
+    Of each step's batch the part of this process, `rank` of `processes` (support/ranks.py)."""
     n, domains = config.ot_batch, len(dataset.domains)
     keep = int(config.coupling_labels == "keep")  # 0: one label for all, as far as the coupling sees
     eps = 2 * config.sigma**2
     wait = n > 1  # for the GPU, to see what a plan takes: once in n steps, not in every one
+
+    size = config.batch_size // processes
+    mine = torch.arange(n * config.batch_size).view(n, processes, size)[:, rank].flatten()  # rows of a window
+
+    def own(*parts):
+        return parts if processes == 1 else [x[mine.to(x.device)] for x in parts]
 
     def window(start):
         steps = [draw(dataset, config, step, device) for step in range(start, start + n)]
@@ -101,15 +108,16 @@ def batches(dataset, config, device, first=0, dtype=torch.float32):
         for start in range(first - first % n, config.steps, n):
             x0, x1, y, hidden, t, e = window(start)
             begun = now(device, wait)
-            if config.coupling == "semidiscrete":
+            if config.coupling == "semidiscrete":  # each noise by itself: no need of the others
+                x0, y, hidden, t, e = own(x0, y, hidden, t, e)
                 x1, y, plan = semidiscrete.pick(x0, y)
             else:
                 plan = couple(config.coupling, x0, x1, y * keep, eps, randomness(config.seed, ~start, device))
-                x0 = x0[plan.index]
+                x0, x1, y, hidden, t, e = own(x0[plan.index], x1, y, hidden, t, e)
             seconds = (now(device, wait) - begun) / n
             y = to_device(y, device).masked_fill(to_device(hidden, device), null_label(config, domains))
             for step in range(max(start, first), min(start + n, config.steps)):
-                part = slice((step - start) * config.batch_size, (step - start + 1) * config.batch_size)
+                part = slice((step - start) * size, (step - start + 1) * size)
                 yield Step(x0[part], x1[part], y[part], t[part], e[part], plan, seconds)
 
     return make()

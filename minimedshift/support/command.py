@@ -5,6 +5,7 @@ The flags of a command are the fields of a frozen dataclass, each made by `flag`
 
 import argparse
 import operator
+import os
 import sys
 from dataclasses import field, fields
 from functools import partial
@@ -97,5 +98,6 @@ def run(main):
         status, says = 2, "error: too little memory on the GPU: try a smaller --batch-size, or --preset cpu"
     except KeyboardInterrupt:
         status, says = 130, "\ninterrupted"
-    print(says, file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # of several processes (ranks.py) one speaks
+        print(says, file=sys.stderr)
     sys.exit(status)

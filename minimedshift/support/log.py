@@ -1,5 +1,6 @@
 """What a command tells while it works: a progress line; in training also log.csv and loss.png."""
 
+import os
 import sys
 import time
 
@@ -26,13 +27,13 @@ class Log:
     """log.csv, loss.png and the progress line."""
     COLUMNS = ("step", "loss", "grad_norm", "lr", "entropy", "cost", "marginal_error", "coupling_seconds", "seconds")
 
-    def __init__(self, out, first, steps, batch_size):
+    def __init__(self, out, first, steps, batch_size, silent=False):
         self.out, self.first, self.steps, self.batch_size = out, first, steps, batch_size
         path = out / "log.csv"
         lines = path.read_text().splitlines() if first and path.exists() else []
         lines = lines[1:first + 1] if lines[:1] == [",".join(self.COLUMNS)] else []
         self.rows = [[float(cell) for cell in line.split(",")] for line in lines]
-        self.file = open(path, "w", buffering=1)
+        self.file = open(os.devnull if silent else path, "w", buffering=1)
         self.file.write("\n".join([",".join(self.COLUMNS), *lines, ""]))
         self.start, self.shown, self.pending = time.time(), 0.0, []
         self.before = self.rows[-1][-1] if self.rows else 0.0  # seconds that earlier processes took

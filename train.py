@@ -17,6 +17,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from minimedshift.flow import TIMES
 from minimedshift.flow import loss as flow_loss
 from minimedshift.model import UNet
 from minimedshift.phantom import sets
-from minimedshift.support import checkpoint, ranks
+from minimedshift.support import checkpoint, dry, ranks
 from minimedshift.support.batches import batches, null_label
 from minimedshift.support.command import UserError, flag, parse, refuse, run
 from minimedshift.support.files import write_json
@@ -35,7 +36,7 @@ from minimedshift.support.guard import Guard
 from minimedshift.support.images import figure
 from minimedshift.support.log import Log, progress
 from minimedshift.support.machine import (
-    can_compile, has_bfloat16, keep_memory, load, machine, pick_device, pick_formats)
+    can_compile, compile_or_not, has_bfloat16, keep_memory, load, machine, pick_device, pick_formats)
 from minimedshift.support.optim import Muon, split
 from minimedshift.support.presets import PRESETS
 
@@ -92,6 +93,7 @@ class Config:
     student_end: float = flag(0.99, "end of its lessons, above student-tau", "student", high=1)
     # ---- run
     out: str = flag("out", "folder for everything the run leaves", "run")
+    dry_run: bool = flag(False, "say what memory and time a run would take here, then stop", "run")
     resume: bool = flag(False, "go on from OUT/checkpoint.pt, with the flags of that run", "run")
     overwrite: bool = flag(False, "start anew where OUT has a checkpoint", "run")
     device: str = flag("auto", "where to compute", "run", ("auto", "cuda", "mps", "cpu"))
@@ -103,13 +105,15 @@ class Config:
 SAVE_EVERY = 120  # seconds
 LESSONS = ("student_images", "student_steps", "student_tau", "student_end")
 # flags that may differ on --resume
-FREE = {"out", "resume", "overwrite", "device", "dtype", "compile", "evaluate", "check_data", "student",
-        *LESSONS}
+FREE = {"out", "resume", "overwrite", "dry_run", "device", "dtype", "compile", "evaluate", "check_data",
+        "student", *LESSONS}
 
 
 def main(argv=None):
     # ---- config: every flag is checked before any long work
     config, device = resolve(parse(Config, __doc__, argv))
+    if config.dry_run:
+        return try_out(config, device)
     device = ranks.join(device)
     file, before, made = open_out(config, device)
 
@@ -131,23 +135,14 @@ def main(argv=None):
     # ---- model
     keep_memory()
     dtype, memory = ranks.same(formats(config, device, before))
-    torch.manual_seed(config.seed)
     domains = len(dataset.domains)
-    shape = replace(PRESETS[config.preset].shape, num_domains=null_label(config, domains),
-                    channels=dataset.channels, score=config.sigma if config.score else 0.0)
-    model = UNet(shape).to(device, memory_format=memory)
-    if config.compile == "yes" or config.compile == "auto" and can_compile(device):
-        model.compile_blocks(dynamic=False)
-    convolutions, rest = split(model)
-    adamw = torch.optim.AdamW(rest, config.lr / 20, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    optimizers = [Muon(convolutions, config.lr), adamw]
-    ema = checkpoint.EMA(model, config.ema)
+    model, optimizers, ema = build(config, domains, dataset.channels, device, dtype, memory)
+    shape = model.shape
     net = ranks.parallel(model)  # as it is called in training; the weights are those of model
     first, taught = 0, None  # step to begin with; the student's state
     if before:
         first, taught = go_on(before, config, file, model, optimizers, ema)
-    translation = dict(tau=config.tau, guidance=config.guidance, steps=config.solver_steps,
-                       solver=config.solver, end=config.end, colour=config.colour, x0=config.x0)
+    translation = translation_of(config)
     parameters = sum(p.numel() for p in model.parameters())
     images = sum(len(train) for train in dataset.train)
     print(f"{device.type}, {name_of(dtype)}, {name_of(memory)}, {config.preset} preset: "
@@ -181,17 +176,11 @@ def main(argv=None):
         lr = config.lr * min(warm_up, cosine)
         optimizers[0].param_groups[0]["lr"] = lr
         optimizers[1].param_groups[0]["lr"] = lr / 20
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = flow_loss(net, x0, x1, y, t, config.sigma, e).mean()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        loss, norm = take_step(net, optimizers, config, dtype, x0, x1, y, t, e)
         ema.update(step + 1)
         stop, late = ranks.any_of(stopping, time.time() > saved + SAVE_EVERY)
         saving = stop or late or step + 1 == config.steps
-        read = log(step + 1, ranks.mean(loss.detach()), norm, lr, plan, seconds, now=saving)
+        read = log(step + 1, ranks.mean(loss), norm, lr, plan, seconds, now=saving)
         try:
             guard.watch(step + 1, read)
         except UserError:
@@ -241,6 +230,37 @@ def main(argv=None):
 
 # ---------------------------------------------------------------- parts of it
 
+def take_step(net, optimizers, config, dtype, x0, x1, y, t, e):
+    """One step of the optimizers: the loss of the batch before it, and the norm of its gradient."""
+    with torch.autocast(x1.device.type, dtype, enabled=dtype != torch.float32):
+        loss = flow_loss(net, x0, x1, y, t, config.sigma, e).mean()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.detach(), norm
+
+
+def try_out(config, device):
+    """--dry-run: two steps and one translation at full size, and what the whole would take."""
+    dataset, rendered = dry.blank(config)
+    keep_memory()
+    dtype, memory = formats(config, device, None)
+    model, optimizers, _ = build(config, len(dataset.domains), dataset.channels, device, dtype, memory)
+    print(f"{device.type}, {name_of(dtype)}, {name_of(memory)}, {config.preset} preset at {config.size}x"
+          f"{config.size}, {len(dataset.domains)} domains, {sum(map(len, dataset.train))} images", flush=True)
+    step = partial(take_step, model, optimizers, config, dtype)
+    dry.dry_run(config, device, dtype, dataset, rendered, model, translation_of(config), step)
+    return 0
+
+
+def translation_of(config):
+    """How the flow translates, as the checkpoint says it."""
+    return dict(tau=config.tau, guidance=config.guidance, steps=config.solver_steps, solver=config.solver,
+                end=config.end, colour=config.colour, x0=config.x0)
+
+
 def name_of(torch_constant):
     """torch.float32 -> "float32"."""
     return str(torch_constant).removeprefix("torch.")
@@ -276,6 +296,20 @@ def load_data(config):
     if config.domains:
         dataset = data.only(dataset, [name.strip() for name in config.domains.split(",")])
     return dataset
+
+
+def build(config, domains, channels, device, dtype, memory):
+    """The network, compiled where that works, its two optimizers, and the running mean of its weights."""
+    torch.manual_seed(config.seed)
+    shape = replace(PRESETS[config.preset].shape, num_domains=null_label(config, domains), channels=channels,
+                    score=config.sigma if config.score else 0.0)
+    model = UNet(shape).to(device, memory_format=memory)
+    if config.compile == "yes" or config.compile == "auto" and can_compile(device):
+        own = config.batch_size // ranks.number()[1]
+        compile_or_not(model, torch.zeros(own, channels, config.size, config.size), dtype)
+    convolutions, rest = split(model)
+    adamw = torch.optim.AdamW(rest, config.lr / 20, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    return model, [Muon(convolutions, config.lr), adamw], checkpoint.EMA(model, config.ema)
 
 
 def formats(config, device, before):

@@ -1,11 +1,17 @@
 """What a machine is given: formats by measurement on a CPU, by what the hardware can do on a GPU."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from pretend import pretended
+from test_train import folder_of_images
+
+import train
 
 from minimedshift.measure.methods import scorer
+from minimedshift.model import Shape, UNet
 from minimedshift.support import machine
 
 pick = machine.pick_formats.__wrapped__  # without the memory of an earlier answer
@@ -76,3 +82,48 @@ def test_a_batch_that_does_not_fit_is_halved():
     assert torch.equal(machine.in_batches(function, x, 8), 2 * x) and sizes == [8, 4, 2, 2, 2, 2, 2]
     with pytest.raises(torch.OutOfMemoryError):
         machine.in_batches(lambda x: function(torch.cat([x] * 4)), x, 8)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_where_the_compiler_fails_the_network_runs_as_it_is(monkeypatch, capsys, works):
+    def compiled(function, **options):
+        def call(*inputs):
+            calls.append(1)
+            if not works:
+                raise RuntimeError("no code for this GPU\nand much more")
+            return function(*inputs)
+        return call
+
+    calls = []
+    monkeypatch.setattr(torch, "compile", compiled)
+    net = UNet(Shape(stem=2, widths=(16,), blocks=(1,), head=16))
+    x, t, y = torch.randn(2, 1, 8, 8), torch.rand(2), torch.zeros(2, dtype=torch.int64)
+    expected = net(x, t, y)
+    machine.compile_or_not(net, torch.zeros(2, 1, 8, 8), torch.float32)
+    tried = len(calls)
+    assert tried and torch.equal(net(x, t, y), expected) and (len(calls) > tried) == works
+    assert all(p.grad is None for p in net.parameters())
+    said = "" if works else "not compiling the network: no code for this GPU\n"
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize("flags", ["", "--coupling exact --no-student", "--coupling sinkhorn --sigma 1 --score"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_dry_run_tells_what_a_run_takes_and_writes_nothing(tmp_path, monkeypatch, capsys, flags, device):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINIMEDSHIFT_CACHE", str(tmp_path / "cache"))
+    tiny = "--dry-run --preset cpu --size 16 --train-images 60 --batch-size 4 --student-images 2".split()
+    with pretended("cuda") if device == "cuda" else nullcontext():
+        assert train.main([*tiny, *flags.split()]) == 0
+    said = capsys.readouterr().out
+    wanted = ["peak memory", "simulating, once", "1400 steps of 4 images", "scoring", "all  "]
+    wanted += ["the student's lessons", "its steps", "its tone"] if "--no-student" not in flags else []
+    assert all(phase in said for phase in wanted) and ("potentials" in said) == (flags == "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_of_a_folder_counts_its_images(tmp_path, capsys):
+    folder_of_images(tmp_path / "images", "a", "b", count=3)
+    assert train.main(["--data", str(tmp_path / "images"), "--dry-run", "--size", "16", "--preset", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "2 domains, 6 images" in said and "simulating" not in said and "scoring" not in said

@@ -25,7 +25,8 @@ LOOK = 20  # steps from one look at a GPU's losses to the next: no other step wa
 
 class Log:
     """log.csv, loss.png and the progress line."""
-    COLUMNS = ("step", "loss", "grad_norm", "lr", "entropy", "cost", "marginal_error", "coupling_seconds", "seconds")
+    COLUMNS = ("step", "loss", "grad_norm", "lr", "entropy", "cost", "marginal_error", "coupling_seconds",
+               "seconds")
 
     def __init__(self, out, first, steps, batch_size, silent=False):
         self.out, self.first, self.steps, self.batch_size = out, first, steps, batch_size

@@ -76,6 +76,25 @@ def can_compile(device):
     return True
 
 
+def compile_or_not(model, x, dtype):
+    """Compile the network's blocks and try them on images like x (B, C, H, W): where the compiler fails, one
+    line says so and the network stays as it is."""
+    device = next(model.parameters()).device
+    t, y = torch.zeros(len(x), device=device), torch.zeros(len(x), dtype=torch.int64, device=device)
+    model.compile_blocks(dynamic=False)
+    try:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            model(x.to(device), t, y).square().mean().backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a compiler can raise anything
+        why = str(error).partition("\n")[0] or type(error).__name__
+        print(f"not compiling the network: {why}", flush=True)
+        for module in model.modules():
+            module._compiled_call_impl = None
+    model.zero_grad()
+
+
 def keep_memory():
     """Let glibc keep large blocks that a step frees for the next: saves a fifth of a CPU training step."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3

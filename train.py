@@ -29,7 +29,7 @@ from minimedshift.flow import loss as flow_loss
 from minimedshift.model import UNet
 from minimedshift.phantom import sets
 from minimedshift.support import checkpoint, dry, ranks
-from minimedshift.support.batches import batches, null_label
+from minimedshift.support.batches import affordable, batches, null_label
 from minimedshift.support.command import UserError, flag, parse, refuse, run
 from minimedshift.support.files import write_json
 from minimedshift.support.guard import Guard
@@ -170,7 +170,7 @@ def main(argv=None):
     guard = Guard(model, optimizers, ema)
     saved = time.time()
     with ranks.first():
-        steps = batches(dataset, config, device, first, dtype, *ranks.number())
+        steps = batches(dataset, affordable(config, dataset), device, first, dtype, *ranks.number())
     for step, (x0, x1, y, t, e, plan, seconds) in enumerate(steps, first):
         warm_up, cosine = (step + 1) / 50, (1 + math.cos(math.pi * step / config.steps)) / 2
         lr = config.lr * min(warm_up, cosine)

@@ -6,11 +6,15 @@ domains are drawn less often: importance weights p(head) / p_d(head). p_d is the
 counted among nearest neighbours; p is their harmonic mean, large only where every domain has heads.
 """
 
+import inspect
+import sys
 from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from minimedshift.support.files import cached, digest
 
 SIDE = 8                  # of the thumbnail
 SHARE, FEWEST = 0.04, 20  # of all images are a neighbourhood, and at least so many
@@ -66,9 +70,15 @@ def effective(w):
     return float(w.sum() ** 2 / (w ** 2).sum())
 
 
-def balanced(dataset):
+def balanced(dataset, cache=None):
     """The Dataset with `weights`. Says how many images of each domain count, and warns where they are few."""
-    found = weights(dataset.train)
+    def build(folder):
+        for d, w in enumerate(weights(dataset.train)):
+            np.save(folder / f"{d}.npy", w)
+
+    content = [inspect.getsource(sys.modules[__name__]), torch.__version__, [digest(images) for images in dataset.train]]
+    folder = cached(cache, "balance", content, build)
+    found = [np.load(folder / f"{d}.npy") for d in range(len(dataset.train))]
     counts = [f"{name} {effective(w):.0f} of {len(w)}" for name, w in zip(dataset.domains, found)]
     print("balanced populations, effective images: " + ", ".join(counts), flush=True)
     for name, w in zip(dataset.domains, found):

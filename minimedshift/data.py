@@ -111,10 +111,17 @@ def folder_set(root, size, seed=0, cache=None, progress=True):
         raise UserError(f"--data {root}: test has {', '.join(unknown)}, without training images")
     files = {}
     for d, domain in enumerate(domains):
-        files[f"train-{d}"], files[f"test-{d}"] = train_files[domain], test_files.get(domain, [])
+        mine, kept = train_files[domain], test_files.get(domain, [])
+        if not test_files:  # a tenth is kept apart
+            count = len(mine) // 10 or int(len(mine) >= 5)
+            order = np.random.default_rng([seed, d]).permutation(len(mine))
+            mine, kept = ([mine[i] for i in sorted(some)] for some in (order[count:], order[:count]))
+        files[f"train-{d}"], files[f"test-{d}"] = mine, kept
     stamps = []  # they tell that a file has changed
-    for path in sum(files.values(), []):
-        stamps.append((str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns))
+    for key, paths in files.items():
+        for path in paths:
+            file = path.stat()
+            stamps.append((key, str(path.absolute()), file.st_size, file.st_mtime_ns))
     code = [inspect.getsource(part) for part in (decode, read_image, fit, read_files)]
     content = [code, torch.__version__, size, stamps]
     folder = cached(cache, f"folder-{size}", content, lambda work: read_files(work, files, size, progress))
@@ -122,17 +129,12 @@ def folder_set(root, size, seed=0, cache=None, progress=True):
     found = json.loads((folder / "found.json").read_text())
     if found["bad"]:
         print(*found["bad"], f"skipped {len(found['bad'])} unreadable files", sep="\n", file=sys.stderr)
-    train, test = [], []
-    for d, domain in enumerate(domains):
-        mine, kept = (np.load(folder / f"{split}-{d}.npy", mmap_mode="r") for split in ("train", "test"))
-        if not len(mine):
+    on_disk = lambda key: np.load(folder / f"{key}.npy", mmap_mode="r")
+    train = [on_disk(f"train-{d}") for d in range(len(domains))]
+    test = [on_disk(f"test-{d}") for d in range(len(domains))]
+    for domain, images in zip(domains, train):
+        if not len(images):
             raise UserError(f"--data {root}: the domain {domain} has no image that can be read")
-        if not test_files:
-            count = len(mine) // 10 or int(len(mine) >= 5)
-            order = np.random.default_rng([seed, d]).permutation(len(mine))
-            mine, kept = mine[np.sort(order[count:])], mine[np.sort(order[:count])]
-        train.append(mine)
-        test.append(kept)
     valid, paired = paired_by_name(test, [found[f"test-{d}"] for d in range(len(domains))])
     return Dataset(domains, size, train[0].shape[1], train, test, valid, paired)
 
@@ -148,31 +150,38 @@ def by_domain(base, skip=None):
 
 
 def read_files(folder, files, size, show):
-    """Read {key: paths}: images (N, C, size, size) into KEY.npy, their names into found.json."""
+    """Read {key: paths}: images (N, C, size, size) into KEY.npy, their names into found.json.
+    Memory does not grow with their number: each is written as it comes, grey as one channel."""
     def read(path):
         try:
             return fit(read_image(path)[0], size).half().numpy(), path.stem
         except UserError as error:
             return None, str(error)
 
-    arrays = {key: [] for key in files}
     found = {key: [] for key in ("bad", *files)}
+    grey = {key: [] for key in files}  # of each image, whether it has one channel
     start, done, total = time.time(), 0, sum(map(len, files.values()))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for key, paths in files.items():
-            for x, name in pool.map(read, paths):
-                done += 1
-                if show:
-                    progress(done, total, start, "reading images, once")
-                found["bad" if x is None else key].append(name)
-                if x is not None:
-                    arrays[key].append(x)
-    channels = max((len(x) for images in arrays.values() for x in images), default=1)
-    for key, images in arrays.items():
-        stack = np.empty((len(images), channels, size, size), np.float16)
-        for i, x in enumerate(images):
-            stack[i] = x  # grey is repeated in every channel
-        np.save(folder / f"{key}.npy", stack)
+            with open(folder / f"{key}.raw", "wb") as raw:
+                for some in range(0, len(paths), 100):  # so that no more are read ahead
+                    for x, name in pool.map(read, paths[some:some + 100]):
+                        done += 1
+                        if show:
+                            progress(done, total, start, "reading images, once")
+                        found["bad" if x is None else key].append(name)
+                        if x is not None:
+                            grey[key].append(len(x) == 1)
+                            x.tofile(raw)
+    channels = 1 if all(map(all, grey.values())) else 3
+    for key, single in grey.items():
+        header = dict(descr="<f2", fortran_order=False, shape=(len(single), channels, size, size))
+        with open(folder / f"{key}.raw", "rb") as raw, open(folder / f"{key}.npy", "wb") as stack:
+            np.lib.format.write_array_header_1_0(stack, header)
+            for one in single:
+                x = raw.read((1 if one else 3) * size**2 * 2)
+                stack.write(x * (3 if one and channels == 3 else 1))  # grey is repeated in every channel
+        (folder / f"{key}.raw").unlink()
     (folder / "found.json").write_text(json.dumps(found))
 
 
@@ -196,7 +205,8 @@ def paired_by_name(images, names, fewest=8):
         return None, None
     stacks = []
     for stack, some in zip(images, names):
-        stacks.append(stack[[some.index(name) for name in common]])
+        place = {name: i for i, name in reversed(list(enumerate(some)))}  # the first of a name
+        stacks.append(stack[[place[name] for name in common]])
     pairs = np.stack(stacks, 1)  # (N, D, C, H, W)
     return Pairs(pairs[::2]), Pairs(pairs[1::2])
 

@@ -93,12 +93,14 @@ def test_potentials_give_each_image_its_weight():
     assert ((counted - weight).abs() / weight).mean() < .12
 
 
-def test_a_domain_apart_is_warned_of(capsys):
+def test_a_domain_apart_is_warned_of(capsys, tmp_path):
     g = np.random.default_rng(0)
     left, right = blobs(.2 * g.random(600), 1), blobs(.8 + .2 * g.random(600), 2)
     few = blobs(.2 * g.random(12), 3)
     dataset = Dataset(("a", "b"), 32, 1, [left, np.concatenate([right, few])], [left[:0]] * 2)
-    found = balance.balanced(dataset)
+    found = balance.balanced(dataset, tmp_path)
     said = capsys.readouterr().out
     assert "effective images: a " in said and "warning: b shares few" in said
     assert found.weights[1][600:].mean() > 5 * found.weights[1][:600].mean()
+    again = balance.balanced(dataset, tmp_path)  # from the cache
+    assert all(np.array_equal(a, b) for a, b in zip(found.weights, again.weights))

@@ -1,13 +1,18 @@
 """A set is the same bytes every time, nothing leaks between its splits, and mistakes end in a sentence."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import train
 from minimedshift import data, phantom
+from minimedshift.support import batches
 from minimedshift.support.command import UserError
 
 rng = np.random.default_rng(0)
@@ -98,6 +103,34 @@ def test_depths_and_colours_mix(tmp_path):
     line = data.check(colour, tmp_path / "grid.png")[0]
     assert line.startswith("a: 2 to train, 0 held out; values 0.22 to 0.22")
     assert Image.open(tmp_path / "grid.png").size[0] > 100
+
+
+def test_reading_more_images_takes_no_more_memory(tmp_path):
+    """Peak memory of a process that reads 300 images of 512 KB, less that of one that reads 100."""
+    picture = noise(512, 512)
+    for domain in "ab":
+        fill(tmp_path / "few" / domain, 50, picture=lambda i: Image.fromarray(picture))
+        fill(tmp_path / "many" / domain, 150, picture=lambda i: Image.fromarray(picture))
+    code = ("import resource, sys; from minimedshift import data; data.folder_set(sys.argv[1], 512, cache=sys.argv[2], "
+            "progress=False); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    peaks = []
+    for name in ("few", "many"):
+        command = [sys.executable, "-c", code, str(tmp_path / name), str(tmp_path / "cache")]
+        done = subprocess.run(command, cwd=Path(data.__file__).parents[1], capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    assert peaks[1] - peaks[0] < 40_000  # KB; 200 images are 100 MB
+
+
+def test_too_many_images_for_the_semidiscrete_coupling_take_another(monkeypatch, capsys):
+    config = train.Config(ot_batch=16)
+    images = [np.zeros((50, 1, 8, 8), np.float16)] * 2
+    dataset = data.Dataset(("a", "b"), 8, 1, images, images)
+    assert batches.affordable(config, dataset) == config and not capsys.readouterr().out
+    monkeypatch.setattr(batches, "MOST", 100 * 64 * 4 - 1)
+    assert batches.affordable(config, dataset) == replace(config, coupling="exact")
+    assert "here 100 of them" in capsys.readouterr().out
+    other = replace(config, coupling="sinkhorn")
+    assert batches.affordable(other, dataset) == other
 
 
 def test_domains_of_opposite_polarity_are_warned_of(tmp_path, capsys):

@@ -4,10 +4,10 @@ All of it is a function of (seed, step): nothing has to be saved, and a resumed 
 would have seen. A plan may be made over several steps at once (--ot-batch); a resumed run makes it again.
 """
 
-import hashlib
 import inspect
 import math
 import time
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +16,11 @@ import torch
 from minimedshift import coupling as plans
 from minimedshift.coupling import Plan, Semidiscrete, couple
 from minimedshift.flow import TIMES, direct_label, draw_noise, tint
-from minimedshift.support.files import cached
+from minimedshift.support.files import cached, digest
 from minimedshift.support.log import progress
+
+
+MOST = 4e9  # bytes of images that the semidiscrete coupling may keep in memory
 
 
 class Step(NamedTuple):
@@ -76,6 +79,17 @@ def now(device, wait):
     if wait and device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def affordable(config, dataset):
+    """The config, with plans of a few batches where the semidiscrete coupling would take too much memory."""
+    images = sum(map(len, dataset.train))
+    size = images * dataset.channels * dataset.size**2 * 4  # bytes, in float32
+    if config.coupling != "semidiscrete" or size <= MOST:
+        return config
+    print(f"--coupling semidiscrete keeps all images in memory, here {images} of them, {size / 1e9:.0f} GB: "
+          f"taking --coupling exact over {config.ot_batch} batches instead", flush=True)
+    return replace(config, coupling="exact")
 
 
 def batches(dataset, config, device, first=0, dtype=torch.float32, rank=0, processes=1):
@@ -144,8 +158,8 @@ def learn_potentials(dataset, config, device):
             np.save(folder / f"{i}.npy", g.cpu().numpy())
             progress(i + 1, len(groups), start, "learning potentials, once", "labels")
 
-    digests = [hashlib.sha256(np.ascontiguousarray(array)).hexdigest() for array in (*groups, *weights)]
     code = inspect.getsource(plans) + inspect.getsource(tint)
+    digests = [digest(array) for array in (*groups, *weights)]
     content = [code, torch.__version__, digests, config.colour, config.seed]
     folder = cached(None, "potentials", content, build)
     return groups, [np.load(folder / f"{i}.npy") for i in range(len(groups))], device, labels

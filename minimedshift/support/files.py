@@ -8,6 +8,8 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from minimedshift.support.command import UserError
 
 
@@ -27,6 +29,11 @@ def write_json(path, values):
     """Write a dict as JSON, whole or not at all."""
     with whole(path) as work:
         work.write_text(json.dumps(values, indent=1))
+
+
+def digest(array):
+    """A hash of an array's bytes, for a cache's key."""
+    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
 
 
 def cached(root, name, content, build):

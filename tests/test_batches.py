@@ -2,9 +2,32 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
-from minimedshift.support.batches import draw, randomness
+from minimedshift.coupling import Semidiscrete, couple
+from minimedshift.data import Dataset
+from minimedshift.flow import draw_noise
+from minimedshift.support.batches import batches, draw, learn_potentials, randomness
+
+CPU = torch.device("cpu")
+
+
+def settings(**more):
+    usual = dict(seed=0, steps=5, batch_size=12, ot_batch=2, coupling="exact", coupling_labels="keep", sigma=0.,
+                 entropy=0., x0="noise", colour=0., times="uniform", drop_label=0.)
+    return SimpleNamespace(**usual | more)
+
+
+def three_domains():
+    """Images whose mean tells their domain: about -.6, 0 and .6."""
+    noise = .1 * torch.randn(3, 20, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    images = list((noise + torch.tensor([-.6, 0, .6]).view(3, 1, 1, 1, 1)).half().numpy())
+    return Dataset(("a", "b", "c"), 4, 1, images, images)
+
+
+def domain_of(x):
+    return (x.mean((1, 2, 3)) / .6).round().long() + 1
 
 
 def test_labels_hidden_and_noise_come_from_two_streams():
@@ -22,3 +45,56 @@ def test_labels_hidden_and_noise_come_from_two_streams():
 def test_the_random_draws_of_a_step_depend_on_seed_and_step_alone():
     draw = lambda seed, step: torch.randn(3, generator=randomness(seed, step)).tolist()
     assert draw(0, 5) == draw(0, 5) and len({tuple(draw(s, k)) for s in range(3) for k in range(5)}) == 15
+
+
+@pytest.mark.parametrize("x0, null", [("noise", 3), ("image", 9)])
+def test_labels_are_those_of_the_images_but_for_the_hidden(x0, null):
+    dataset, hidden = three_domains(), []
+    for step in batches(dataset, settings(x0=x0, steps=20, drop_label=.3), CPU):
+        seen = step.y != null
+        hidden.append((~seen).float().mean())
+        wanted = domain_of(step.x1)
+        if x0 == "image":
+            source = domain_of(step.x0)
+            assert (source != wanted).all()
+            wanted = 3 * source + wanted
+        assert torch.equal(step.y[seen], wanted[seen])
+    assert torch.stack(hidden).mean() == pytest.approx(.3, abs=.1)
+
+
+def test_noise_comes_with_the_image_of_its_plan():
+    """In a window no two images of one label gain by an exchange of their noises."""
+    first, second, *_ = batches(three_domains(), settings(), CPU)
+    x0, x1, y = (torch.cat(parts) for parts in zip(first[:3], second[:3]))
+    cost = torch.cdist(x1.flatten(1), x0.flatten(1)) ** 2
+    pairs = cost.diagonal()[:, None] + cost.diagonal()
+    gain = (pairs - cost - cost.T)[y[:, None] == y]
+    assert gain.max() < 1e-4 and gain.min() < -1
+
+
+def test_the_bridge_of_width_sigma_is_paired_with_eps_of_2_sigma_squared():
+    config = settings(coupling="sinkhorn", sigma=.5, ot_batch=1)
+    x0, x1, y = draw(three_domains(), config, 0, CPU)[:3]
+    entropy = lambda eps: couple("sinkhorn", x0, x1, y, eps, torch.Generator()).entropy
+    found = next(batches(three_domains(), config, CPU)).plan.entropy
+    assert found == entropy(2 * .5**2) and entropy(.5**2) < .9 * found
+
+
+def test_a_resumed_run_makes_the_plan_of_its_window_again():
+    whole = list(batches(three_domains(), settings(), CPU))
+    rest = list(batches(three_domains(), settings(), CPU, first=3))
+    assert len(whole) == 5 and len(rest) == 2
+    for one, other in zip(whole[3:], rest):
+        assert all(torch.equal(a, b) for a, b in zip(one[:5], other[:5]))
+
+
+def test_coloured_noise_picks_each_image_by_its_weight(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIMEDSHIFT_CACHE", str(tmp_path))
+    g = torch.Generator().manual_seed(0)
+    images = .3 * draw_noise((60, 1, 16, 16), g, 1.) * torch.linspace(.5, 1.5, 60).view(-1, 1, 1, 1)
+    weight = torch.linspace(1.8, .2, 60)
+    dataset = Dataset(("a",), 16, 1, [images.numpy()], [images.numpy()], weights=[weight.numpy()])
+    semidiscrete = Semidiscrete(*learn_potentials(dataset, settings(colour=1.), CPU))
+    x0, y = draw_noise((30000, 1, 16, 16), g, 1.), torch.zeros(30000, dtype=torch.long)
+    counted = torch.bincount(semidiscrete.pick(x0, y)[2].index, minlength=60) / 500
+    assert ((counted - weight).abs() / weight).mean() < .15

@@ -69,6 +69,15 @@ def test_weight_keeps_the_variance_that_the_bridge_adds_to_the_target_below_one(
     assert added.max() <= 1 and torch.all(weight(t, 0.0) == 1) and weight(torch.tensor(0.5), sigma) == 1
 
 
+def test_the_loss_is_weighted_by_time(sigma=0.8):
+    """A network that says nothing, between an image and a noise that are both 0: left is the bridge's own noise."""
+    t = torch.tensor([0.1, 0.5, 0.8])
+    x, e = torch.zeros(3, 1, 2, 2), torch.ones(3, 1, 2, 2)
+    found = loss(lambda x, t, y: 0 * x, x, x, torch.zeros(3, dtype=torch.long), t, sigma, e)
+    slopes = [sigma * (1 - 2 * s) / (2 * (s * (1 - s)) ** 0.5) for s in t.tolist()]
+    assert found.tolist() == pytest.approx([slope**2 / (1 + slope**2) for slope in slopes], abs=1e-6)
+
+
 def gaussian_parts(xt, t, sigma, a=1.0, b=0.5, c=0.3):
     """d = E[x1 - x0 | xt] and s = sigma^2 / 2 grad log p_t under the bridge, for centred Gaussians of variances a, b
     and covariance c."""

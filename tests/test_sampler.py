@@ -166,6 +166,9 @@ def test_only_the_forward_leg_is_guided():
     seen.clear()
     decode(spy, x1, 1, 0.5, guidance=2.0, steps=2)
     assert set(seen) == {1, 2}
+    seen.clear()
+    translate(spy, x1, 0, 1, 0.5, guidance=2.0, steps=2, solver="euler")
+    assert seen == 2 * [0, 0] + 2 * [1, 1, 2, 2]
 
 
 def test_the_adaptive_solver_is_as_exact_as_asked_and_ends_at_the_end():

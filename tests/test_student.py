@@ -44,6 +44,12 @@ def test_a_pixel_sees_as_far_as_view_says_and_no_farther(shape):
     assert rows.max() - rows.min() == 2 * reach + shape.stem - 1
 
 
+def test_the_student_hears_both_labels():
+    net, x = awake(SMALL), torch.randn(1, 1, 8, 8)
+    answers = [net(x, labels(s), labels(t)) for s in range(3) for t in range(3)]
+    assert all(not torch.allclose(a, b) for i, a in enumerate(answers) for b in answers[:i])
+
+
 def test_an_untrained_student_changes_nothing():
     x = torch.randn(2, 1, 16, 24)
     assert torch.equal(student.Student(SMALL)(x, labels(0, 1), labels(2, 0)), x)
@@ -67,6 +73,28 @@ def test_each_ordered_pair_has_its_own_answer():
     x = torch.rand(4, 1, 8, 8) - .5
     assert (net(x, labels(0, 0, 0, 0), labels(1, 1, 1, 1)) + x).abs().mean() < .05
     assert (net(x, labels(1, 1, 1, 1), labels(0, 0, 0, 0)) - x / 2 - .3).abs().mean() < .05
+
+
+def test_the_students_weights_are_the_running_mean_of_those_it_had(monkeypatch):
+    """With gamma = 1: the recursion of the mean, by hand, in float64."""
+    seen = []
+
+    class Spy(checkpoint.EMA):
+        def update(self, step):
+            super().update(step)
+            seen.append((step, {name: p.detach().double() for name, p in self.live.items()}))
+
+    monkeypatch.setattr(student.checkpoint, "EMA", Spy)
+    monkeypatch.setattr(student, "AVERAGED", 1.0)
+    images, answers = torch.zeros(2, 4, 1, 8, 8), torch.full((2, 2, 4, 1, 8, 8), .5)
+    net = student.learn(student.Shape(2, width=8, dilations=(1,)), images, answers, 4, lr=.01)
+    assert [step for step, _ in seen] == [1, 2, 3, 4]
+    for name, p in net.named_parameters():
+        mean = 0
+        for step, live in seen:
+            mean = mean + (live[name] - mean) * (1 - (1 - 1 / step) ** 2)
+        torch.testing.assert_close(p.double(), mean, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(net.leave.bias.double(), seen[-1][1]["leave.bias"], atol=1e-5)
 
 
 @pytest.mark.parametrize("x0", ["noise", "image"])

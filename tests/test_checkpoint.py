@@ -1,12 +1,15 @@
 """Checkpoints: whole or not at all, refused in a sentence, and an EMA with a closed form."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
+from minimedshift.model import Shape, UNet
 from minimedshift.support import checkpoint
 from minimedshift.support.command import UserError
 from minimedshift.support.checkpoint import EMA
-from minimedshift.support.optim import Muon, orthogonalise
+from minimedshift.support.optim import Muon, orthogonalise, split
 
 
 def test_round_trip_of_plain_types(tmp_path):
@@ -45,6 +48,16 @@ def test_missing_truncated_and_foreign_files(tmp_path):
         checkpoint.load_weights(torch.nn.Linear(2, 2, bias=False), {}, "c.pt")
     with pytest.raises(UserError, match=r"weight is \(3, 3\), this one needs \(2, 2\)"):
         checkpoint.load_weights(torch.nn.Linear(2, 2, bias=False), {"weight": torch.zeros(3, 3)}, "c.pt")
+
+
+def test_a_network_is_loaded_with_its_mean_weights(tmp_path):
+    shape = Shape(widths=(32,), blocks=(1,))
+    raw, mean = UNet(shape).state_dict(), UNet(shape).state_dict()
+    checkpoint.save(tmp_path / "c.pt", dict(shape=asdict(shape), model=raw, ema=mean))
+    net, state = checkpoint.load_model(tmp_path / "c.pt")
+    assert all(torch.equal(value, mean[name]) for name, value in net.state_dict().items())
+    assert not torch.equal(raw["stem.weight"], mean["stem.weight"]) and not net.training
+    assert torch.equal(state["model"]["stem.weight"], raw["stem.weight"])
 
 
 def test_ema_of_a_ramp():
@@ -97,6 +110,30 @@ def test_a_step_of_muon_is_the_textbook_step_in_either_memory_format(memory):
         u = torch.stack(orthogonalise([w.grad.flatten(1)]))[0].view(shape)
         wanted = 0.95 * before - 0.1 * max(1, shape[0] / (9 * shape[1])) ** 0.5 * u
         torch.testing.assert_close(w.detach(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_momentum_of_muon_is_nesterovs(lr=0.1, keep=0.8):
+    """Three steps with other gradients: M <- keep M + (1 - keep) G, and the update is of keep M + (1 - keep) G."""
+    w = torch.nn.Parameter(torch.randn(6, 4, 1, 1))
+    optimizer = Muon([w], lr, keep, weight_decay=0.0)
+    mean, wanted = torch.zeros(6, 4), w.detach()[..., 0, 0].clone()
+    for _ in range(3):
+        gradient = torch.randn(6, 4)
+        w.grad = gradient[..., None, None].clone()
+        optimizer.step()
+        mean = keep * mean + (1 - keep) * gradient
+        wanted = wanted - lr * (6 / 4) ** 0.5 * orthogonalise([keep * mean + (1 - keep) * gradient])[0]
+    torch.testing.assert_close(w.detach()[..., 0, 0], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_muon_gets_the_convolutions_within_and_adamw_the_rest():
+    net = UNet(Shape(widths=(32, 32), blocks=(1, 1)))
+    names = {id(p): name for name, p in net.named_parameters()}
+    inside, rest = ([names[id(p)] for p in group] for group in split(net))
+    assert sorted(inside + rest) == sorted(names.values())
+    assert {"stem.weight", "out.weight", "label.weight", "time.0.weight", "norm.weight"} <= set(rest)
+    assert {"attention.out.weight", "down.0.1.conv1.weight", "up.1.0.weight"} <= set(inside)
+    assert all(net.get_parameter(name).ndim == 4 for name in inside)
 
 
 def test_muon_solves_a_badly_scaled_least_squares():

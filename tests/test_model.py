@@ -1,10 +1,12 @@
 """The network: shapes, what it must refuse, what its documentation claims."""
 
+import math
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from minimedshift.model import Shape, UNet
+from minimedshift.model import Attention, Block, Shape, UNet, time_features
 from minimedshift.support import presets
 from minimedshift.support.presets import PRESETS
 
@@ -40,6 +42,39 @@ def test_hears_time_label_and_every_pixel():
     x.requires_grad_()
     at(0.5, 0)[0, 0, 0, 0].backward()
     assert x.grad.abs().min() > 0  # attention: one output pixel depends on the whole image
+
+
+def test_only_the_way_up_hears_the_label():
+    net, x, t = awake(), torch.randn(1, 1, 16, 16), torch.tensor([0.5])
+    seen = []
+    blocks = [module for module in net.modules() if isinstance(module, Block)]
+    for block in blocks:
+        block.register_forward_hook(lambda block, inputs, out: seen.append((block, out)))
+    net(x, t, torch.tensor([0]))
+    net(x, t, torch.tensor([1]))
+    down = [block for module in net.down for block in module if isinstance(block, Block)]
+    for (block, one), (_, other) in zip(seen[:len(blocks)], seen[len(blocks):], strict=True):
+        assert torch.equal(one, other) == any(block is each for each in down)
+
+
+def test_the_sinusoids_of_time():
+    t = torch.tensor([0.0, 0.3, 1.0])
+    angles = [[1000 * s * 1e-4 ** (i / 64) for i in range(64)] for s in t.tolist()]
+    wanted = [[f(a) for f in (math.cos, math.sin) for a in row] for row in angles]
+    torch.testing.assert_close(time_features(t), torch.tensor(wanted), atol=1e-3, rtol=0)
+
+
+def test_attention_is_its_definition_head_by_head():
+    torch.manual_seed(0)
+    layer, x = Attention(32, 16), torch.randn(2, 32, 3, 2)
+    torch.nn.init.normal_(layer.out.weight, std=0.1)
+    q, k, v = layer.qkv(layer.norm(x)).flatten(2).chunk(3, 1)  # (2, 32, 6) each
+    heads = []
+    for own in (slice(0, 16), slice(16, 32)):
+        share = (q[:, own].mT @ k[:, own] / 16**0.5).softmax(2)  # of each position in what each looks at
+        heads.append(torch.einsum("bij,bcj->bci", share, v[:, own]))
+    wanted = x + layer.out(torch.cat(heads, 1).view(2, 32, 3, 2))
+    torch.testing.assert_close(layer(x), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_images_of_a_batch_do_not_mix():

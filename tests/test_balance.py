@@ -34,17 +34,19 @@ def blobs(x, seed):
     return (1 - spot.float() + .02 * torch.tensor(g.standard_normal(spot.shape)).float()).half().numpy()
 
 
-def test_weights_undo_a_known_shift():
-    """Spots at x with density 1 in one domain and 2x in the other: both become the harmonic mean 2 / (1 + 1 / 2x)."""
+@pytest.mark.parametrize("count", [3000, 400])
+def test_weights_undo_a_known_shift(count):
+    """Spots at x with density 1 in one domain and 2x in the other: both become the harmonic mean 2 / (1 + 1 / 2x),
+    however many images the other has. (Of 400 a histogram is too rough.)"""
     g = np.random.default_rng(0)
-    a, b = g.random(3000), np.sqrt(g.random(3000))
+    a, b = g.random(3000), np.sqrt(g.random(count))
     weights = balance.weights([blobs(a, 1), .9 * blobs(b, 2) - .05])
     density = [np.histogram(x, 5, (0, 1), weights=w)[0] / w.sum() * 5 for x, w in zip((a, b), weights)]
     at = (np.arange(500) + .5) / 500
     wanted = (2 / (1 + 1 / (2 * at))).reshape(5, -1).mean(1)
     wanted /= wanted.mean()
     before = np.abs(np.histogram(b, 5, (0, 1), density=True)[0] - wanted).max()
-    for found in density:
+    for found in density[:2 if count == 3000 else 1]:
         assert np.abs(found - wanted).max() < .15 < before
     assert all(w.mean() == pytest.approx(1) for w in weights)
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from minimedshift import bench
+from minimedshift.model import Shape
 from minimedshift.support.command import run
+from minimedshift.support.presets import PRESETS
 
 ROOT = Path(bench.__file__).parents[1]
 
@@ -59,6 +62,31 @@ def test_both_sides_of_a_comparison_compute_the_same(monkeypatch):
         results.append([translation] + [p.grad for p in side.model.parameters()])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3 * b.abs().max().item())
+
+
+def test_the_bench_counts_a_plan_for_every_step_it_serves(tmp_path, monkeypatch, capsys):
+    """Everything is done once, and counted as 8 ms: a plan for 8 steps takes a ninth of a step, one for 16 a
+    seventeenth."""
+    done = []
+
+    def clock(functions, repeats, device):
+        done.extend(function() for function in functions)
+        return np.full((len(functions), repeats), 8.0)
+
+    tiny = replace(PRESETS["cpu"], size=16, shape=Shape(widths=(32,), blocks=(1,)))
+    monkeypatch.setattr(bench, "PRESETS", dict(cpu=tiny))
+    monkeypatch.setattr(bench, "clock", clock)
+    flags = ["--quick", "--device", "cpu", "--out", str(tmp_path)]
+    bench.main([*flags, "--only", "couplings"])
+    found = json.loads((tmp_path / "bench.json").read_text())["couplings"]
+    assert len(done) == 6 and found["exact"]["ms"] == 1 and found["semidiscrete"]["ms"] == .5
+    assert found["sinkhorn"]["of_a_step"] == pytest.approx(1 / 9)
+    assert found["semidiscrete"]["of_a_step"] == pytest.approx(1 / 17)
+    told = capsys.readouterr().out
+    assert "couplings, training step: ms 8, fastest_ms 8, slowest_ms 8\n" in told and "of_a_step 0.1111" in told
+    bench.main([*flags, "--only", "steps"])
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert len(done) == 10 and found["steps"]["translation"]["ratio"] == 1 and "couplings" not in found
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from minimedshift import data, evaluate, sampler
-from minimedshift.measure import methods, metrics
+from minimedshift.measure import methods, metrics, rivals
 from minimedshift.phantom import sets
 from minimedshift.support import checkpoint
 from minimedshift.support.command import UserError
@@ -69,6 +69,48 @@ def test_the_flow_gives_each_pair_what_the_sampler_gives_it(dataset):
                 q = methods.question(dataset.test, s, t, 3, "cpu", x)
                 expected = sampler.translate(model, x, s, t, tau, **how)
                 torch.testing.assert_close(methods.answer(method, q, tau)[0], expected.clamp(-1, 1))
+
+
+def flow_file(path, x0="noise"):
+    """A checkpoint of an untrained flow that says something, and its network."""
+    model = UNet(Shape(25 if x0 == "image" else 5, stem=4, widths=(16,), blocks=(1,), head=16)).eval()
+    torch.nn.init.normal_(model.out.weight, std=.1)
+    state = dict(shape=asdict(model.shape), ema=model.state_dict(), translate=HOW | dict(x0=x0))
+    checkpoint.save(path, state)
+    return model
+
+
+def test_a_folder_of_rivals_is_read_and_each_answers_as_it_was_trained(dataset, pair, tmp_path):
+    torch.manual_seed(0)
+    own = flow_file(tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="no rival is there"):
+        methods.every_method(dataset, own, HOW, folder=tmp_path)
+    noisy = flow_file(tmp_path / "sdedit" / "checkpoint.pt")
+    direct = flow_file(tmp_path / "bridge" / "checkpoint.pt", "image")
+    forth, back = (rivals.Generator(width=16, blocks=1).eval() for _ in range(2))
+    seen, names = flow_file(tmp_path / "checkpoint.pt"), [dataset.domains[i] for i in (pair.source, pair.target)]
+    rivals.save(tmp_path / "adversarial.pt", forth, names)
+    rivals.save(tmp_path / "adversarial-back.pt", back, names[::-1])
+    rivals.save(tmp_path / "supervised.pt", seen, names, pair.target)
+    found = {method.name: method for method in methods.every_method(dataset, own, HOW, folder=tmp_path)}
+    x, s, t = pair.x, pair.source, pair.target
+    with torch.inference_mode():
+        wanted = {
+            "SDEdit": rivals.sdedit(noisy, x, t, .5, steps=20, end=HOW["end"], colour=HOW["colour"]),
+            "image to image": sampler.translate(direct, x, s, t, **HOW | dict(x0="image")),
+            "CycleGAN": forth(x),
+            "supervised": rivals.regress(seen, x, t),
+        }
+    for name, out in wanted.items():
+        answer, _ = methods.answer(found[name], pair, .5)
+        torch.testing.assert_close(answer, out.clamp(-1, 1), atol=1e-5, rtol=1e-4)
+    turned = methods.question(dataset.test, t, s, 8, "cpu")
+    assert torch.equal(methods.answer(found["CycleGAN"], turned)[0], back(turned.x).clamp(-1, 1))
+    assert methods.answer(found["supervised"], turned) == (None, 0.0)
+    asked = [found["supervised"], LAZY]  # who does not know a pair is left out
+    rows, _ = evaluate.main_pair(asked, {}, turned, CURVE)
+    points = evaluate.sweep(asked, [turned], CURVE)
+    assert set(rows) == set(points) == {"lazy"}
 
 
 @pytest.mark.parametrize("domains, given, pair", [

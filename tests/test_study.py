@@ -53,6 +53,15 @@ def test_the_moons_table_has_mean_and_standard_error_over_its_seeds(tmp_path, mo
     assert "| per label | 0.500 ± 0.500 | 1.000 ± 0.000 | 0.500 ± 0.000 |" in table
 
 
+def test_a_short_run_in_the_plane_already_prefers_the_coupling_per_label():
+    """At one Euler step, as in the long runs below. The floor is that of the samples, whatever was trained."""
+    found = {name: study.moons_run(name, 0, steps=150, batch=128, n=256) for name in ("independent", "per label")}
+    per_label, independent = found["per label"], found["independent"]
+    assert per_label["euler_1"] < .5 * independent["euler_1"]
+    assert per_label["floor"] == independent["floor"] < .5 * per_label["euler_1"]
+    assert study.moons_run("label-blind", 1, 1, 16, 64) == study.moons_run("label-blind", 1, 1, 16, 64)
+
+
 @pytest.mark.slow
 def test_couplings_in_the_plane_are_ordered_as_the_literature_says():
     """8gaussians to moons (arXiv:2503.10636, figure 2): at one Euler step the coupling per label is far ahead of

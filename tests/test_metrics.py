@@ -187,6 +187,30 @@ def test_fine_structure_counts_lost_invented_and_moved_spots():
     assert metrics.fine_structure(truth.roll(1, 3), truth) == (1, 0)         # within a pixel
 
 
+def test_fine_structure_is_the_loop_over_pixels():
+    """Of texture that is partly kept: its pixels one by one, as the docstring counts them."""
+    texture = lambda seed: .5 * metrics.low_pass(noise(2, 1, 40, 40, seed=seed), 1.0)
+    smooth, _ = heads(count=2, size=40)
+    truth = smooth + texture(1)
+    x = smooth + .5 * texture(1) + 1.5 * texture(2)
+    real = found = shown = false = 0
+    bands = [(metrics.low_pass(z, 1.0) - metrics.low_pass(z, 3.0))[:, 0] for z in (truth, x)]
+    for there, got, region in zip(*bands, metrics.erode(metrics.inside(truth), 3)[:, 0]):
+        strength = there[region].abs().sort().values
+        threshold = strength[int(.8 * len(strength))]
+        for sign in (1, -1):
+            for r, c in region.nonzero().tolist():
+                near = slice(max(0, r - 1), r + 2), slice(max(0, c - 1), c + 2)
+                if sign * there[r, c] > threshold:
+                    real += 1
+                    found += (sign * got[near] > threshold).any().item()
+                if sign * got[r, c] > threshold:
+                    shown += 1
+                    false += not (sign * there[near] > threshold / 2).any()
+    assert metrics.fine_structure(x, truth) == (found / real, false / shown)
+    assert .5 < found / real < 1 and .02 < false / shown < .5
+
+
 def test_noise_raises_false_structure():
     truth = spots(SPOTS)
     false = [metrics.fine_structure(truth + s * noise(*truth.shape), truth)[1] for s in (0, .01, .03, .3)]

@@ -81,6 +81,15 @@ def test_bands_put_together_are_the_image(split, shape):
     assert all(detail.abs().max() < 1e-6 for detail in details) and (rest - .4).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("split", [bands.laplacian, bands.gaussians])
+def test_each_band_gets_the_strength_it_has_in_the_target(split):
+    """Two waves, the coarse one halved and the fine one doubled."""
+    source, target = (wave(2, a) + wave(12, b, turned=True) for a, b in ((.3, .1), (.15, .2)))
+    found = bands.fit_bands(split, source, target)(source)
+    error = lambda x: (x - target)[..., 4:-4, 4:-4].square().mean()  # bands bend at the frame
+    assert error(found) < .1 * error(source)
+
+
 def test_a_difference_of_gaussians_passes_what_its_two_gaussians_tell_apart():
     x = wave(8, 1.0, n=2, size=64)
     w = 2 * np.pi * 8 / 64  # radians per pixel: a Gaussian keeps exp(-w^2 width^2 / 2)

@@ -55,6 +55,13 @@ def test_regrain_brings_noise_to_the_strength_wanted(has, wants):
             assert wants * .95 < found < .65 * has
 
 
+def test_the_gain_is_a_wiener_filters():
+    """Stripes of one pixel: nearly all their power, .01, is in the finest band. 1 - (o^2 - w^2) / .01 is left."""
+    x = .1 * (-1.0) ** torch.arange(64).expand(1, 1, 64, 64)
+    y = finish.regrain(x, flat(.06, 2), flat(.03, 2), torch.zeros_like(x))
+    assert y[..., 8:-8].square().mean() / .01 == pytest.approx(1 - (.06**2 - .03**2) / .01, rel=.04)
+
+
 def test_taking_noise_away_leaves_edges():
     x = torch.ones(1, 1, 64, 64)
     x[..., 32:] = -1
@@ -88,6 +95,18 @@ def test_tone_and_noise_become_the_targets(fitted):
         assert y.quantile(share) == pytest.approx(b.quantile(share).item(), abs=.05)
     for band, want in zip(gaussians(y, finish.WIDTHS), gaussians(b, finish.WIDTHS)[:2]):
         assert band[..., 28:36, 28:36].std() == pytest.approx(want[..., 28:36, 28:36].std().item(), rel=.25)
+
+
+def test_grain_is_measured_once_the_tone_is_right(fitted):
+    """The student changes nothing, so its answers are the images of the source."""
+    finishes, a, b = fitted
+    part = finishes[0, 1]
+    toned = part.pixels(part.bands(a))
+    for own, want in ((part.own, finish.grain(toned, robust=False)), (part.wanted, finish.grain(b, robust=True))):
+        for curve, expected in zip(own, want, strict=True):
+            torch.testing.assert_close(curve.values, expected.values)
+    raw = finish.grain(a, robust=False)[0]
+    assert (part.own[0].values - raw.values).abs().max() > .1 * raw.values.max()
 
 
 def test_a_finish_goes_through_plain_types(fitted):

@@ -103,6 +103,44 @@ def test_stop_and_resume_give_the_same_bytes(tmp_path, cache, coupling):
     assert (np.diff(seconds) > 0).all()  # those of the stopped process count too
 
 
+def test_going_on_is_as_if_never_stopped(tmp_path):
+    """Steps with given gradients: model, mean and optimizers that a checkpoint has filled go the same way."""
+    gradients = torch.Generator().manual_seed(0)
+    config = train.Config(student_steps=7)
+
+    def parts():
+        model = UNet(Shape(widths=(16,), blocks=(1,), head=16))
+        convolutions, rest = train.split(model)
+        return model, [train.Muon(convolutions), torch.optim.AdamW(rest)], checkpoint.EMA(model)
+
+    def go(many, first, last):
+        for step in range(first, last):
+            for p in many[0][0].parameters():
+                p.grad = torch.randn(p.shape, generator=gradients)
+            for other, *_ in many[1:]:
+                for p, q in zip(other.parameters(), many[0][0].parameters()):
+                    p.grad = q.grad.clone()
+            for _, optimizers, ema in many:
+                for optimizer in optimizers:
+                    optimizer.step()
+                ema.update(step + 1)
+
+    one, other = parts(), parts()
+    go([one], 0, 3)
+    model, optimizers, ema = one
+    lessons = {name: getattr(config, name) for name in train.LESSONS}
+    checkpoint.save(tmp_path / "c.pt", dict(
+        step=3, model=model.state_dict(), ema=ema.mean, student=dict(weights=1), config=lessons,
+        optimizer=[optimizer.state_dict() for optimizer in optimizers]))
+    before = checkpoint.load(tmp_path / "c.pt")
+    assert train.go_on(before, config, "c.pt", *other) == (3, dict(weights=1))
+    go([one, other], 3, 6)
+    assert same_tensors(one[0].state_dict(), other[0].state_dict()) and same_tensors(one[2].mean, other[2].mean)
+    assert not same_tensors(one[0].state_dict(), one[2].mean)
+    config = train.Config(student_steps=8)  # other lessons: the student is taught anew
+    assert train.go_on(before, config, "c.pt", *parts()) == (3, None)
+
+
 def folder_of_images(root, *domains, count=6):
     for i, domain in enumerate(domains):
         (root / domain).mkdir(parents=True)

@@ -262,7 +262,7 @@ FAULTS = {
         "minimedshift/balance.py", "tests/test_balance.py -k weights",
         "n = (counts + k / 400) / size.double()  # (N, D); a little more than counted, so that none is 0",
         "n = (counts + k / 400).double()"),
-    # ---- checkpoint.py, optim.py and train.py
+    # ---- checkpoint.py, guard.py, optim.py and train.py
     "ema-off-by-one": Fault(
         "minimedshift/support/checkpoint.py", "tests/test_checkpoint.py",
         "keep = (1 - 1 / step) ** (self.gamma + 1)",
@@ -287,6 +287,18 @@ FAULTS = {
         "train.py", "tests/test_train.py -k going_on",
         'ema.load(before["ema"])',
         'ema.load(before["model"])'),
+    "guard-lets-nan-pass": Fault(
+        "minimedshift/support/guard.py", "tests/test_guard.py -k kept_state",
+        "if not (loss < self.limit and math.isfinite(norm)):",
+        "if loss >= self.limit or not math.isfinite(norm):"),
+    "guard-keeps-a-view": Fault(
+        "minimedshift/support/guard.py", "tests/test_guard.py -k kept_state",
+        "self.weights = {name: p.detach().clone() for name, p in self.model.state_dict().items()}",
+        "self.weights = {name: p.detach() for name, p in self.model.state_dict().items()}"),
+    "guard-gives-its-moments-away": Fault(
+        "minimedshift/support/guard.py", "tests/test_guard.py -k kept_state",
+        "optimizer.load_state_dict(copy.deepcopy(moments))",
+        "optimizer.load_state_dict(moments)"),
     "muon-momentum": Fault(
         "minimedshift/support/optim.py", "tests/test_checkpoint.py",
         'torch._foreach_lerp_(means, grads, 1 - group["momentum"])',

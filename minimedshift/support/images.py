@@ -1,7 +1,7 @@
 """Image files: read with what is needed to write them back as they were, and pictures of many images."""
 
+import warnings
 from dataclasses import dataclass, field
-from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,12 @@ FORMATS = {  # extension -> format, the modes it can hold, how it is saved witho
     ".bmp": ("BMP", ("1", "L", "P", "RGB"), {}),
     ".webp": ("WEBP", ("RGB", "RGBA"), dict(lossless=True, exact=True)),
 }
+READ = tuple({name for name, _, _ in FORMATS.values()})  # of all formats that Pillow knows: some run programs
+PIXELS = 64_000_000  # at most: 8000 x 8000; an image in colour then takes 2 GB
+LONG = 16            # times as long as it is wide, at most: translated, it is that many squares
 FORMATS |= {".tiff": FORMATS[".tif"], ".jpeg": FORMATS[".jpg"]}
 LUMINANCE = (.299, .587, .114)  # ITU-R BT.601
+warnings.filterwarnings("ignore", module="PIL")  # what it doubts in a header is kept or dropped
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,15 @@ class Info:
 def read_image(path):
     """x (C, H, W) float32 in [-1, 1] and its Info; C = 1 where all channels are equal, else 3.
 
-    16-bit grey keeps its depth. Alpha is put aside: colours count as stored. Raises UserError if unreadable.
+    16-bit grey keeps its depth. Alpha is put aside: colours count as stored, and so does the way up: a tag
+    that turns the image is kept. Raises UserError if unreadable.
     """
+    if not Path(path).is_file():  # to read from a pipe may take for ever
+        raise UserError(f"{path}: there is no such file")
     try:
         mode, pixels, extra = decode(path)
     except UserError:
         raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
     except Exception as error:  # a damaged file can raise anything in its decoder
         why = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path}: cannot be read as an image ({why})") from None
@@ -61,7 +66,13 @@ def read_image(path):
 
 def decode(path):
     """A file's mode, pixels (H, W) or (H, W, channels), and what is kept of its header."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=READ) as image:
+        width, height = image.size
+        if width * height > PIXELS:
+            raise UserError(f"{path}: {width} x {height} pixels are too many: make it smaller")
+        if max(width, height) > LONG * min(width, height):
+            raise UserError(f"{path}: {width} x {height} pixels is more than {LONG} times as long as wide: "
+                            "cut out what matters")
         pages = getattr(image, "n_frames", 1)
         deep = ";16" in str(getattr(image, "tile", ""))
         image.load()
@@ -77,6 +88,8 @@ def decode(path):
             raise UserError(f"{path}: {wrong} cannot be translated; "
                             "write it as one 8- or 16-bit grey or 8-bit RGB image")
         extra = {key: image.info[key] for key in ("exif", "dpi", "icc_profile") if image.info.get(key)}
+        if not all(0 < dots < 2**15 for dots in extra.get("dpi", ())):  # NaN too: no format can write it
+            del extra["dpi"]
         if mode == "P" and "transparency" in image.info:
             mode, image = "RGBA", image.convert("RGBA")
         if mode in ("P", "1"):
@@ -120,8 +133,9 @@ def write_image(path, x, info):
     try:
         with whole(path) as work:
             image.save(work, format=name, **options, **info.extra)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    except Exception as error:  # an encoder can raise anything too
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"{path}: cannot be written ({why})") from None
 
 
 def to_pixels(x, bits=8):
@@ -142,9 +156,23 @@ def to_palette(v):
 
 
 def image_files(folder):
-    """The files in a folder and below that are images by name, sorted, without hidden ones."""
-    paths = [Path(folder) / name for name in glob("**", root_dir=folder, recursive=True)]
-    return sorted(path for path in paths if path.suffix.lower() in FORMATS and path.is_file())
+    """The files in a folder and below that are images by name, sorted, without hidden ones.
+
+    A link to a folder is followed, unless it leads back to a folder that it lies in.
+    """
+    found, waiting = [], [(Path(folder), ())]
+    while waiting:
+        here, above = waiting.pop()
+        if not here.is_dir() or (place := (here.stat().st_dev, here.stat().st_ino)) in above:
+            continue
+        for path in here.iterdir():
+            if path.name.startswith("."):
+                continue
+            if path.suffix.lower() in FORMATS and path.is_file():
+                found.append(path)
+            else:
+                waiting.append((path, (*above, place)))
+    return sorted(found)
 
 
 def figure(path, rows, columns, labels, cell=160):

@@ -146,7 +146,7 @@ def main(argv=None):
     parameters = sum(p.numel() for p in model.parameters())
     images = sum(len(train) for train in dataset.train)
     print(f"{device.type}, {name_of(dtype)}, {name_of(memory)}, {config.preset} preset: "
-          f"{parameters / 1e6:.2f}M parameters, {domains} domains, "
+          f"{parameters / 1e6:.2f}M parameters, {domains} domains ({', '.join(dataset.domains)}), "
           f"{images} images of {config.size}x{config.size}, steps {first} to {config.steps}, "
           f"{config.batch_size} images each", flush=True)
 
@@ -295,6 +295,8 @@ def load_data(config):
                                    config.seed, config.shift)
     if config.domains:
         dataset = data.only(dataset, [name.strip() for name in config.domains.split(",")])
+    for name in data.strays(dataset.domains):
+        print(f"warning: {name} is taken for a domain, as every sub-folder is: --domains A,B takes A and B alone")
     return dataset
 
 

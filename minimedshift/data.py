@@ -23,6 +23,7 @@ from minimedshift.support.files import cached
 from minimedshift.support.images import decode, figure, image_files, read_image
 from minimedshift.support.log import progress
 
+LABELS = {"truth", "mask", "masks", "label", "labels", "annotation", "annotations", "segmentation"}
 OPPOSITE = -0.5  # correlation of mean images below which two domains are negatives of each other
 
 
@@ -147,6 +148,11 @@ def by_domain(base, skip=None):
         if parts and parts[0] != skip:
             found.setdefault("-".join(parts), []).append(path)
     return dict(sorted(found.items()))
+
+
+def strays(domains):
+    """The domains whose name says that they hold what was drawn into images, and not images."""
+    return [name for name in domains if LABELS & set(name.lower().split("-"))]
 
 
 def read_files(folder, files, size, show):

@@ -45,10 +45,11 @@ from minimedshift.support.presets import PRESETS
 class Config:
     # ---- data
     data: str = flag(None, "folder of images, DIR/DOMAIN/*.png (default: simulated heads)", "data")
-    size: int = flag(0, "side of the training images in pixels; 0 is the preset's", "data", low=0)
-    train_images: int = flag(10000, "simulated training images, all domains together", "data", low=5)
-    valid_heads: int = flag(64, "simulated validation heads, each in all domains", "data", low=1)
-    test_heads: int = flag(128, "simulated test heads, each in all domains", "data", low=1)
+    size: int = flag(0, "side of the training images in pixels; 0 is the preset's", "data", low=0, high=4096)
+    train_images: int = flag(10000, "simulated training images, all domains together", "data", low=5,
+                             high=10**7)
+    valid_heads: int = flag(64, "simulated validation heads, each in all domains", "data", low=1, high=10**6)
+    test_heads: int = flag(128, "simulated test heads, each in all domains", "data", low=1, high=10**6)
     shift: float = flag(0.1, "share of a domain's simulated training heads that are from its own population",
                         "data", low=0, high=1)
     domains: str = flag("", "train on these domains alone, separated by commas (default: all)", "data")
@@ -59,7 +60,8 @@ class Config:
     coupling: str = flag("semidiscrete", "which noise goes with which image", "method", tuple(COUPLINGS))
     coupling_labels: str = flag("keep", "plan inside each label, or ignore labels (for teaching: it breaks "
                                 "conditional models)", "method", ("keep", "ignore"))
-    ot_batch: int = flag(0, "batches that one plan is made over; 0: as the coupling needs", "method", low=0)
+    ot_batch: int = flag(0, "batches that one plan is made over; 0: as the coupling needs", "method", low=0,
+                         high=10**5)
     entropy: float = flag(0.0, "normalised entropy of Sinkhorn's plan, near 0 exact, near 1 independent; "
                           "0: eps = 2 sigma^2", "method", low=0, below=1)
     sigma: float = flag(0.0, "width of the bridge between noise and image", "method", low=0)
@@ -72,7 +74,7 @@ class Config:
     drop_label: float = flag(0.1, "share of labels that are hidden, for guidance", "method", low=0, below=1)
     # ---- training
     steps: int = flag(0, "optimizer steps; 0 is the preset's", "training", low=0)
-    batch_size: int = flag(0, "images a step; 0 is the preset's", "training", low=0)
+    batch_size: int = flag(0, "images a step; 0 is the preset's", "training", low=0, high=10**5)
     lr: float = flag(0.02, "peak learning rate of the convolutions (Muon); the rest (AdamW) has a twentieth",
                      "training", above=0)
     ema: float = flag(16.97, "exponent of the EMA: 16.97 averages a twentieth of the run, 6.94 a tenth",
@@ -82,12 +84,12 @@ class Config:
     tau: float = flag(0.3, "how far back: 1 keeps structure, 0 favours realism", "translation", low=0)
     guidance: float = flag(1.0, "guidance scale of the forward leg; 1 is none", "translation")
     end: float = flag(0.97, "time t assigned to an image; 1 is the paper's", "translation", high=1)
-    solver_steps: int = flag(3, "solver steps of each leg", "translation", low=1)
+    solver_steps: int = flag(3, "solver steps of each leg", "translation", low=1, high=1000)
     solver: str = flag("fireflow", "ODE solver, or sde: a diffusion", "translation", tuple(sampler.SOLVERS))
     # ---- student
     student: bool = flag(True, "at the end, teach a small network to translate in one evaluation", "student")
     student_images: int = flag(0, "images of a domain that the flow translates for it; 0 is the preset's",
-                               "student", low=0)
+                               "student", low=0, high=10**5)
     student_steps: int = flag(0, "its optimizer steps, 32 images each; 0 is the preset's", "student", low=0)
     student_tau: float = flag(0.1, "tau of its lessons", "student", low=0)
     student_end: float = flag(0.99, "end of its lessons, above student-tau", "student", high=1)

@@ -45,7 +45,7 @@ class Config:
                       HOW, kind=float, low=0, below=1)
     guidance: float = flag(None, "strength of the target label on the way forward; 1 is none",
                            HOW, kind=float, above=-1000, below=1000)
-    steps: int = flag(None, "solver steps of each leg", HOW, kind=int, low=1)
+    steps: int = flag(None, "solver steps of each leg", HOW, kind=int, low=1, high=1000)
     solver: str = flag(None, "ODE solver, or sde: a diffusion with the same images at every t",
                        HOW, choices=tuple(sampler.SOLVERS))
     end: float = flag(None, "time t assigned to an image", HOW, kind=float, above=0, high=1)
@@ -54,7 +54,7 @@ class Config:
     trajectory: str = flag(None, "also draw: the first 8 images on their way to tau and up again", "files")
     uncertainty: str = flag(None, "also draw: where --samples translations differ; no error map", "files")
     samples: int = flag(None, "translations of an image behind --uncertainty (default: 8)", "files",
-                        kind=int, low=2)
+                        kind=int, low=2, high=1000)
     batch_size: int = flag(0, "images at once (0: 16 on a CPU, 256 on a GPU), fewer where memory is short",
                            "machine", low=0)
     device: str = flag("auto", "where to compute", "machine", choices=("auto", "cuda", "mps", "cpu"))

@@ -4,6 +4,7 @@ The flags of a command are the fields of a frozen dataclass, each made by `flag`
 """
 
 import argparse
+import math
 import operator
 import os
 import sys
@@ -50,10 +51,15 @@ def check(config):
     """The config, if every number lies where its flag allows it (NaN never does). Raises UserError."""
     for f in fields(config):
         value, limits = getattr(config, f.name), f.metadata["limits"]
-        if value is None or all(LIMITS[name][0](value, limit) for name, limit in limits.items()):
+        name = f.name.upper() if f.metadata["group"] == "positional" else "--" + f.name.replace("_", "-")
+        refuse(value in ("", []) and f.default != "", f"{name} is empty: give it a value, or leave it out")
+        if value is None or isinstance(value, str):
             continue
-        allowed = " and ".join(f"{LIMITS[name][1]} {limit:g}" for name, limit in limits.items())
-        raise UserError(f"--{f.name.replace('_', '-')} {value} is not allowed: it must be {allowed}")
+        refuse(abs(value) >= 2**31 or not math.isfinite(value),
+               f"{name} {str(value)[:20]} is not allowed: it must be a number below 2^31")
+        if not all(LIMITS[which][0](value, limit) for which, limit in limits.items()):
+            allowed = " and ".join(f"{LIMITS[which][1]} {limit:g}" for which, limit in limits.items())
+            raise UserError(f"{name} {value} is not allowed: it must be {allowed}")
     return config
 
 
@@ -89,11 +95,15 @@ def parse(config, description, argv=None):
 
 
 def run(main):
-    """Run a command and exit: 0 done, 2 a user's mistake or a GPU too small, 130 interrupted."""
+    """Run a command and exit: 0 done, 2 a user's mistake or a machine too small, 130 interrupted."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     try:
         sys.exit(main())
     except UserError as error:
         status, says = 2, f"error: {error}"
+    except OSError as error:  # of a file that no sentence was foreseen for: no right to read it, a full disk
+        place = f"{error.filename}: " if error.filename else ""
+        status, says = 2, f"error: {place}{error.strerror or error}"
     except torch.OutOfMemoryError:
         status, says = 2, "error: too little memory on the GPU: try a smaller --batch-size, or --preset cpu"
     except KeyboardInterrupt:

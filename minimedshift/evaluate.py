@@ -37,9 +37,10 @@ class Config:
     rivals: str = flag("", "folder that `python -m minimedshift.study rivals` leaves", "what")
     source: str = flag(None, "domain to translate (default: synthetic-high, or the first)", "what")
     target: str = flag(None, "domain to translate to (default: real-normal, or the last)", "what")
-    heads: int = flag(128, "test heads of the main pair", "how much", low=1)
-    heads_each: int = flag(32, "test heads of every ordered pair", "how much", low=1)
-    valid_heads: int = flag(64, "validation heads on which the settings are chosen", "how much", low=1)
+    heads: int = flag(128, "test heads of the main pair", "how much", low=2, high=10**6)
+    heads_each: int = flag(32, "test heads of every ordered pair", "how much", low=1, high=10**6)
+    valid_heads: int = flag(64, "validation heads on which the settings are chosen", "how much", low=2,
+                            high=10**6)
     features: str = flag(None, "FILE.py with features(x) -> (B, D) for realism", "how much")
     out: str = flag("", "folder of the results (default: evaluation, beside the checkpoint)", "run")
     device: str = flag("auto", "where to compute", "run", ("auto", "cuda", "mps", "cpu"))
@@ -299,8 +300,8 @@ def with_truth(c, methods, dataset, pairs_of, s, t, reference, device, say):
 def without_truth(methods, dataset, s, t, reference, device):
     """Realism alone, for test images that are no pairs: every method at every setting."""
     x, real = load(dataset.held_out[s], device), load(dataset.held_out[t], scorer(device))
-    if not len(x) or not len(real):
-        raise UserError("the data has no held-out images to evaluate on")
+    if min(len(x), len(real)) < 2:  # one image has no spread
+        raise UserError("the data has no two held-out images of each domain to evaluate on")
     rows = {"real against real": dict(kind="bound", **realism.score(real, reference))}
     for method in methods:
         for setting in method.settings:
@@ -341,6 +342,8 @@ def main(argv=None):
         raise UserError(f"--source and --target are both {domains[s]}: translate between two domains")
     features = realism.load_features(c.features) if c.features else None
     dataset = open_data(c, state)
+    if len(dataset.train[t]) < 2:
+        raise UserError(f"{domains[t]} has no two training images to compare with")
     translator = student.restore(state["student"], device, c.checkpoint) if state.get("student") else None
     methods = every_method(dataset, model, state["translate"], translator, c.rivals)
     out = Path(c.out) if c.out else Path(c.checkpoint).parent / "evaluation"

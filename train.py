@@ -272,6 +272,8 @@ def open_out(config, device):
     """OUT/checkpoint.pt, with --resume what it holds, and whether OUT was made now. Raises UserError."""
     file = Path(config.out) / "checkpoint.pt"
     then = checkpoint.load(file, device) if config.resume else None
+    if then:
+        checkpoint.check_settings(then, file)
     if file.exists() and not (then or config.overwrite or config.check_data):
         raise UserError(f"{file} would be replaced: --resume goes on from it, --overwrite starts anew, "
                         "--out names another folder")
@@ -326,10 +328,14 @@ def formats(config, device, before):
 
 def go_on(before, config, file, model, optimizers, ema):
     """Fill model, optimizers and EMA from a checkpoint. Its step, and its student if it had these lessons."""
-    checkpoint.load_weights(model, before["model"], file)
-    for optimizer, state in zip(optimizers, before["optimizer"]):
-        optimizer.load_state_dict(state)
+    checkpoint.load_weights(model, before.get("model"), file)
+    checkpoint.check_weights(model, before.get("ema"), file)
     ema.load(before["ema"])
+    try:
+        for optimizer, state in zip(optimizers, before["optimizer"], strict=True):
+            optimizer.load_state_dict(state)
+    except Exception as error:
+        raise UserError(f"{file} holds an optimizer that cannot be read ({type(error).__name__})") from None
     same_lessons = all(before["config"].get(name) == getattr(config, name) for name in LESSONS)
     return before["step"], before.get("student") if same_lessons else None
 

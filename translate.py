@@ -162,6 +162,7 @@ def translate_files(files, translate, model, state, c, how, device):
         y_target = torch.full_like(y_source, state["domains"].index(c.target))
         translate_some = lambda i: translate(x1[i], y_source[i], y_target[i])
         out = in_batches(translate_some, torch.arange(len(x1), device=device), len(x1))
+        refuse(out.isnan().any(), f"{c.checkpoint} translates to what is no number: its weights are spoilt")
         changed = []
         for (source, path, _, info), large, small, new in zip(batch, full, x1, out):
             if large.shape[-2:] != shape:

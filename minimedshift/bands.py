@@ -33,7 +33,7 @@ class Curve:
         values = self.values.to(x)
         last = len(values) - 1
         at = ((x - self.low) * (last / (self.high - self.low))).clamp(0, last)  # counted in knots
-        left = at.long().clamp(max=last - 1)
+        left = at.long().clamp(0, last - 1)  # of NaN too, which stays NaN
         return torch.lerp(values[left], values[left + 1], at - left)
 
 

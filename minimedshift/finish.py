@@ -7,6 +7,7 @@ A median does not outvote a teacher that is wrong in the same way on every head,
 median is smooth, while strong noise of the source passes through a local network.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -106,8 +107,12 @@ class Finish:
 
 
 def restore(state):
-    """The Finish of Finish.state()."""
+    """The Finish of Finish.state(). Raises ValueError, or what else a damaged one makes Python raise."""
     curves = {name: [Curve(*plain) for plain in group] for name, group in state.items()}
+    for curve in sum(curves.values(), []):
+        finite = -math.inf < curve.low < curve.high < math.inf and curve.values.isfinite().all()
+        if not finite or curve.values.ndim != 1 or len(curve.values) < 2:
+            raise ValueError("no curve")
     bands = BandCurves(laplacian, tuple(curves["bands"]))
     return Finish(bands, curves["pixels"][0], curves["own"], curves["wanted"])
 

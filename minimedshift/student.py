@@ -218,14 +218,20 @@ class Translator:
 def restore(state, device="cpu", path="the checkpoint"):
     """The Translator of Translator.state(). Raises UserError where it is none, or does not fit its shape."""
     try:
-        student, weights = Student(Shape(**state["shape"])).to(device), state["weights"]
+        shape, weights = Shape(**state["shape"]), state["weights"]
+        if max(shape.num_domains, shape.width, shape.stem, len(shape.dilations), *shape.dilations) > 4096:
+            raise ValueError
+        with torch.device("meta"):  # without memory: what the shape claims may not be in the file
+            student = Student(shape)
         finishes = {}
         for pair, part in state["finishes"].items():
-            s, t = map(int, pair.split())
+            s, t = map(range(shape.num_domains).index, map(int, pair.split()))
             finishes[s, t] = finish.restore(part)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # a stranger's file can hold anything
         raise UserError(f"{path} holds a student that cannot be read ({type(error).__name__})") from None
-    checkpoint.load_weights(student, weights, path)
+    checkpoint.check_weights(student, weights, path)
+    student = student.to_empty(device=device)
+    student.load_state_dict(weights)
     return Translator(student.eval().requires_grad_(False), finishes)
 
 

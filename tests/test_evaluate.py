@@ -198,7 +198,8 @@ def network(tmp_path_factory):
     image, weights = dict(size=32, channels=1, range=[-1.0, 1.0]), model.state_dict()
     checkpoint.save(folder / "checkpoint.pt", dict(
         config=config, shape=asdict(shape), domains=list(sets.phantom.DOMAINS), step=3, translate=HOW,
-        image=image, model=weights, ema=weights))
+        image=image, model=weights, ema=weights,
+        machine=dict(dtype="float32", memory_format="channels_last")))
     return folder
 
 

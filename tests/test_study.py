@@ -148,12 +148,14 @@ def test_domains_that_differ_in_the_power_of_their_noise_alone_are_told_apart():
 
 def save_checkpoint(path, **config):
     model = UNet(Shape(stem=4, widths=(16,), blocks=(1,), head=16))
-    config = dict(data=None, valid_heads=4, seed=0) | config
+    config = dict(data=None, train_images=5, valid_heads=4, test_heads=4, shift=.1, seed=0, coupling="exact",
+                  sigma=0.0) | config
     how = dict(tau=0.4, guidance=1.0, steps=1, solver="euler", end=0.97, colour=1.0, x0="noise")
     image, weights = dict(size=16, channels=1, range=[-1.0, 1.0]), model.state_dict()
     domains = list(phantom.DOMAINS)
     checkpoint.save(path, dict(config=config, shape=asdict(model.shape), domains=domains, step=3, image=image,
-                               translate=how, model=weights, ema=weights))
+                               translate=how, model=weights, ema=weights,
+                               machine=dict(dtype="float32", memory_format="channels_last")))
     return str(path)
 
 

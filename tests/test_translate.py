@@ -30,7 +30,8 @@ def save_checkpoint(path, **config):
     image = dict(size=SIZE, channels=1, range=[-1., 1.])
     how = dict(tau=.5, guidance=2., steps=2, solver="heun", end=1.0, colour=0.0, x0="noise")
     state = dict(config=config, shape=asdict(shape), domains=list(phantom.DOMAINS), step=3, image=image)
-    checkpoint.save(path, dict(state, translate=how, model=weights, ema=weights))
+    machine = dict(dtype="float32", memory_format="channels_last")
+    checkpoint.save(path, dict(state, translate=how, model=weights, ema=weights, machine=machine))
     return str(path)
 
 

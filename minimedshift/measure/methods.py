@@ -17,7 +17,7 @@ import torch
 from minimedshift import sampler
 from minimedshift.measure import baselines, rivals
 from minimedshift.support.checkpoint import load_model
-from minimedshift.support.command import UserError
+from minimedshift.support.command import UserError, refuse
 from minimedshift.support.machine import in_batches, load
 
 MAIN = ("synthetic-high", "real-normal")
@@ -95,6 +95,7 @@ def answer(method, q, setting=None):
         return None, 0.0
     if x.is_cuda:
         torch.cuda.synchronize()
+    refuse(x.isnan().any(), f"{method.name} translates to what is no number: its weights are spoilt")
     return x.to(q.truth.device).clamp(-1, 1), time.time() - start
 
 
@@ -133,11 +134,18 @@ def directly(translate):
     return lambda q, _: in_batches(lambda x: translate(x, q.source, q.target), q.x)
 
 
-def sdedit(file, device, end):
+def sdedit(file, domains, device, end):
     """rivals.sdedit with a network of its own, and with MedShift's `end`."""
-    model, state = load_model(file, device)
+    model, state = load_rival(file, domains, device)
     move = partial(rivals.sdedit, model, steps=20, end=end, colour=state["translate"]["colour"])
     return lambda q, tau: in_batches(lambda x: move(x, q.target, tau), q.x)
+
+
+def load_rival(file, domains, device):
+    """load_model of a network that knows just these domains. Raises UserError for others."""
+    model, state = load_model(file, device)
+    refuse(state["domains"] != domains, f"{file} knows other domains than {', '.join(domains)}")
+    return model, state
 
 
 def one_pair_each(files, domains, device):
@@ -145,6 +153,7 @@ def one_pair_each(files, domains, device):
     known = {}
     for file in files:
         translate, pair = rivals.load(file, device)
+        refuse(not set(pair) <= set(domains), f"{file} knows other domains than {', '.join(domains)}")
         known[tuple(map(domains.index, pair))] = translate
 
     def translate(q, _):
@@ -191,9 +200,9 @@ def learned_rivals(folder, domains, device, end):
     """The Methods of a folder of networks; raises UserError if there is none."""
     methods = []
     for file in folder.glob("sdedit/checkpoint.pt"):
-        methods.append(Method("SDEdit", "learned", sdedit(file, device, end), SDEDIT_TAUS, "tau"))
+        methods.append(Method("SDEdit", "learned", sdedit(file, domains, device, end), SDEDIT_TAUS, "tau"))
     for file in folder.glob("bridge/checkpoint.pt"):
-        model, state = load_model(file, device)
+        model, state = load_rival(file, domains, device)
         bridge = partial(sampler.translate, model, **state["translate"])
         methods.append(Method("image to image", "learned", directly(bridge)))
     if files := list(folder.glob("adversarial*.pt")):

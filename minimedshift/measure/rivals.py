@@ -212,8 +212,15 @@ def load(path, device="cpu"):
     if "pair" not in state:
         raise UserError(f"{path} holds no rival: `python -m minimedshift.study rivals` trains them")
     direct = "generator" in state
-    network = Generator(**state["generator"]) if direct else UNet(Shape(**state["shape"]))
-    checkpoint.load_weights(network, state["weights"], path)
-    network.to(device).eval().requires_grad_(False)
+    try:
+        source, target = state["pair"]
+        with torch.device("meta"):
+            network = Generator(**state["generator"]) if direct else UNet(Shape(**state["shape"]))
+    except Exception as error:  # a stranger's file can hold anything
+        raise UserError(f"{path} holds a rival that cannot be read ({type(error).__name__})") from None
+    checkpoint.check_weights(network, state.get("weights"), path)
+    network = network.to_empty(device=device)
+    network.load_state_dict(state["weights"])
+    network.eval().requires_grad_(False)
     translate = network if direct else lambda x: regress(network, x, state["y_target"])
-    return translate, tuple(state["pair"])
+    return translate, (source, target)

@@ -1,4 +1,4 @@
-"""Train MedShift: one flow-matching network for all domains. The loop is in `main`: a batch of paired noise
+"""Train MedShift: one flow-matching network for all domains. The loop is in `train`: a batch of paired noise
 and images (support/batches.py), flow.loss, Muon and AdamW, the running mean of the weights.
 
     python train.py                simulates the five X-ray domains, trains, translates, scores
@@ -15,7 +15,7 @@ import math
 import signal
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from minimedshift.phantom import sets
 from minimedshift.support import checkpoint, dry, ranks
 from minimedshift.support.batches import affordable, batches, null_label
 from minimedshift.support.command import UserError, flag, parse, refuse, run
-from minimedshift.support.files import write_json
+from minimedshift.support.files import alone, sweep, told, write_json
 from minimedshift.support.guard import Guard
 from minimedshift.support.images import figure
 from minimedshift.support.log import Log, progress
@@ -112,22 +112,20 @@ FREE = {"out", "resume", "overwrite", "dry_run", "device", "dtype", "compile", "
 
 
 def main(argv=None):
-    # ---- config: every flag is checked before any long work
+    # every flag is checked before any long work
     config, device = resolve(parse(Config, __doc__, argv))
     if config.dry_run:
         return try_out(config, device)
     device = ranks.join(device)
-    file, before, made = open_out(config, device)
+    with open_out(config, device) as (file, before):
+        return train(config, device, file, before)
 
+
+def train(config, device, file, before=None):
+    """A whole run; its checkpoint is `file`, `before` is one to go on from. Returns the exit status."""
     # ---- data
-    try:
-        with ranks.first():
-            dataset = load_data(config)
-    except UserError:
-        if made:
-            with suppress(OSError):  # another run may have begun to use it
-                file.parent.rmdir()
-        raise
+    with ranks.first():
+        dataset = load_data(config)
     if config.check_data:
         data.check(dataset, file.parent / "data.png")
         return 0
@@ -164,6 +162,11 @@ def main(argv=None):
             model=model.state_dict(), ema=ema.mean, student=taught,
             optimizer=[optimizer.state_dict() for optimizer in optimizers]))
 
+    def draw():
+        log.draw()
+        with ema.weights_of(model):
+            draw_samples(file.parent / "samples.png", model, dataset, translation, device)
+
     # ---- loop
     stopping = []
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -192,9 +195,7 @@ def main(argv=None):
             save(step + 1)
             saved = time.time()
             if rank == 0:
-                log.draw()
-                with ema.weights_of(model):
-                    draw_samples(file.parent / "samples.png", model, dataset, translation, device)
+                draw()
         if stop:
             print(f"\nstopped and saved after step {step + 1}: the same command with --resume goes on")
             return 130
@@ -204,6 +205,8 @@ def main(argv=None):
     if rank:
         return 0  # what remains is small, and rank 0's
     print(log.coupling(), flush=True)
+    if first == config.steps:  # the stopped run may not have come to its pictures
+        draw()
 
     # ---- the student, taught by the EMA weights
     if config.student and not taught:
@@ -268,9 +271,25 @@ def name_of(torch_constant):
     return str(torch_constant).removeprefix("torch.")
 
 
+@contextmanager
 def open_out(config, device):
-    """OUT/checkpoint.pt, with --resume what it holds, and whether OUT was made now. Raises UserError."""
+    """OUT/checkpoint.pt, and with --resume what it holds. OUT is this run's alone. Raises UserError."""
     file = Path(config.out) / "checkpoint.pt"
+    made = not file.parent.exists()
+    with told(f"--out {config.out}", "cannot be made"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with alone(file.parent) if ranks.number()[0] == 0 else nullcontext():  # all ranks are one run
+            sweep(file.parent)
+            yield file, checkpoint_of(config, file, device)
+    finally:
+        if made:
+            with suppress(OSError):  # something is in it
+                file.parent.rmdir()
+
+
+def checkpoint_of(config, file, device):
+    """With --resume the checkpoint to go on from, else None. Raises UserError if one would be lost."""
     then = checkpoint.load(file, device) if config.resume else None
     if then:
         checkpoint.check_settings(then, file)
@@ -282,12 +301,7 @@ def open_out(config, device):
         if name not in FREE and was != value:
             raise UserError("--resume needs the flags of the stopped run: "
                             f"--{name.replace('_', '-')} was {was}, is {value}")
-    made = not file.parent.exists()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {config.out} cannot be made ({error.strerror})") from None
-    return file, then, made
+    return then
 
 
 def load_data(config):

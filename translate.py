@@ -25,6 +25,7 @@ from minimedshift.support import domain, film, images
 from minimedshift.support.carry import carry, resize, working_shape
 from minimedshift.support.checkpoint import load_model
 from minimedshift.support.command import UserError, flag, parse, refuse, run
+from minimedshift.support.files import sweep, told
 from minimedshift.support.log import progress
 from minimedshift.support.machine import can_compile, in_batches, keep_memory, pick_device
 
@@ -119,10 +120,9 @@ def plan_files(c):
         refuse(path.exists() and not c.overwrite,
                f"{path} would be replaced: choose another name, or say --overwrite")
     for folder in {path.parent for path in outputs}:
-        try:
+        with told(f"the folder {folder}", "cannot be made"):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"the folder {folder} cannot be made ({error.strerror})") from None
+        sweep(folder)
     return files
 
 

@@ -19,7 +19,7 @@ from minimedshift import flow, ops, sampler
 from minimedshift.coupling import Semidiscrete, couple
 from minimedshift.model import UNet
 from minimedshift.support.command import flag, parse, run
-from minimedshift.support.files import write_json
+from minimedshift.support.files import told, write_json
 from minimedshift.support.machine import can_compile, keep_memory, machine, pick_device, pick_formats
 from minimedshift.support.optim import Muon, split
 from minimedshift.support.presets import PRESETS
@@ -172,7 +172,8 @@ def main(argv=None):
         for name, row in results[part].items():
             numbers = [f"{key} {value:.4g}" for key, value in row.items()]
             print(f"{part}, {name}: {', '.join(numbers)}", flush=True)
-    Path(c.out).mkdir(parents=True, exist_ok=True)
+    with told(f"--out {c.out}", "cannot be made"):
+        Path(c.out).mkdir(parents=True, exist_ok=True)
     write_json(Path(c.out) / "bench.json", results)
 
 

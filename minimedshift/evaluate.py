@@ -25,7 +25,7 @@ from minimedshift.measure.methods import main_domains, question, scorer
 from minimedshift.phantom import sets
 from minimedshift.support.checkpoint import load_model
 from minimedshift.support.command import UserError, flag, parse, run
-from minimedshift.support.files import whole, write_json
+from minimedshift.support.files import sweep, told, whole, write_json
 from minimedshift.support.images import figure
 from minimedshift.support.machine import keep_memory, load, machine, pick_device
 
@@ -347,10 +347,9 @@ def main(argv=None):
     translator = student.restore(state["student"], device, c.checkpoint) if state.get("student") else None
     methods = every_method(dataset, model, state["translate"], translator, c.rivals)
     out = Path(c.out) if c.out else Path(c.checkpoint).parent / "evaluation"
-    try:
+    with told(f"--out {out}", "cannot be made"):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made ({error.strerror})") from None
+    sweep(out)
 
     if features is None:
         say("training a small network of features, for realism")

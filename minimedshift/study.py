@@ -29,7 +29,7 @@ from minimedshift.model import Shape, UNet
 from minimedshift.phantom import sets
 from minimedshift.support import checkpoint, domain
 from minimedshift.support.command import UserError, flag, parse, run
-from minimedshift.support.files import whole
+from minimedshift.support.files import told, whole
 from minimedshift.support.machine import in_batches, load, pick_device, pick_formats
 from minimedshift.support.presets import PRESETS
 
@@ -55,7 +55,8 @@ def show(path, found):
             error = np.std(values) / max(1, len(values) - 1)**.5
             lines[-1].append(f"{np.mean(values):.3f}" + f" ± {error:.3f}" * (len(values) > 1))
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with told(path.parent, "cannot be made"):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as work:
         work.write_text(text)
     print(text)
@@ -290,7 +291,8 @@ def study_latent(c):
         axes.axhline(chance, color=line.get_color(), linestyle=":")
     axes.set(xlabel="tau (1: the image)", ylim=(0, 1.05), title=f"z of {N} simulated validation heads")
     axes.legend(title=f"EMA weights of step {state['step']}")
-    Path(c.out).mkdir(parents=True, exist_ok=True)
+    with told(f"--out {c.out}", "cannot be made"):
+        Path(c.out).mkdir(parents=True, exist_ok=True)
     with whole(Path(c.out) / "latent.png") as work:
         axes.figure.savefig(work, dpi=110)
 

@@ -253,6 +253,21 @@ def test_an_output_that_is_a_file_is_a_sentence(network, tmp_path, monkeypatch):
     assert (tmp_path / "there").read_text() == "kept"
 
 
+def test_a_full_disk_is_a_sentence_and_the_old_results_stay(network, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIMEDSHIFT_CACHE", str(network / "cache"))
+    (tmp_path / "results.json").write_text("old")
+    features = tmp_path / "features.py"
+    features.write_text("def features(x):\n    return x.flatten(1)[:, :3]\n")
+    command = ["--checkpoint", str(network / "checkpoint.pt"), "--heads", "4", "--heads-each", "2", "--valid-heads", "4",
+               "--features", str(features), "--out", str(tmp_path)]
+    monkeypatch.setattr(evaluate, "with_truth", lambda *_: (dict(long="x" * 2000), None))
+    monkeypatch.setattr(evaluate.tables, "pareto", lambda *_: None)
+    monkeypatch.setattr(evaluate, "heads_picture", lambda *_: None)
+    with full_disk(1000), pytest.raises(UserError, match=r"results\.json cannot be written \("):
+        evaluate.main(command)
+    assert (tmp_path / "results.json").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+
+
 # ---------------------------------------------------------------- folders
 
 def write(folder, names, bright, seed=0):

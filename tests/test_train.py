@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 import train
+from disk import full_disk
 from minimedshift import data, evaluate, phantom, student
 from minimedshift.measure import methods as compared
 from minimedshift.phantom import sets
-from minimedshift.support import checkpoint
+from minimedshift.support import checkpoint, files
 from minimedshift.support.command import UserError, run
 from minimedshift.support.log import Log
 from minimedshift.model import Shape, UNet
@@ -192,6 +193,7 @@ def test_check_data_shows_and_stops(tmp_path, cache):
     ("--solver sde --coupling exact", "--solver sde"),
     ("--x0 image --coupling exact --solver sde", "--solver sde"),
     ("--x0 image --coupling semidiscrete", "--x0 image"),
+    ("--out /dev/null/out", "cannot be made"),
 ])
 def test_a_mistake_ends_in_one_sentence_and_status_2(tmp_path, capsys, monkeypatch, flags, says):
     monkeypatch.chdir(tmp_path)
@@ -215,8 +217,67 @@ def test_a_finished_run_resumes_to_its_end_in_the_number_format_asked_for(tmp_pa
     monkeypatch.setenv("MINIMEDSHIFT_CACHE", cache["MINIMEDSHIFT_CACHE"])
     runs = {"--dtype float32": "float32", "--resume": "float32", "--resume --dtype bfloat16": "bfloat16"}
     for more, dtype in runs.items():
+        for path in tmp_path.glob("*.png"):  # it may have been killed before it drew them
+            path.unlink()
         assert train.main([*TINY, "--steps", "2", "--no-evaluate", "--out", str(tmp_path), *more.split()]) == 0
         assert f"cpu, {dtype}," in capsys.readouterr().out
+        assert {path.name for path in tmp_path.glob("*.png")} == {"loss.png", "samples.png"}
+
+
+def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(tmp_path, cache, monkeypatch, capsys):
+    monkeypatch.setenv("MINIMEDSHIFT_CACHE", cache["MINIMEDSHIFT_CACHE"])
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    command = [*TINY, "--steps", "2", "--no-evaluate", "--out", str(tmp_path)]
+    assert train.main(command) == 0
+    names, before = sorted(os.listdir(tmp_path)), (tmp_path / "checkpoint.pt").read_bytes()
+    for free, name in ((100, "log.csv"), (100_000, "checkpoint.pt")):
+        capsys.readouterr()
+        with full_disk(free), pytest.raises(SystemExit) as end:
+            run(lambda: train.main([*command, "--overwrite"]))
+        errors = capsys.readouterr().err
+        assert end.value.code == 2 and f"{name} cannot be written (" in errors and errors.count("\n") == 1
+        assert (tmp_path / "checkpoint.pt").read_bytes() == before and sorted(os.listdir(tmp_path)) == names
+    assert train.main([*command, "--resume"]) == 0
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="needs locks")
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_killed(tmp_path, cache):
+    flags = ["--no-evaluate", "--no-student"]
+    first = start(tmp_path, cache, "--steps", "4000", *flags)
+    while first.poll() is None and not (tmp_path / "log.csv").exists():
+        time.sleep(0.05)
+    for more in (["--overwrite"], ["--check-data"]):
+        status, output, errors = finish(start(tmp_path, cache, "--steps", "2", *flags, *more))
+        assert (status, output) == (2, "") and errors.count("\n") == 1, (status, output, errors)
+        assert f"{tmp_path} is in use by another run (process {first.pid})" in errors
+    assert first.poll() is None and not (tmp_path / "data.png").exists()
+    first.kill()
+    finish(first)
+    assert finish(start(tmp_path, cache, "--steps", "2", *flags, "--overwrite"))[0] == 0
+    assert set(os.listdir(tmp_path)) == {"checkpoint.pt", "log.csv", "loss.png", "samples.png"}
+
+
+def test_every_folder_of_the_cache_is_made_anew_when_damaged(tmp_path):
+    """A truncated .npy in each: heads, weights, potentials; and one's own images."""
+    root, cache = folder_of_images(tmp_path / "images", "a", "b"), tmp_path / "cache"
+    contents = lambda: {p: p.read_bytes() for p in sorted(cache.rglob("*")) if p.is_file()}
+    runs = [["--steps", "2", "--no-evaluate", "--no-student"]]
+    runs.append([*runs[0], "--data", str(root)])
+    for flags in runs:
+        assert finish(start(tmp_path / "out", {"MINIMEDSHIFT_CACHE": str(cache)}, *flags, "--overwrite"))[0] == 0
+    before = contents()
+    folders = sorted(cache.iterdir())
+    assert {path.name.split("-")[0] for path in folders} == {"train", "valid", "test", "balance", "potentials", "folder"}
+    for folder in folders:
+        path = max(folder.glob("*.npy"), key=os.path.getsize)
+        os.truncate(path, path.stat().st_size // 2)
+    told = ""
+    for flags in runs:
+        status, _, errors = finish(start(tmp_path / "out", {"MINIMEDSHIFT_CACHE": str(cache)}, *flags, "--overwrite"))
+        assert status == 0, errors
+        told += errors
+    assert told.count("\n") == len(folders) and all(f"{folder} is damaged" in told for folder in folders)
+    assert contents() == before
 
 
 def test_a_gpu_too_small_is_told_in_one_sentence(capsys):

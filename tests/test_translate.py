@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 import translate
+from disk import full_disk
 from minimedshift import phantom, sampler, student
-from minimedshift.support import checkpoint, domain
+from minimedshift.support import checkpoint, domain, files
 from minimedshift.support.command import run
 from minimedshift.model import Shape, UNet
 
@@ -227,6 +228,23 @@ def test_overwrite_replaces_in_place(tmp_path, net):
     Image.fromarray(picture(20, 20)).save(tmp_path / "a.png")
     assert here(tmp_path, tmp_path, *way("real-low", "real-low", net), "--overwrite") == 0
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_full_disk_is_a_sentence_and_the_old_translation_stays(tmp_path, net, capsys):
+    Image.fromarray(picture(64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"old")
+    argv = (tmp_path / "a.png", tmp_path / "b.png", *way("real-low", "real-low", net), "--overwrite")
+    with full_disk(1000):
+        assert here(*argv) == 2
+    errors = capsys.readouterr().err
+    assert "b.png cannot be written (" in errors and errors.count("\n") == 1
+    assert (tmp_path / "b.png").read_bytes() == b"old" and sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f"{files.UNFINISHED}{dead.pid}-b.png").write_bytes(b"half")
+    assert here(*argv) == 0
+    same(tmp_path / "a.png", tmp_path / "b.png")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
 
 
 def test_interrupted_files_stay_whole(tmp_path, net, monkeypatch, capsys):

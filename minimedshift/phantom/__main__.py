@@ -29,7 +29,9 @@ def main(argv=None):
     try:
         with whole(argv[0]) as work:
             figure.savefig(work, dpi=100)
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except ValueError as error:  # of an unknown ending
         raise UserError(f"{argv[0]} cannot be written: {error}") from None
     print(f"{argv[0]} written")
     return 0

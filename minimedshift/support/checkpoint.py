@@ -4,6 +4,7 @@ A checkpoint is one file of plain types and tensors. All randomness of a run is 
 weights, EMA, optimizer and step are the whole state: a stopped run that goes on ends in the same bytes.
 """
 
+import io
 import math
 import os
 import warnings
@@ -16,7 +17,7 @@ import torch
 from minimedshift import sampler
 from minimedshift.model import Shape, UNet
 from minimedshift.support.command import UserError
-from minimedshift.support.files import whole
+from minimedshift.support.files import told, whole
 
 FORMAT = 4  # changes with what a checkpoint holds
 
@@ -98,11 +99,14 @@ class EMA:
 # ---------------------------------------------------------------- the file
 
 def save(path, state):
-    """Write `state` (plain types and tensors) whole or not at all."""
+    """Write `state` (plain types and tensors) whole or not at all. Raises UserError if it cannot."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with told(path.parent, "cannot be made"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    data = io.BytesIO()  # first to memory: torch does not pass on what a full disk says
+    torch.save({"format": FORMAT, **state}, data)
     with whole(path) as work, open(work, "wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
+        file.write(data.getbuffer())
         file.flush()
         os.fsync(file.fileno())
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from minimedshift.support.command import UserError
-from minimedshift.support.files import whole
+from minimedshift.support.files import told, whole
 
 MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")  # Pillow's names
 COLOURED = ("P", "RGB", "RGBA")
@@ -133,6 +133,8 @@ def write_image(path, x, info):
     try:
         with whole(path) as work:
             image.save(work, format=name, **options, **info.extra)
+    except UserError:
+        raise
     except Exception as error:  # an encoder can raise anything too
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"{path}: cannot be written ({why})") from None
@@ -193,6 +195,8 @@ def figure(path, rows, columns, labels, cell=160):
             sheet.paste(image.resize(size, how), (left + c * step, top + r * step))
     for c, text in enumerate(columns):
         draw.multiline_text((left + c * step, 2), text, fill="black", font=font)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    with told(path.parent, "cannot be made"):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as work:
         sheet.save(work)

@@ -1,13 +1,13 @@
 """What a command tells while it works: a progress line; in training also log.csv and loss.png."""
 
-import os
 import sys
 import time
+from contextlib import suppress
 
 import numpy as np
 import torch
 
-from minimedshift.support.files import whole
+from minimedshift.support.files import told, whole
 
 
 def progress(done, total, start, what, unit="images"):
@@ -30,12 +30,13 @@ class Log:
 
     def __init__(self, out, first, steps, batch_size, silent=False):
         self.out, self.first, self.steps, self.batch_size = out, first, steps, batch_size
-        path = out / "log.csv"
-        lines = path.read_text().splitlines() if first and path.exists() else []
-        lines = lines[1:first + 1] if lines[:1] == [",".join(self.COLUMNS)] else []
+        self.path = out / "log.csv"
+        lines = self.kept() if first else []
         self.rows = [[float(cell) for cell in line.split(",")] for line in lines]
-        self.file = open(os.devnull if silent else path, "w", buffering=1)
-        self.file.write("\n".join([",".join(self.COLUMNS), *lines, ""]))
+        self.silent = silent
+        if not silent:
+            with whole(self.path) as work:
+                work.write_text("\n".join([",".join(self.COLUMNS), *lines, ""]))
         self.start, self.shown, self.pending = time.time(), 0.0, []
         self.before = self.rows[-1][-1] if self.rows else 0.0  # seconds that earlier processes took
 
@@ -60,11 +61,26 @@ class Log:
                   f"{left // 60}:{left % 60:02d} left  ", end=end, flush=True)
         return [row[:3] for row in self.rows[known:]]
 
+    def kept(self):
+        """The lines of steps 1 to `first`. One that was not written whole is none."""
+        text = self.path.read_text(errors="replace") if self.path.exists() else ""
+        head, *found = text.rpartition("\n")[0].splitlines() or [""]
+        lines = []
+        for line in found if head == ",".join(self.COLUMNS) else ():
+            with suppress(ValueError):
+                step, *rest = map(float, line.split(","))
+                if step <= self.first and len(rest) == len(self.COLUMNS) - 1:
+                    lines.append(line)
+        return lines
+
     def flush(self):
-        for row in self.pending:
-            self.rows.append([float(cell) for cell in row])
-            self.file.write(",".join(f"{cell:.6g}" for cell in self.rows[-1]) + "\n")
+        lines = [",".join(f"{float(cell):.6g}" for cell in row) for row in self.pending]
+        self.rows += [[float(cell) for cell in line.split(",")] for line in lines]  # as --resume reads them
         self.pending = []
+        if not lines or self.silent:
+            return
+        with told(self.path), open(self.path, "a") as file:
+            file.write("\n".join([*lines, ""]))
 
     def column(self, name):
         return [row[self.COLUMNS.index(name)] for row in self.rows]
@@ -86,6 +102,8 @@ class Log:
         """loss.png: every step's loss and its running mean."""
         from matplotlib.figure import Figure
         self.flush()
+        if not self.rows:
+            return
         losses = torch.tensor(self.column("loss"))
         width = min(50, len(losses))
         sheet = Figure(figsize=(7, 3.5), layout="constrained")

@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -166,3 +169,53 @@ def test_a_script_of_ones_own_builds_a_large_set_without_a_guard(tmp_path):
     env = os.environ | {"PYTHONPATH": str(Path(sets.__file__).parents[2])}
     done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "(5, 101, 1, 8, 8)\n", done.stderr
+
+
+needs_ps = pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
+
+
+def workers():
+    """{process that renders: its parent}."""
+    lines = subprocess.run(["ps", "-ewwo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()
+    return dict(map(int, line.split()[:2]) for line in lines if "spawn_main" in line)
+
+
+@pytest.fixture
+def rendering(tmp_path):
+    """A process that simulates for minutes, and the processes that render for it."""
+    code = ("from minimedshift.phantom import sets; from minimedshift.support.command import run\n"
+            f"run(lambda: sets.training_images(64, 9999, cache={str(tmp_path / 'cache')!r}))")
+    env = os.environ | {"PYTHONPATH": str(Path(sets.__file__).parents[2])}
+    process = subprocess.Popen([sys.executable, "-c", code], env=env, text=True, stderr=subprocess.PIPE)
+    mine = []
+    while not mine and process.poll() is None:
+        time.sleep(.2)
+        mine = [worker for worker, parent in workers().items() if parent == process.pid]
+    time.sleep(3)  # they begin
+    yield process, mine
+    process.kill()
+    process.communicate()
+
+
+@needs_ps
+def test_processes_that_render_do_not_outlive_a_killed_parent(rendering):
+    process, mine = rendering
+    assert mine and set(mine) <= workers().keys()
+    process.kill()
+    process.wait()
+    end = time.time() + 30
+    while workers().keys() & mine and time.time() < end:
+        time.sleep(.2)
+    left = workers().keys() & mine
+    for worker in left:
+        os.kill(worker, signal.SIGKILL)
+    assert not left
+
+
+@needs_ps
+def test_a_killed_process_that_renders_is_a_sentence(rendering, tmp_path):
+    process, mine = rendering
+    os.kill(mine[0], signal.SIGKILL)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and errors.count("\n") == 1 and "was killed" in errors, errors
+    assert os.listdir(tmp_path / "cache") == []

@@ -12,8 +12,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
 import numpy as np
@@ -66,6 +68,16 @@ def in_all_domains(heads, size, **how):
     return torch.stack(images, 1).half().numpy()
 
 
+def worker():
+    """How a process that renders begins: Ctrl-C is for its parent, and it ends when its parent is killed."""
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=follow, daemon=True).start()
+
+
 @contextmanager
 def without_script():
     """Processes that start in this block do not run the user's own script again: they need nothing of it."""
@@ -87,15 +99,25 @@ def simulate(render, jobs, images, name, what, cache, progress):
     def build(folder):
         start, blocks = time.time(), []
         workers = dict(max_workers=min(os.cpu_count(), 16), mp_context=multiprocessing.get_context("spawn"),
-                       initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-        with ProcessPoolExecutor(**workers) as pool:  # starts no process before there is work
-            with without_script():
-                found = (pool.map if images > BIG else map)(render, *zip(*jobs))
-            for block in found:
-                blocks.append(block)
-                if progress:
-                    done = images * len(blocks) // len(jobs)
-                    log.progress(done, images, start, f"simulating {what} heads, once")
+                       initializer=worker)
+        try:
+            with ProcessPoolExecutor(**workers) as pool:  # starts no process before there is work
+                found = map(render, *zip(*jobs))
+                if images > BIG:  # pool.map would hang where a process is killed (CPython 3.11)
+                    with without_script():
+                        futures = [pool.submit(render, *job) for job in jobs]
+                    found = (future.result() for future in futures)
+                try:
+                    for block in found:
+                        blocks.append(block)
+                        if progress:
+                            done = images * len(blocks) // len(jobs)
+                            log.progress(done, images, start, f"simulating {what} heads, once")
+                except KeyboardInterrupt:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        except BrokenProcessPool:
+            raise UserError("a process that simulates was killed: is there too little memory?") from None
         for kind in blocks[0]:
             np.save(folder / f"{kind}.npy", np.concatenate([block[kind] for block in blocks]))
 

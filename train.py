@@ -31,7 +31,7 @@ from minimedshift.phantom import sets
 from minimedshift.support import checkpoint, dry, ranks
 from minimedshift.support.batches import affordable, batches, null_label
 from minimedshift.support.command import UserError, flag, parse, refuse, run
-from minimedshift.support.files import alone, sweep, told, write_json
+from minimedshift.support.files import alone, clear_unfinished, told, write_json
 from minimedshift.support.guard import Guard
 from minimedshift.support.images import figure
 from minimedshift.support.log import Log, progress
@@ -172,10 +172,10 @@ def train(config, device, file, before=None):
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stopping.append(True))  # finish the step, save, stop
     log = Log(file.parent, first, config.steps, config.batch_size, rank > 0)
-    guard = Guard(model, optimizers, ema)
+    guard = Guard(model, optimizers, ema, first)
     saved = time.time()
     with ranks.first():
-        steps = batches(dataset, affordable(config, dataset), device, first, dtype, *ranks.number())
+        steps = batches(dataset, affordable(config, dataset, device), device, first, dtype, *ranks.number())
     for step, (x0, x1, y, t, e, plan, seconds) in enumerate(steps, first):
         warm_up, cosine = (step + 1) / 50, (1 + math.cos(math.pi * step / config.steps)) / 2
         lr = config.lr * min(warm_up, cosine)
@@ -280,7 +280,7 @@ def open_out(config, device):
         file.parent.mkdir(parents=True, exist_ok=True)
     try:
         with alone(file.parent) if ranks.number()[0] == 0 else nullcontext():  # all ranks are one run
-            sweep(file.parent)
+            clear_unfinished(file.parent)
             yield file, checkpoint_of(config, file, device)
     finally:
         if made:
@@ -314,7 +314,8 @@ def load_data(config):
     if config.domains:
         dataset = data.only(dataset, [name.strip() for name in config.domains.split(",")])
     for name in data.strays(dataset.domains):
-        print(f"warning: {name} is taken for a domain, as every sub-folder is: --domains A,B takes A and B alone")
+        print(f"warning: {name} is taken for a domain, as every sub-folder is: "
+              "--domains A,B takes A and B alone")
     return dataset
 
 

@@ -25,7 +25,7 @@ from minimedshift.support import domain, film, images
 from minimedshift.support.carry import carry, resize, working_shape
 from minimedshift.support.checkpoint import load_model
 from minimedshift.support.command import UserError, flag, parse, refuse, run
-from minimedshift.support.files import sweep, told
+from minimedshift.support.files import clear_unfinished, told
 from minimedshift.support.log import progress
 from minimedshift.support.machine import can_compile, in_batches, keep_memory, pick_device
 
@@ -122,7 +122,7 @@ def plan_files(c):
     for folder in {path.parent for path in outputs}:
         with told(f"the folder {folder}", "cannot be made"):
             folder.mkdir(parents=True, exist_ok=True)
-        sweep(folder)
+        clear_unfinished(folder)
     return files
 
 

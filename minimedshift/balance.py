@@ -76,7 +76,8 @@ def balanced(dataset, cache=None):
         for d, w in enumerate(weights(dataset.train)):
             np.save(folder / f"{d}.npy", w)
 
-    content = [inspect.getsource(sys.modules[__name__]), torch.__version__, [digest(images) for images in dataset.train]]
+    digests = [digest(images) for images in dataset.train]
+    content = [inspect.getsource(sys.modules[__name__]), torch.__version__, digests]
     folder = cached(cache, "balance", content, build)
     found = [np.load(folder / f"{d}.npy") for d in range(len(dataset.train))]
     counts = [f"{name} {effective(w):.0f} of {len(w)}" for name, w in zip(dataset.domains, found)]

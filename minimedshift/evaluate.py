@@ -25,7 +25,7 @@ from minimedshift.measure.methods import main_domains, question, scorer
 from minimedshift.phantom import sets
 from minimedshift.support.checkpoint import load_model
 from minimedshift.support.command import UserError, flag, parse, run
-from minimedshift.support.files import sweep, told, whole, write_json
+from minimedshift.support.files import clear_unfinished, told, whole, write_json
 from minimedshift.support.images import figure
 from minimedshift.support.machine import keep_memory, load, machine, pick_device
 
@@ -349,7 +349,7 @@ def main(argv=None):
     out = Path(c.out) if c.out else Path(c.checkpoint).parent / "evaluation"
     with told(f"--out {out}", "cannot be made"):
         out.mkdir(parents=True, exist_ok=True)
-    sweep(out)
+    clear_unfinished(out)
 
     if features is None:
         say("training a small network of features, for realism")

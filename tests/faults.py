@@ -273,8 +273,8 @@ FAULTS = {
         "keep = (1 - 1 / step) ** self.gamma"),
     "load-the-raw-weights": Fault(
         "minimedshift/support/checkpoint.py", "tests/test_checkpoint.py",
-        'load_weights(model, state["ema"], path)',
-        'load_weights(model, state["model"], path)'),
+        'model.load_state_dict(state["ema"])',
+        'model.load_state_dict(state["model"])'),
     "resume-skips-a-step": Fault(
         "train.py", "tests/test_train.py -k going_on",
         'return before["step"], before.get("student") if same_lessons else None',

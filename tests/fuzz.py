@@ -574,7 +574,8 @@ def huge_colour_profile(f):
     f.translate(path, "out" + f.draw.choice((".png", ".jpg", ".tif", ".webp", ".bmp")))
 
 
-NAMES = ("a b.png", " .png", "ümläut-頭-🩻.png", "two\nlines.png", "tab\t.png", "'quote\"%s{}.png", "$(touch gone).png",
+NAMES = ("a b.png", " .png", "ümläut-頭-🩻.png", "two\nlines.png", "tab\t.png",
+         "'quote\"%s{}.png", "$(touch gone).png",
          "a.PNG", "\x1b[31mred.png", "not-utf8-\udcff\udcfe.png", "a" * 240 + ".png")
 
 
@@ -853,7 +854,8 @@ def domain_without_a_readable_image(f):
 
 @fuzz
 def odd_names_of_domains(f):
-    odd = f.draw.choice(("a b", "ü-頭", "two\nlines", "a,b", "%s", "-dash", "a" * 200, "not-utf8-\udcff", "auto", "a|b"))
+    odd = f.draw.choice(("a b", "ü-頭", "two\nlines", "a,b", "%s", "-dash", "a" * 200,
+                         "not-utf8-\udcff", "auto", "a|b"))
     root = heads(f.rng, f.folder / "root", "plain")
     heads(f.rng, f.folder, "there", count=12)
     (f.folder / "there").rename(root / odd)
@@ -993,7 +995,8 @@ def seed_of_any_size(f):
 @fuzz
 def settings_that_diverge(f):
     """What a training leaves is a network that can be used, or a sentence."""
-    flags = f.draw.choice(("--lr 1e9", "--sigma 1e9 --coupling independent", "--sigma 1e9", "--ema 1e9", "--guidance 1e9",
+    flags = f.draw.choice(("--lr 1e9", "--sigma 1e9 --coupling independent", "--sigma 1e9", "--ema 1e9",
+        "--guidance 1e9",
                            "--lr 1e-9", "--sigma 1e-9 --coupling sinkhorn", "--entropy .999999 --coupling sinkhorn",
                            "--entropy 1e-9 --coupling sinkhorn", "--drop-label .999999", "--end 1 --tau .9999999",
                            "--sigma 1e9 --score --coupling exact", "--colour 2", "--times uniform --end 1e-9 --tau 0"))
@@ -1010,7 +1013,8 @@ def settings_that_diverge(f):
 def flags_that_do_not_go_together(f):
     refused(f.train(f.base.root, *f.draw.choice((
         "--tau .98", "--coupling sinkhorn", "--entropy .1", "--score", "--solver sde --coupling exact",
-        "--x0 image", "--student-tau .995", "--ot-batch 3 --coupling independent", "--size 17", "--size 18 --preset cpu",
+        "--x0 image", "--student-tau .995", "--ot-batch 3 --coupling independent", "--size 17",
+        "--size 18 --preset cpu",
         "--domains a", "--domains a,a", "--domains a,b,c", "--domains ,", "--resume",
         "--domains a,b,", "--device cuda")).split()))
     refused(f.translate(f.save("x.png"), "out.png", *f.draw.choice((

@@ -1,9 +1,8 @@
 """Checkpoints: whole or not at all, refused in a sentence, and an EMA with a closed form."""
 
-from dataclasses import asdict
-
 import pytest
 import torch
+from networks import save_network
 
 from minimedshift.model import Shape, UNet
 from minimedshift.support import checkpoint
@@ -53,7 +52,7 @@ def test_missing_truncated_and_foreign_files(tmp_path):
 def test_a_network_is_loaded_with_its_mean_weights(tmp_path):
     shape = Shape(widths=(32,), blocks=(1,))
     raw, mean = UNet(shape).state_dict(), UNet(shape).state_dict()
-    checkpoint.save(tmp_path / "c.pt", dict(shape=asdict(shape), model=raw, ema=mean))
+    save_network(tmp_path / "c.pt", UNet(shape), model=raw, ema=mean)
     net, state = checkpoint.load_model(tmp_path / "c.pt")
     assert all(torch.equal(value, mean[name]) for name, value in net.state_dict().items())
     assert not torch.equal(raw["stem.weight"], mean["stem.weight"]) and not net.training

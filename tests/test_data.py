@@ -121,16 +121,18 @@ def test_reading_more_images_takes_no_more_memory(tmp_path):
     assert peaks[1] - peaks[0] < 40_000  # KB; 200 images are 100 MB
 
 
-def test_too_many_images_for_the_semidiscrete_coupling_take_another(monkeypatch, capsys):
-    config = train.Config(ot_batch=16)
-    images = [np.zeros((50, 1, 8, 8), np.float16)] * 2
-    dataset = data.Dataset(("a", "b"), 8, 1, images, images)
-    assert batches.affordable(config, dataset) == config and not capsys.readouterr().out
-    monkeypatch.setattr(batches, "MOST", 100 * 64 * 4 - 1)
-    assert batches.affordable(config, dataset) == replace(config, coupling="exact")
-    assert "here 100 of them" in capsys.readouterr().out
+@pytest.mark.parametrize("bytes_, images, fits", [(25600, 50, True), (25599, 50, False), (1e9, 49, False)])
+def test_too_many_images_for_the_semidiscrete_coupling_take_another(monkeypatch, capsys, bytes_, images, fits):
+    config, cpu = train.Config(ot_batch=16), torch.device("cpu")
+    monkeypatch.setattr(batches, "MOST", bytes_)
+    monkeypatch.setitem(batches.PATIENCE, "cpu", images)
+    train_images = [np.zeros((50, 1, 8, 8), np.float16)] * 2
+    dataset = data.Dataset(("a", "b"), 8, 1, train_images, train_images)
+    found = batches.affordable(config, dataset, cpu)
+    assert found == (config if fits else replace(config, coupling="exact"))
+    assert ("all 100 images" in capsys.readouterr().out) != fits
     other = replace(config, coupling="sinkhorn")
-    assert batches.affordable(other, dataset) == other
+    assert batches.affordable(other, dataset, cpu) == other
 
 
 def test_domains_of_opposite_polarity_are_warned_of(tmp_path, capsys):

@@ -5,25 +5,24 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from disk import full_disk
+from networks import HOW, save_network
 from PIL import Image
 
 from minimedshift import data, evaluate, sampler
 from minimedshift.measure import methods, metrics, rivals
 from minimedshift.phantom import sets
-from minimedshift.support import checkpoint
 from minimedshift.support.command import UserError
 from minimedshift.support.machine import load
 from minimedshift.measure.methods import Method
 from minimedshift.model import Shape, UNet
 
 ROOT = Path(evaluate.__file__).parents[1]
-HOW = dict(tau=.4, guidance=1.0, steps=1, solver="euler", end=.97, colour=1.0, x0="noise")
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +74,7 @@ def flow_file(path, x0="noise"):
     """A checkpoint of an untrained flow that says something, and its network."""
     model = UNet(Shape(25 if x0 == "image" else 5, stem=4, widths=(16,), blocks=(1,), head=16)).eval()
     torch.nn.init.normal_(model.out.weight, std=.1)
-    state = dict(shape=asdict(model.shape), ema=model.state_dict(), translate=HOW | dict(x0=x0))
-    checkpoint.save(path, state)
+    save_network(path, model, translate=HOW | dict(x0=x0))
     return model
 
 
@@ -190,16 +188,11 @@ def network(tmp_path_factory):
     """A checkpoint of a network that has learned nothing, and its cache."""
     folder = tmp_path_factory.mktemp("net")
     torch.manual_seed(0)
-    shape = Shape(stem=4, widths=(16,), blocks=(1,), head=16)
-    model = UNet(shape)
+    model = UNet(Shape(stem=4, widths=(16,), blocks=(1,), head=16))
     torch.nn.init.normal_(model.out.weight, std=.1)
     config = dict(data=None, domains="", train_images=100, valid_heads=4, test_heads=4, seed=0, shift=.55,
                   coupling="independent", sigma=0.0, colour=1.0)
-    image, weights = dict(size=32, channels=1, range=[-1.0, 1.0]), model.state_dict()
-    checkpoint.save(folder / "checkpoint.pt", dict(
-        config=config, shape=asdict(shape), domains=list(sets.phantom.DOMAINS), step=3, translate=HOW,
-        image=image, model=weights, ema=weights,
-        machine=dict(dtype="float32", memory_format="channels_last")))
+    save_network(folder / "checkpoint.pt", model, config=config)
     return folder
 
 
@@ -258,14 +251,16 @@ def test_a_full_disk_is_a_sentence_and_the_old_results_stay(network, tmp_path, m
     (tmp_path / "results.json").write_text("old")
     features = tmp_path / "features.py"
     features.write_text("def features(x):\n    return x.flatten(1)[:, :3]\n")
-    command = ["--checkpoint", str(network / "checkpoint.pt"), "--heads", "4", "--heads-each", "2", "--valid-heads", "4",
-               "--features", str(features), "--out", str(tmp_path)]
+    command = ["--checkpoint", str(network / "checkpoint.pt"), "--heads", "4", "--heads-each", "2",
+               "--valid-heads", "4", "--features", str(features), "--out"]
+    evaluate.main([*command, str(tmp_path / "first")])  # this one fills the cache
     monkeypatch.setattr(evaluate, "with_truth", lambda *_: (dict(long="x" * 2000), None))
     monkeypatch.setattr(evaluate.tables, "pareto", lambda *_: None)
     monkeypatch.setattr(evaluate, "heads_picture", lambda *_: None)
     with full_disk(1000), pytest.raises(UserError, match=r"results\.json cannot be written \("):
-        evaluate.main(command)
-    assert (tmp_path / "results.json").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+        evaluate.main([*command, str(tmp_path)])
+    left = {path.name for path in tmp_path.iterdir()}
+    assert (tmp_path / "results.json").read_text() == "old" and left == {"first", "features.py", "results.json"}
 
 
 # ---------------------------------------------------------------- folders

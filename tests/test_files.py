@@ -47,9 +47,9 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     kept = {f"{UNFINISHED}{os.getpid()}-b.png", f"{UNFINISHED}notes", ".holiday-2019.png", "c.png"}
     for name in kept:
         (tmp_path / name).touch()
-    files.sweep(tmp_path, age=60)
+    files.clear_unfinished(tmp_path, age=60)
     assert set(os.listdir(tmp_path)) == {killed, *kept}
-    files.sweep(tmp_path)
+    files.clear_unfinished(tmp_path)
     assert set(os.listdir(tmp_path)) == kept
 
 

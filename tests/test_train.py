@@ -267,7 +267,8 @@ def test_every_folder_of_the_cache_is_made_anew_when_damaged(tmp_path):
         assert finish(start(tmp_path / "out", {"MINIMEDSHIFT_CACHE": str(cache)}, *flags, "--overwrite"))[0] == 0
     before = contents()
     folders = sorted(cache.iterdir())
-    assert {path.name.split("-")[0] for path in folders} == {"train", "valid", "test", "balance", "potentials", "folder"}
+    names = {path.name.split("-")[0] for path in folders}
+    assert names == {"train", "valid", "test", "balance", "potentials", "folder"}
     for folder in folders:
         path = max(folder.glob("*.npy"), key=os.path.getsize)
         os.truncate(path, path.stat().st_size // 2)

@@ -238,7 +238,8 @@ def test_a_full_disk_is_a_sentence_and_the_old_translation_stays(tmp_path, net, 
         assert here(*argv) == 2
     errors = capsys.readouterr().err
     assert "b.png cannot be written (" in errors and errors.count("\n") == 1
-    assert (tmp_path / "b.png").read_bytes() == b"old" and sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
+    assert (tmp_path / "b.png").read_bytes() == b"old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     (tmp_path / f"{files.UNFINISHED}{dead.pid}-b.png").write_bytes(b"half")

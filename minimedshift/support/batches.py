@@ -21,6 +21,7 @@ from minimedshift.support.log import progress
 
 
 MOST = 4e9  # bytes of images that the semidiscrete coupling may keep in memory
+PATIENCE = dict(cpu=1e4, mps=1e4, cuda=1e5)  # images of a label: potentials take as long as their square
 
 
 class Step(NamedTuple):
@@ -81,14 +82,16 @@ def now(device, wait):
     return time.perf_counter()
 
 
-def affordable(config, dataset):
-    """The config, with plans of a few batches where the semidiscrete coupling would take too much memory."""
-    images = sum(map(len, dataset.train))
-    size = images * dataset.channels * dataset.size**2 * 4  # bytes, in float32
-    if config.coupling != "semidiscrete" or size <= MOST:
+def affordable(config, dataset, device):
+    """The config, with plans of a few batches where the semidiscrete coupling would take too much."""
+    counts = [len(images) for images in dataset.train]
+    size = sum(counts) * dataset.channels * dataset.size**2 * 4  # bytes, in float32
+    most = sum(counts) if config.coupling_labels == "ignore" else max(counts)
+    if config.coupling != "semidiscrete" or size <= MOST and most <= PATIENCE[device.type]:
         return config
-    print(f"--coupling semidiscrete keeps all images in memory, here {images} of them, {size / 1e9:.0f} GB: "
-          f"taking --coupling exact over {config.ot_batch} batches instead", flush=True)
+    print(f"--coupling semidiscrete keeps all {sum(counts)} images in memory ({size / 1e9:.1f} GB) and learns "
+          f"a potential for each, too much here: taking --coupling exact over {config.ot_batch} batches",
+          flush=True)
     return replace(config, coupling="exact")
 
 

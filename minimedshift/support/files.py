@@ -1,7 +1,7 @@
 """Files written whole or not at all, folders that one run has alone, and the cache: folders made once.
 
 What is not finished yet has a hidden name, `.minimedshift-PROCESS-...`. What a killed process left under such
-a name is never taken for a result, and `sweep` removes it.
+a name is never taken for a result, and `clear_unfinished` removes it.
 """
 
 import hashlib
@@ -68,7 +68,7 @@ def digest(array):
     return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
 
 
-def sweep(folder, age=0):
+def clear_unfinished(folder, age=0):
     """Remove from a folder what killed processes left there unfinished, if it is older than `age` seconds."""
     for path in Path(folder).glob(f"{UNFINISHED}*"):
         try:
@@ -152,7 +152,7 @@ def cached(root, name, content, build):
             print(f"{final} is damaged ({damage}): it is made anew", file=sys.stderr)
             shutil.rmtree(final, ignore_errors=True)
         root.mkdir(parents=True, exist_ok=True)
-        sweep(root, DAY)  # a long time: on a shared disk the process may run on another machine
+        clear_unfinished(root, DAY)  # a long time: on a shared disk the process may run on another machine
         work = Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}{os.getpid()}-", dir=root))
         try:
             build(work)

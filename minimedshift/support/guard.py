@@ -14,10 +14,10 @@ MOST = 5     # faults in a run
 class Guard:
     """Keeps a copy of the weights, their mean and the optimizers; `watch` it after every step."""
 
-    def __init__(self, model, optimizers, ema):
+    def __init__(self, model, optimizers, ema, first=0):
         self.model, self.optimizers, self.ema = model, optimizers, ema
         self.faults, self.limit, self.recent = 0, math.inf, []
-        self.keep(0)
+        self.keep(first)
 
     def keep(self, step):
         """The state of now is the one to go back to."""

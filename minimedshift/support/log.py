@@ -49,13 +49,11 @@ class Log:
         if now or not loss.is_cuda or step % LOOK == 0:
             self.flush()
         every = 1 if sys.stdout.isatty() else 30
-        if seconds - self.shown > every or step == self.steps:
+        if self.rows and (seconds - self.shown > every or step == self.steps):
             self.shown = seconds
             rate = (step - self.first) / seconds
             left = round((self.steps - step) / rate)
             end = "\r" if sys.stdout.isatty() and step < self.steps else "\n"
-            if not self.rows:
-                self.flush()
             loss = np.mean(self.column("loss")[-100:])
             print(f"step {step}/{self.steps}  loss {loss:.4f}  {rate * self.batch_size:.0f} images/s  "
                   f"{left // 60}:{left % 60:02d} left  ", end=end, flush=True)

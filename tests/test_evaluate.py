@@ -254,7 +254,7 @@ def test_a_full_disk_is_a_sentence_and_the_old_results_stay(network, tmp_path, m
     command = ["--checkpoint", str(network / "checkpoint.pt"), "--heads", "4", "--heads-each", "2",
                "--valid-heads", "4", "--features", str(features), "--out"]
     evaluate.main([*command, str(tmp_path / "first")])  # this one fills the cache
-    monkeypatch.setattr(evaluate, "with_truth", lambda *_: (dict(long="x" * 2000), None))
+    monkeypatch.setattr(evaluate, "with_truth", lambda *_: (dict(main_pair=dict(shared="x" * 2000)), None))
     monkeypatch.setattr(evaluate.tables, "pareto", lambda *_: None)
     monkeypatch.setattr(evaluate, "heads_picture", lambda *_: None)
     with full_disk(1000), pytest.raises(UserError, match=r"results\.json cannot be written \("):

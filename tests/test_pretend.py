@@ -108,6 +108,7 @@ def test_a_whole_run_on_a_mac(tmp_path, capsys):
     assert "mps, float32, contiguous_format, cpu preset" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_step_of_the_gpu_preset_at_its_own_size(tmp_path, monkeypatch, capsys):
     draw = np.random.default_rng(0)
     for domain in "ab":

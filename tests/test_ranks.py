@@ -20,8 +20,6 @@ COUPLINGS = {"semidiscrete": [], "sinkhorn": "--coupling sinkhorn --sigma 1 --sc
              "exact": "--coupling exact --ot-batch 3".split(), "independent": "--coupling independent".split(),
              "image to image": "--coupling exact --x0 image".split(),
              "labels ignored": "--coupling-labels ignore".split()}
-# one that waits for no log but that of its own, and the rest when there is time
-WITH_TIME = [name if name == "semidiscrete" else pytest.param(name, marks=pytest.mark.slow) for name in COUPLINGS]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +43,8 @@ def losses(out):
     return np.loadtxt(out / "log.csv", delimiter=",", skiprows=1)[:, 1]
 
 
-@pytest.mark.parametrize("name", WITH_TIME)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COUPLINGS)
 def test_two_processes_train_as_one_does_with_the_joint_batch(tmp_path, cache, name):
     one, two = tmp_path / "one", tmp_path / "two"
     assert finish(start(one, cache, 1, "--no-student", *COUPLINGS[name]))[0] == 0

@@ -257,6 +257,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_killed(tm
     assert set(os.listdir(tmp_path)) == {"checkpoint.pt", "log.csv", "loss.png", "samples.png"}
 
 
+@pytest.mark.slow
 def test_every_folder_of_the_cache_is_made_anew_when_damaged(tmp_path):
     """A truncated .npy in each: heads, weights, potentials; and one's own images."""
     root, cache = folder_of_images(tmp_path / "images", "a", "b"), tmp_path / "cache"

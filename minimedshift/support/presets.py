@@ -19,8 +19,8 @@ class Preset:
 PRESETS = {
     # 2.65M parameters, 0.54 GFLOPs; the whole of `python train.py` peaked at 1.0 GB
     "cpu": Preset(64, Shape(stem=4, widths=(96, 128), blocks=(2, 2)), 1400, 16, 300, 600),
-    # 24.09M parameters, 27.11 GFLOPs; memory not measured yet
-    "gpu": Preset(256, Shape(stem=4, widths=(128, 256, 384), blocks=(2, 2, 2)), 40000, 64, 1000, 6000),
+    # 24.09M parameters, 27.11 GFLOPs; RESULTS.md, section 8, reckons 9 GB and what it takes on three GPUs
+    "gpu": Preset(256, Shape(stem=4, widths=(128, 256, 384), blocks=(2, 2, 2)), 10000, 32, 500, 2000),
     # 1.40M parameters, 0.27 GFLOPs; what notebooks/checkpoint.pt holds
     "notebook": Preset(64, Shape(stem=4, widths=(64, 96), blocks=(2, 2)), 1400, 16, 300, 600),
 }

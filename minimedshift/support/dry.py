@@ -4,8 +4,9 @@ Two steps and one translation are done at full size, on blank images, and each p
 what its parts took here. Nothing is written.
 """
 
+import math
 import os
-import resource
+import sys
 import time
 
 import numpy as np
@@ -16,6 +17,11 @@ from minimedshift.data import Dataset, by_domain
 from minimedshift.flow import tint
 from minimedshift.phantom import sets
 from minimedshift.support.images import read_image
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 RENDERED = 4  # heads that are simulated to see what one takes
 ALL_PAIRS_HEADS, TAUS = 32, 6  # what the report at the end translates
@@ -50,10 +56,13 @@ def clock(device, what):
 
 
 def peak(device):
-    """GB that this process has used at most, on the GPU if there is one."""
+    """GB that this process has used at most, on the GPU if there is one; nan where it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    if resource is None:
+        return math.nan
+    unit = 1e9 if sys.platform == "darwin" else 1e6  # bytes there, else KB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def dry_run(config, device, dtype, dataset, rendered, model, translation, take_step):

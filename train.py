@@ -250,6 +250,7 @@ def take_step(net, optimizers, config, dtype, x0, x1, y, t, e):
 def try_out(config, device):
     """--dry-run: two steps and one translation at full size, and what the whole would take."""
     dataset, rendered = dry.blank(config)
+    config = affordable(config, dataset, device)
     keep_memory()
     dtype, memory = formats(config, device, None)
     model, optimizers, _ = build(config, len(dataset.domains), dataset.channels, device, dtype, memory)

@@ -94,10 +94,10 @@ def only(dataset, names):
 
 # ---------------------------------------------------------------- your own folders
 
-def folder_set(root, size, seed=0, cache=None, progress=True):
-    """The Dataset of ROOT/DOMAIN, a tenth held out by `seed`, or of ROOT/train/DOMAIN and ROOT/test/DOMAIN.
+def find_files(root):
+    """{domain: its image files}, to train on and to test on, of a folder as `folder_set` takes it.
 
-    Raises UserError for a missing folder, fewer than two domains, or a domain without a readable image.
+    Raises UserError for a missing folder, fewer than two domains, or test images of another domain.
     """
     root = Path(root)
     if not root.is_dir():
@@ -110,6 +110,16 @@ def folder_set(root, size, seed=0, cache=None, progress=True):
                         f"found: {', '.join(domains) or 'none'}")
     if unknown := test_files.keys() - domains:
         raise UserError(f"--data {root}: test has {', '.join(unknown)}, without training images")
+    return train_files, test_files
+
+
+def folder_set(root, size, seed=0, cache=None, progress=True):
+    """The Dataset of ROOT/DOMAIN, a tenth held out by `seed`, or of ROOT/train/DOMAIN and ROOT/test/DOMAIN.
+
+    Raises UserError for a missing folder, fewer than two domains, or a domain without a readable image.
+    """
+    train_files, test_files = find_files(root)
+    domains = tuple(train_files)
     files = {}
     for d, domain in enumerate(domains):
         mine, kept = train_files[domain], test_files.get(domain, [])

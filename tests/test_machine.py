@@ -13,6 +13,7 @@ import train
 from minimedshift.measure.methods import scorer
 from minimedshift.model import Shape, UNet
 from minimedshift.support import machine
+from minimedshift.support.command import UserError
 
 pick = machine.pick_formats.__wrapped__  # without the memory of an earlier answer
 CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))
@@ -127,3 +128,10 @@ def test_a_dry_run_of_a_folder_counts_its_images(tmp_path, capsys):
     assert train.main(["--data", str(tmp_path / "images"), "--dry-run", "--size", "16", "--preset", "cpu"]) == 0
     said = capsys.readouterr().out
     assert "2 domains, 6 images" in said and "simulating" not in said and "scoring" not in said
+
+
+def test_a_dry_run_refuses_what_a_run_refuses(tmp_path):
+    folder_of_images(tmp_path / "images", "a", count=3)
+    for folder, said in ((tmp_path / "none", "no such folder"), (tmp_path / "images", "two or more sub-folders")):
+        with pytest.raises(UserError, match=said):
+            train.main(["--data", str(folder), "--dry-run"])

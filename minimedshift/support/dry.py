@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from minimedshift import coupling, finish, phantom, sampler, student
-from minimedshift.data import Dataset, by_domain
+from minimedshift.data import Dataset, find_files
 from minimedshift.flow import tint
 from minimedshift.phantom import sets
 from minimedshift.support.images import read_image
@@ -31,7 +31,7 @@ LESSON_STEPS = 5  # FireFlow steps of a leg, as in `teach` of train.py
 def blank(config):
     """A Dataset like that of the run, of noise; and how many images would have to be simulated."""
     if config.data:
-        files = by_domain(config.data)
+        files, _ = find_files(config.data)
         channels = max(len(read_image(paths[0])[0]) for paths in files.values())
         counts = [len(paths) for paths in files.values()]
         rendered = 0
@@ -40,9 +40,8 @@ def blank(config):
         counts = [config.train_images // len(files)] * len(files)
         pictures = len(sets.KINDS) + sets.DECOYS
         rendered = config.train_images + (config.valid_heads + config.test_heads) * len(files) * pictures
-    draw = np.random.default_rng(0)
-    some = draw.standard_normal((64, channels, config.size, config.size), np.float32).astype(np.float16) / 4
-    train = [np.resize(some, (count, *some.shape[1:])) for count in counts]
+    one = np.random.default_rng(0).normal(0, .25, (channels, config.size, config.size)).astype(np.float16)
+    train = [np.broadcast_to(one, (count, *one.shape)) for count in counts]  # takes no memory
     return Dataset(tuple(files), config.size, channels, train, train), rendered
 
 
@@ -109,7 +108,7 @@ def dry_run(config, device, dtype, dataset, rendered, model, translation, take_s
 def semidiscrete(config, device, dtype, dataset, x0, y):
     """Seconds that the potentials of one label take; and a function that picks images for the noises x0."""
     where = torch.device("cpu") if device.type == "mps" else device  # mps lacks its algebra
-    tinted = tint(torch.from_numpy(dataset.train[0].astype(np.float32)), config.colour)
+    tinted = tint(torch.randn(dataset.train[0].shape), config.colour)
     seconds, g = clock(where, lambda: coupling.learn_potentials(tinted, device=where))
     g = [torch.zeros(len(images), device=device) for images in dataset.train]
     picker = coupling.Semidiscrete(dataset.train, g, device, None, dtype)

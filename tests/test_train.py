@@ -86,7 +86,8 @@ def test_a_whole_run_leaves_everything_it_promises(tmp_path, cache):
     assert student.restore(state["student"]).finishes.keys() == {(s, t) for s in range(5) for t in range(5) if s != t}
 
 
-@pytest.mark.parametrize("coupling", ["exact --x0 image --ot-batch 7", "sinkhorn --entropy 0.3 --score",
+@pytest.mark.parametrize("coupling", [pytest.param("exact --x0 image --ot-batch 7", marks=pytest.mark.slow),
+                                      pytest.param("sinkhorn --entropy 0.3 --score", marks=pytest.mark.slow),
                                       "semidiscrete --coupling-labels ignore"])
 def test_stop_and_resume_give_the_same_bytes(tmp_path, cache, coupling):
     flags = ["--steps", "40", "--no-evaluate", "--coupling", *coupling.split(), "--sigma", "0.1"]

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from minimedshift import balance, data, evaluate, sampler, student
+from minimedshift import balance, data, evaluate, phantom, sampler, student
 from minimedshift.coupling import COUPLINGS
 from minimedshift.flow import TIMES
 from minimedshift.flow import loss as flow_loss
@@ -96,7 +96,7 @@ class Config:
     # ---- run
     out: str = flag("out", "folder for everything the run leaves", "run")
     dry_run: bool = flag(False, "say what memory and time a run would take here, then stop", "run")
-    resume: bool = flag(False, "go on from OUT/checkpoint.pt, with the flags of that run", "run")
+    resume: bool = flag(False, "go on from OUT/checkpoint.pt: give the flags of that run again", "run")
     overwrite: bool = flag(False, "start anew where OUT has a checkpoint", "run")
     device: str = flag("auto", "where to compute", "run", ("auto", "cuda", "mps", "cpu"))
     dtype: str = flag("auto", "number format; auto measures", "run", ("auto", "float32", "bfloat16"))
@@ -297,11 +297,12 @@ def checkpoint_of(config, file, device):
     if file.exists() and not (then or config.overwrite or config.check_data):
         raise UserError(f"{file} would be replaced: --resume goes on from it, --overwrite starts anew, "
                         "--out names another folder")
+    others = []
     for name, value in asdict(config).items() if then else ():
         was = then["config"].get(name, value)
         if name not in FREE and was != value:
-            raise UserError("--resume needs the flags of the stopped run: "
-                            f"--{name.replace('_', '-')} was {was}, is {value}")
+            others.append(f"--{name.replace('_', '-')} was {was}, is {value}")
+    refuse(others, f"--resume needs the flags of the stopped run: {'; '.join(others)}")
     return then
 
 
@@ -406,6 +407,10 @@ def check_together(config):
     refuse(config.batch_size % processes,
            f"--batch-size {config.batch_size} must be a multiple of the {processes} processes")
     has_score = config.score or independent and config.sigma == 0
+    if config.domains and not config.data:
+        names = [name.strip() for name in config.domains.split(",")]
+        known = set(names) <= set(phantom.DOMAINS) and len(set(names)) == len(names) > 1
+        refuse(not known, f"--domains needs two or more different names of {', '.join(phantom.DOMAINS)}")
     refuse(config.tau >= config.end, f"--tau {config.tau:g} must be below --end, {config.end:g}")
     refuse(config.student_tau >= config.student_end,
            f"--student-tau {config.student_tau:g} must be below --student-end, {config.student_end:g}")

@@ -117,8 +117,8 @@ def test_a_dry_run_tells_what_a_run_takes_and_writes_nothing(tmp_path, monkeypat
     with pretended("cuda") if device == "cuda" else nullcontext():
         assert train.main([*tiny, *flags.split()]) == 0
     said = capsys.readouterr().out
-    wanted = ["peak memory", "simulating, once", "1400 steps of 4 images", "scoring", "all  "]
-    wanted += ["the student's lessons", "its steps", "its tone"] if "--no-student" not in flags else []
+    wanted = ["peak memory", "simulating, once", "1400 steps of 4 images", "scoring", "all, in minutes"]
+    wanted += ["the student's lessons", "the student's steps", "the student's tone"] if "--no-student" not in flags else []
     assert all(phase in said for phase in wanted) and ("potentials" in said) == (flags == "")
     assert not list(tmp_path.iterdir())
 

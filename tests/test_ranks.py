@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import train
-from minimedshift.support import checkpoint
+from minimedshift.support import checkpoint, ranks
 
 ROOT = Path(train.__file__).parent
 TINY = ("--size 16 --train-images 60 --valid-heads 2 --test-heads 3 --batch-size 8 --steps 20 --preset cpu "
@@ -77,3 +77,10 @@ def test_a_batch_that_cannot_be_shared_is_refused_once(tmp_path, cache):
     status, _, errors = finish(start(tmp_path, cache, 2, "--batch-size", "3"))
     said = [line for line in errors.splitlines() if line.startswith("error:")]
     assert status != 0 and said == ["error: --batch-size 3 must be a multiple of the 2 processes"]
+
+
+def test_flags_of_a_single_process_do_not_change_later():
+    signals = []
+    stop, late = ranks.any_of(signals, True)
+    signals.append(True)
+    assert (stop, late) == (False, True)

@@ -335,6 +335,26 @@ def test_a_score_head_is_trained_and_the_diffusion_is_scored(tmp_path, cache):
     assert checkpoint.load(tmp_path / "checkpoint.pt")["shape"]["score"] == 0.5
 
 
+def test_ctrl_c_between_a_step_and_its_log_is_heard_a_step_later(tmp_path, cache, monkeypatch, capsys):
+    """The signal comes when it is settled already whether this step is saved."""
+    class Late(Log):
+        def __call__(self, step, *rest, **more):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__call__(step, *rest, **more)
+
+    monkeypatch.setattr(train, "Log", Late)
+    monkeypatch.setenv("MINIMEDSHIFT_CACHE", cache["MINIMEDSHIFT_CACHE"])
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert train.main([*TINY, "--steps", "9", "--out", str(tmp_path)]) == 130
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+    assert "stopped and saved after step 4" in capsys.readouterr().out
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["step"] == 4
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("coupling", ["semidiscrete", "sinkhorn --entropy 0.3 --sigma 0.1"])

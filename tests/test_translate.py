@@ -336,7 +336,7 @@ def test_auto_says_what_it_took_and_uses_it(tmp_path, net, monkeypatch, capsys):
     used[0][2].pop("generator")
     assert used == [([3], 2, dict(tau=.25, guidance=2., steps=7, solver="heun", end=1.0, colour=0.0, x0="noise"))]
     assert here(*line, "--overwrite") == 0
-    assert "a.png: taken for real-normal, but synthetic-high is close\n" in capsys.readouterr().out
+    assert "a.png: taken for real-normal (synthetic-high is close)\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("source", ["auto", "real-normal"])

@@ -82,8 +82,8 @@ def sources(x1, names, model, state, source, target, seed):
         shares = look(x1, every, 8)
         labels, second, close = judge(shares, *x1.shape[-2:])
         for name, y, other, in_doubt in zip(names, labels.tolist(), second.tolist(), close.tolist()):
-            doubt = f", but {domains[other]} is close" if in_doubt else ""
-            same = ", which is the target too" if domains[y] == target else ""
+            doubt = f" ({domains[other]} is close)" if in_doubt else ""
+            same = ", the target itself: nothing to change" if domains[y] == target else ""
             print(f"{name}: taken for {domains[y]}{doubt}{same}")
     else:
         y = domains.index(source)

@@ -101,8 +101,8 @@ def dry_run(config, device, dtype, dataset, rendered, model, translation, take_s
         phases["scoring, more or less"] = translations * asked * once
     print(f"peak memory after two steps: {memory:.1f} GB, at the end: {peak(device):.1f} GB")
     for phase, seconds in phases.items():
-        print(f"{phase:28} {said(seconds):>12}")
-    print(f"{'all':28} {said(sum(phases.values())):>12}")
+        print(f"{phase:30} {said(seconds):>10}")
+    print(f"{'all, in minutes':30} {said(sum(phases.values())):>10}")
 
 
 def semidiscrete(config, device, dtype, dataset, x0, y):
@@ -127,12 +127,11 @@ def student_phases(config, device, dtype, dataset):
     enough = min(finish.IMAGES, *map(len, dataset.train))
     two = torch.from_numpy(np.stack([x[:enough] for x in dataset.train[:2]]))
     seconds, _ = clock(device, lambda: finish.fit(net, two, dtype))
-    return {"its steps": config.student_steps * max(three - one, 0) / 2,
-            "its tone and grain": D * (D - 1) * seconds / 2}
+    return {"the student's steps": config.student_steps * max(three - one, 0) / 2,
+            "the student's tone and grain": D * (D - 1) * seconds / 2}
 
 
 def said(seconds):
-    """12.3 s, 4 min or 2.5 h."""
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    """Minutes and seconds, as 4:05, or hours, as 2.5 h."""
+    seconds = round(seconds)
+    return f"{seconds // 60}:{seconds % 60:02d}" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -91,7 +91,7 @@ def mean(x):
 def any_of(*flags):
     """For each flag whether it is set in any process. By the host: nobody waits for a GPU."""
     if not several():
-        return flags
+        return tuple(bool(flag) for flag in flags)  # as they are now: a list may grow by a signal
     counts = torch.tensor([float(bool(flag)) for flag in flags])
     dist.all_reduce(counts)
     return tuple(bool(count) for count in counts)

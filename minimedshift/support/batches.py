@@ -89,7 +89,7 @@ def affordable(config, dataset, device):
     most = sum(counts) if config.coupling_labels == "ignore" else max(counts)
     if config.coupling != "semidiscrete" or size <= MOST and most <= PATIENCE[device.type]:
         return config
-    print(f"--coupling semidiscrete keeps all {sum(counts)} images ({size / 1e9:.1f} GB) in memory and learns "
+    print(f"the semidiscrete coupling keeps {sum(counts)} images ({size / 1e9:.1f} GB) in memory, and learns "
           f"a potential for each, too much here: taking --coupling exact over {config.ot_batch} batches",
           flush=True)
     return replace(config, coupling="exact")

@@ -125,7 +125,7 @@ def test_reading_more_images_takes_no_more_memory(tmp_path):
 def test_too_many_images_for_the_semidiscrete_coupling_take_another(monkeypatch, capsys, bytes_, images, fits):
     config, cpu = train.Config(ot_batch=16), torch.device("cpu")
     monkeypatch.setattr(batches, "MOST", bytes_)
-    monkeypatch.setitem(batches.PATIENCE, "cpu", images)
+    monkeypatch.setitem(batches.MOST_OF_A_LABEL, "cpu", images)
     train_images = [np.zeros((50, 1, 8, 8), np.float16)] * 2
     dataset = data.Dataset(("a", "b"), 8, 1, train_images, train_images)
     found = batches.affordable(config, dataset, cpu)

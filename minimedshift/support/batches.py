@@ -21,7 +21,7 @@ from minimedshift.support.log import progress
 
 
 MOST = 4e9  # bytes of images that the semidiscrete coupling may keep in memory
-PATIENCE = dict(cpu=1e4, mps=1e4, cuda=1e5)  # images of a label: potentials take as long as their square
+MOST_OF_A_LABEL = dict(cpu=1e4, mps=1e4, cuda=1e5)  # images; potentials take its square
 
 
 class Step(NamedTuple):
@@ -87,7 +87,7 @@ def affordable(config, dataset, device):
     counts = [len(images) for images in dataset.train]
     size = sum(counts) * dataset.channels * dataset.size**2 * 4  # bytes, in float32
     most = sum(counts) if config.coupling_labels == "ignore" else max(counts)
-    if config.coupling != "semidiscrete" or size <= MOST and most <= PATIENCE[device.type]:
+    if config.coupling != "semidiscrete" or size <= MOST and most <= MOST_OF_A_LABEL[device.type]:
         return config
     print(f"the semidiscrete coupling keeps {sum(counts)} images ({size / 1e9:.1f} GB) in memory, and learns "
           f"a potential for each, too much here: taking --coupling exact over {config.ot_batch} batches",

@@ -197,13 +197,12 @@ def train(config, device, file, before=None):
             if rank == 0:
                 draw()
         if stop:
+            ranks.leave()
             print(f"\nstopped and saved after step {step + 1}: the same command with --resume goes on")
             return 130
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ranks.leave()
-    if rank:
-        return 0  # what remains is small, and rank 0's
+    ranks.leave()  # what remains is small, and rank 0's
     print(log.coupling(), flush=True)
     if first == config.steps:  # the stopped run may not have come to its pictures
         draw()

@@ -204,8 +204,9 @@ def train(config, device, file, before=None):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ranks.leave()  # what remains is small, and rank 0's
     print(log.coupling(), flush=True)
-    if first == config.steps:  # the stopped run may not have come to its pictures
-        draw()
+    if first == config.steps:
+        print("all steps were done: what comes after them is made again", flush=True)
+        draw()  # the stopped run may not have come to its pictures
 
     # ---- the student, taught by the EMA weights
     if config.student and not taught:

@@ -24,6 +24,7 @@ from minimedshift.support.images import decode, figure, image_files, read_image
 from minimedshift.support.log import progress
 
 LABELS = {"truth", "mask", "masks", "label", "labels", "annotation", "annotations", "segmentation"}
+FEW = 50  # images of a domain below which `check` warns
 OPPOSITE = -0.5  # correlation of mean images below which two domains are negatives of each other
 
 
@@ -239,6 +240,10 @@ def check(dataset, path, each=6):
     for a, b in opposite(dataset):
         lines.append(f"warning: {a} and {b} look like negatives of each other: a translation between them "
                      "will not show the same thing; invert the images of one")
+    for domain, images in zip(dataset.domains, dataset.train):
+        if len(images) < FEW:
+            lines.append(f"warning: {domain} has {len(images)} images to train on, too few to tell what all "
+                         "of its images share from what these happen to share")
     figure(path, rows, [], dataset.domains)
     print(*lines, f"examples: {path}", sep="\n")
     return lines

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from array import array
 from contextlib import suppress
 
 import numpy as np
@@ -23,6 +24,11 @@ def progress(done, total, start, what, unit="images"):
 LOOK = 20  # steps from one look at a GPU's losses to the next: no other step waits for it
 
 
+def row_of(line):
+    """The numbers of a line of log.csv, packed: a long run has many."""
+    return array("d", map(float, line.split(",")))
+
+
 class Log:
     """log.csv, loss.png and the progress line."""
     COLUMNS = ("step", "loss", "grad_norm", "lr", "entropy", "cost", "marginal_error", "coupling_seconds",
@@ -32,7 +38,7 @@ class Log:
         self.out, self.first, self.steps, self.batch_size = out, first, steps, batch_size
         self.path = out / "log.csv"
         lines = self.kept() if first else []
-        self.rows = [[float(cell) for cell in line.split(",")] for line in lines]
+        self.rows = [row_of(line) for line in lines]
         self.silent = silent
         if not silent:
             with whole(self.path) as work:
@@ -73,7 +79,7 @@ class Log:
 
     def flush(self):
         lines = [",".join(f"{float(cell):.6g}" for cell in row) for row in self.pending]
-        self.rows += [[float(cell) for cell in line.split(",")] for line in lines]  # as --resume reads them
+        self.rows += map(row_of, lines)  # as --resume reads them
         self.pending = []
         if not lines or self.silent:
             return

@@ -153,6 +153,7 @@ def translate_files(files, translate, model, state, c, how, device):
     shape_of = partial(working_shape, size=state["image"]["size"], stride=model.stride)
     most = c.batch_size or (256 if device.type == "cuda" else 16)
     pictures = film.Pictures(c, model, how, state["domains"])
+    above = Path(c.input) if Path(c.input).is_dir() else Path(c.input).parent
     bad, done, start = [], 0, time.time()
     for batch in batches(files, shape_of, most, bad):
         full = [images.channels_to(x, state["image"]["channels"])[None] for _, _, x, _ in batch]  # on a CPU
@@ -168,7 +169,7 @@ def translate_files(files, translate, model, state, c, how, device):
             if large.shape[-2:] != shape:
                 new = carry(large.to(device), small[None], new[None])[0]
             images.write_image(path, new, info)
-            changed.append((source.name, large[0], new.clamp(-1, 1).cpu()))
+            changed.append((str(source.relative_to(above)), large[0], new.clamp(-1, 1).cpu()))
         pictures.add(changed, x1, y_source, y_target, out)
         done += len(batch)
         progress(done, len(files) - len(bad), start, "translating")

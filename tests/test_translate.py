@@ -13,7 +13,7 @@ from PIL import Image
 import translate
 from disk import full_disk
 from minimedshift import phantom, sampler, student
-from minimedshift.support import checkpoint, domain, files
+from minimedshift.support import checkpoint, domain, files, film
 from minimedshift.support.command import run
 from minimedshift.model import Shape, UNet
 
@@ -93,6 +93,18 @@ def test_a_mixed_folder_by_the_users_own_command(tmp_path, net):
     same(folder / "a.png", tmp_path / "out" / "a.png")
     same(folder / "deep" / "er" / "b.png", tmp_path / "out" / "deep" / "er" / "b.png")
     assert Image.open(tmp_path / "c.png").size[0] > 3 * 160
+
+
+def test_compare_names_the_folders_of_its_images(tmp_path, net, monkeypatch):
+    named = []
+    monkeypatch.setattr(film.images, "figure", lambda path, rows, titles, names: named.extend(names))
+    for name in ("a", "b"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        Image.fromarray(picture(16, 16)).save(tmp_path / "in" / name / "x.png")
+    flags = *way("real-low", "real-low", net), "--compare", tmp_path / "c.png"
+    assert here(tmp_path / "in", tmp_path / "out", *flags) == 0
+    assert here(tmp_path / "in" / "a" / "x.png", tmp_path / "y.png", *flags) == 0
+    assert named == ["a/x.png", "b/x.png", "x.png"]
 
 
 def test_help_and_a_single_bad_file_in_a_process(tmp_path, net):

@@ -30,7 +30,7 @@ class Pictures:
         x1, labels = x1[:n], (y_source[:n], y_target[:n])
         draw = torch.Generator(x1.device).manual_seed(self.c.seed)
         for name, source, new in changed[:n]:
-            self.names.append(name[:24])
+            self.names.append(name[-24:])
             self.compare.append((source, new, (new - source) / 2))
         if self.c.trajectory:
             states = list(sampler.trajectory(self.model, x1, *labels, **self.how, generator=draw))

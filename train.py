@@ -39,6 +39,7 @@ from minimedshift.support.machine import (
     can_compile, compile_or_not, has_bfloat16, keep_memory, load, machine, pick_device, pick_formats)
 from minimedshift.support.optim import Muon, split
 from minimedshift.support.presets import PRESETS
+from minimedshift.support.trust import check_settings, check_weights
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,7 @@ def checkpoint_of(config, file, device):
     """With --resume the checkpoint to go on from, else None. Raises UserError if one would be lost."""
     then = checkpoint.load(file, device) if config.resume else None
     if then:
-        checkpoint.check_settings(then, file)
+        check_settings(then, file)
     if file.exists() and not (then or config.overwrite or config.check_data):
         raise UserError(f"{file} would be replaced: --resume goes on from it, --overwrite starts anew, "
                         "--out names another folder")
@@ -346,7 +347,7 @@ def formats(config, device, before):
 def go_on(before, config, file, model, optimizers, ema):
     """Fill model, optimizers and EMA from a checkpoint. Its step, and its student if it had these lessons."""
     checkpoint.load_weights(model, before.get("model"), file)
-    checkpoint.check_weights(model, before.get("ema"), file)
+    check_weights(model, before.get("ema"), file)
     ema.load(before["ema"])
     try:
         for optimizer, state in zip(optimizers, before["optimizer"], strict=True):

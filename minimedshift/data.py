@@ -24,7 +24,7 @@ from minimedshift.support.images import decode, figure, image_files, read_image
 from minimedshift.support.log import progress
 
 LABELS = {"truth", "mask", "masks", "label", "labels", "annotation", "annotations", "segmentation"}
-FEW = 50  # images of a domain below which `check` warns
+FEW = 50  # images of a domain: with fewer `check` warns
 OPPOSITE = -0.5  # correlation of mean images below which two domains are negatives of each other
 
 
@@ -233,17 +233,14 @@ def check(dataset, path, each=6):
     rows, lines = [], []
     for domain, images, kept in zip(dataset.domains, dataset.train, dataset.held_out):
         some = np.asarray(images[:: math.ceil(len(images) / 500)], np.float32)
+        few = "; few: what they happen to share will be taken for the domain" if len(images) < FEW else ""
         lines.append(f"{domain}: {len(images)} to train, {len(kept)} held out; "
-                     f"values {some.min():.2f} to {some.max():.2f}, mean {some.mean():.2f}")
+                     f"values {some.min():.2f} to {some.max():.2f}, mean {some.mean():.2f}{few}")
         shown = np.linspace(0, len(some) - 1, min(each, len(some))).astype(int)
         rows.append(list(some[shown]))
     for a, b in opposite(dataset):
         lines.append(f"warning: {a} and {b} look like negatives of each other: a translation between them "
                      "will not show the same thing; invert the images of one")
-    for domain, images in zip(dataset.domains, dataset.train):
-        if len(images) < FEW:
-            lines.append(f"warning: {domain} has {len(images)} images to train on, too few to tell what all "
-                         "of its images share from what these happen to share")
     figure(path, rows, [], dataset.domains)
     print(*lines, f"examples: {path}", sep="\n")
     return lines

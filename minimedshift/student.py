@@ -23,6 +23,7 @@ from torch import nn
 from minimedshift import finish, sampler
 from minimedshift.support import checkpoint
 from minimedshift.support.command import UserError
+from minimedshift.support.trust import check_weights
 
 AVERAGED = 16.97  # exponent of the EMA: about the last twentieth of the steps
 
@@ -229,7 +230,7 @@ def restore(state, device="cpu", path="the checkpoint"):
             finishes[s, t] = finish.restore(part)
     except Exception as error:  # a stranger's file can hold anything
         raise UserError(f"{path} holds a student that cannot be read ({type(error).__name__})") from None
-    checkpoint.check_weights(student, weights, path)
+    check_weights(student, weights, path)
     student = student.to_empty(device=device)
     student.load_state_dict(weights)
     return Translator(student.eval().requires_grad_(False), finishes)

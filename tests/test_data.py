@@ -108,8 +108,8 @@ def test_depths_and_colours_mix(tmp_path):
 def test_a_domain_with_few_images_is_warned_of(tmp_path):
     stacks = [np.zeros((count, 1, 16, 16), np.float16) for count in (49, 50, 3)]
     dataset = data.Dataset(("a", "b", "c"), 16, 1, stacks, stacks)
-    warnings = data.check(dataset, tmp_path / "grid.png")[3:]
-    assert [line.split()[1:4] for line in warnings] == [["a", "has", "49"], ["c", "has", "3"]]
+    lines = data.check(dataset, tmp_path / "grid.png")
+    assert [line[:1] for line in lines if "few" in line] == ["a", "c"]
 
 
 def test_reading_more_images_takes_no_more_memory(tmp_path):
@@ -150,7 +150,7 @@ def test_domains_of_opposite_polarity_are_warned_of(tmp_path, capsys):
     assert data.opposite(dataset) == []
     negative = replace(dataset, domains=("heads", "negatives"), train=[images[3], -images[4]])
     assert data.opposite(negative) == [("heads", "negatives")]
-    assert "negatives of each other" in data.check(negative, tmp_path / "grid.png")[2]
+    assert "negatives of each other" in data.check(negative, tmp_path / "grid.png")[-1]
     draw = np.random.default_rng(0)
     flat = [draw.uniform(-.1, .1, (300, 1, 32, 32)).astype(np.float16) for _ in range(2)]
     assert data.opposite(replace(negative, train=flat)) == []

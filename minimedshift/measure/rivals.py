@@ -19,6 +19,7 @@ from minimedshift.model import Shape, UNet
 from minimedshift.support import checkpoint
 from minimedshift.support.command import UserError
 from minimedshift.support.log import progress
+from minimedshift.support.trust import check_weights
 
 # ---------------------------------------------------------------- SDEdit
 
@@ -218,7 +219,7 @@ def load(path, device="cpu"):
             network = Generator(**state["generator"]) if direct else UNet(Shape(**state["shape"]))
     except Exception as error:  # a stranger's file can hold anything
         raise UserError(f"{path} holds a rival that cannot be read ({type(error).__name__})") from None
-    checkpoint.check_weights(network, state.get("weights"), path)
+    check_weights(network, state.get("weights"), path)
     network = network.to_empty(device=device)
     network.load_state_dict(state["weights"])
     network.eval().requires_grad_(False)

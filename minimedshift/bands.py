@@ -15,6 +15,7 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 
+COARSEST = 4  # pixels: the shorter side of a pyramid's last band, about
 SORTED = 2**16  # values are enough for a histogram
 KNOTS = 4096  # of a curve
 
@@ -67,9 +68,11 @@ def ends(values):
 
 # ---------------------------------------------------------------- bands
 
-def laplacian(x, levels=4):
+def laplacian(x, levels=None):
     """The Laplacian pyramid: [detail at H, at H / 2, ..., the rest], levels + 1 bands.
-    (Burt and Adelson 1983.) Halving weighs four pixels 1, 3, 3, 1 each way."""
+    (Burt and Adelson 1983.) Halving weighs four pixels 1, 3, 3, 1 each way. levels: as COARSEST says."""
+    if levels is None:
+        levels = max(1, round(math.log2(min(x.shape[-2:]) / COARSEST)))
     bands = []
     for _ in range(levels):
         half = [-(-side // 2) for side in x.shape[-2:]]

@@ -9,6 +9,7 @@ median is smooth, while strong noise of the source passes through a local networ
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -113,7 +114,8 @@ def restore(state):
         finite = -math.inf < curve.low < curve.high < math.inf and curve.values.isfinite().all()
         if not finite or curve.values.ndim != 1 or len(curve.values) < 2:
             raise ValueError("no curve")
-    bands = BandCurves(laplacian, tuple(curves["bands"]))
+    split = partial(laplacian, levels=len(curves["bands"]) - 1)
+    bands = BandCurves(split, tuple(curves["bands"]))
     return Finish(bands, curves["pixels"][0], curves["own"], curves["wanted"])
 
 

@@ -3,6 +3,7 @@
     python -m minimedshift.study moons      couplings in the plane, where the error itself can be measured
     python -m minimedshift.study phantom    couplings and bridges on simulated heads
     python -m minimedshift.study rivals     what MedShift is compared with, trained and evaluated
+    python -m minimedshift.study bands      how good is the best rival without a network, if all is tried?
     python -m minimedshift.study latent     do all domains share one latent, as the paper says?
 
 Your own ablation is one more line of PHANTOM. Stop and start at will: what is done is not done again.
@@ -14,6 +15,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +23,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from minimedshift import evaluate, phantom, sampler
+from minimedshift import balance, evaluate, phantom, sampler, student
 from minimedshift.coupling import assign, couple
 from minimedshift.flow import loss as flow_loss
-from minimedshift.measure import methods, rivals
+from minimedshift.measure import baselines, methods, rivals
 from minimedshift.model import Shape, UNet
 from minimedshift.phantom import sets
 from minimedshift.support import checkpoint, domain
@@ -36,12 +38,12 @@ from minimedshift.support.presets import PRESETS
 
 @dataclass(frozen=True)
 class Config:
-    study: str = flag(None, "moons, phantom, rivals or latent", "positional")
+    study: str = flag(None, "moons, phantom, rivals, bands or latent", "positional")
     out: str = flag("out/study", "folder of the results", "study")
     seeds: int = flag(1, "seeds of each run of moons and phantom", "study", low=1)
     only: str = flag("", "one run of phantom (default: all)", "study")
     shift: float = flag(0.1, "population shift of rivals", "study", low=0, high=1)
-    checkpoint: str = flag("out/checkpoint.pt", "trained network whose latent is studied", "study")
+    checkpoint: str = flag("out/checkpoint.pt", "trained network of bands and latent", "study")
 
 
 def show(path, found):
@@ -233,6 +235,52 @@ def train_rivals(folder, config, seconds, heads):
     rivals.save(folder / "supervised.pt", learn(rivals.steps_within(seconds, learn)), pair, t)
 
 
+# ---------------------------------------------------------------- bands, with more images and rounds
+
+MANY = (256, 1024, 10**6)  # images of each domain to fit on, as far as there are
+ROUNDS = (1, 2, 4, 8, 16, 32)
+
+
+def study_bands(c):
+    """Laplacian bands beside a student, on populations as they are and balanced. Images and rounds are chosen
+    on validation heads of the main pair; for all pairs the rounds once more, on 8 heads of each."""
+    model, state = checkpoint.load_model(c.checkpoint)
+    config, size, domains = state["config"], state["image"]["size"], state["domains"]
+    if config.get("data") or not state.get("student") or domains != list(phantom.DOMAINS):
+        raise UserError(f"{c.checkpoint}: needs a student of all simulated domains")
+    counts = config["train_images"], config["valid_heads"], config["test_heads"]
+    dataset = sets.phantom_set(size, *counts, config["seed"], config["shift"])
+    pupil = student.restore(state["student"], "cpu", c.checkpoint)
+    ours = methods.Method(methods.STUDENT, "ours", methods.directly(pupil))
+    curve = methods.Method("curve", "ceiling", methods.paired(dataset.valid, baselines.PAIRED["curve"]))
+    s, t = methods.main_domains(domains)
+    ask = partial(methods.question, device="cpu")
+    valid = ask(dataset.valid, s, t, len(dataset.valid.images))
+    each = [ask(dataset.valid, *pair, 8) for pair in permutations(range(len(domains)), 2)]
+    test, fit, found = ask(dataset.test, s, t, 128), baselines.UNPAIRED["bands (Laplacian)"], {}
+    for name, some in (("as they are", dataset), ("balanced", balance.balanced(dataset))):
+        tried = []
+        for images in MANY:
+            answer = methods.unpaired(some, partial(fit, images=images), max(ROUNDS))
+            images = min(images, *map(len, some.train))
+            tried.append(methods.Method(f"{name}, {images} images", "unpaired", answer, ROUNDS, "rounds"))
+        points = evaluate.sweep(tried, [valid], curve)
+        chosen = {key: evaluate.best(rows) for key, rows in points.items()}
+        rows, _ = evaluate.main_pair([*tried, ours], chosen, test, curve)
+        gaps = {key: max(point["gap_closed"] for point in rows) for key, rows in points.items()}
+        best = max(tried, key=lambda method: gaps[method.name])
+        rounds = evaluate.best(evaluate.sweep([best], each, curve)[best.name])
+        pairs = {best.name: rounds}, lambda s: dataset.test, domains, curve, 32, "cpu"
+        _, means = evaluate.all_pairs([best], *pairs)
+        row = rows[best.name]
+        low, high = row["less_ours"] or (math.nan, math.nan)
+        found[best.name] = [{
+            "rounds": chosen[best.name], "validation": gaps[best.name], "test": row["gap_closed"],
+            "less the student, from": low, "to": high, "rounds, all pairs": rounds,
+            "all pairs": means[best.name]["gap_closed"]}]
+    show(Path(c.out) / "bands.md", found)
+
+
 # ---------------------------------------------------------------- the latent z, tau = 0 to 1
 
 def features(z):
@@ -297,7 +345,8 @@ def study_latent(c):
         axes.figure.savefig(work, dpi=110)
 
 
-STUDIES = dict(moons=study_moons, phantom=study_phantom, rivals=study_rivals, latent=study_latent)
+STUDIES = dict(moons=study_moons, phantom=study_phantom, rivals=study_rivals, bands=study_bands,
+               latent=study_latent)
 
 
 def main(argv=None):

@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+import train
 from minimedshift import phantom, study
-from minimedshift.measure import rivals
+from minimedshift.measure import baselines, metrics, rivals
 from minimedshift.model import Shape, UNet
+from minimedshift.phantom import sets
 from minimedshift.support import checkpoint
 from minimedshift.support.command import UserError
 
@@ -118,6 +120,36 @@ def test_rivals_leaves_what_the_evaluation_reads(tmp_path, monkeypatch):
         assert found == pair and translate(torch.zeros(2, 1, 16, 16)).shape == (2, 1, 16, 16)
     for name in study.RIVALS:
         assert checkpoint.load(folder / name / "checkpoint.pt")["config"]["shift"] == .55
+
+
+# ---------------------------------------------------------------- bands
+
+def test_bands_are_chosen_on_validation_heads_and_scored_beside_the_student(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MINIMEDSHIFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(study, "MANY", (2, 10**6))
+    monkeypatch.setattr(study, "ROUNDS", (1, 2))
+    flags = [*TINY.split(), "--student-images", "2", "--student-steps", "1", "--no-evaluate", "--device", "cpu"]
+    assert train.main([*flags, "--train-images", "50", "--out", str(tmp_path)]) == 0
+    study.main(["bands", "--checkpoint", str(tmp_path / "checkpoint.pt"), "--out", str(tmp_path)])
+    said, table = capsys.readouterr().out, (tmp_path / "bands.md").read_text()
+    assert all(f"{name}, {count} images: structure" in said for name in ("as they are", "balanced") for count in (2, 10))
+    assert said.count("MedShift's student: structure") == 2
+    head, _, plain, balanced = [line.strip("| \n").split(" | ") for line in table.splitlines()]
+    assert plain[0].startswith("as they are") and balanced[0].startswith("balanced")
+    dataset = sets.phantom_set(16, 50, 3, 2, 0, .1)
+    s, t = study.methods.main_domains(dataset.domains)
+    curve = baselines.PAIRED["curve"](dataset.valid.images[:, s], dataset.valid.truth[:, t])
+    rounds, images = int(float(plain[head.index("rounds")])), int(plain[0].split()[3])
+    bands = baselines.UNPAIRED["bands (Laplacian)"](dataset.train[s], dataset.train[t], rounds, images)
+    for part, pairs in (("validation", dataset.valid), ("test", dataset.test)):
+        q = study.methods.question(pairs, s, t, 9, "cpu")
+        errors = [metrics.structure_mse(x.clamp(-1, 1), q.truth).mean() for x in (bands(q.x), curve(q.x), q.second)]
+        assert float(plain[head.index(part)]) == pytest.approx(float(metrics.gap_closed(*errors)), abs=6e-4)
+
+
+def test_bands_need_a_student(tmp_path):
+    with pytest.raises(UserError, match="needs a student"):
+        study.main(["bands", "--checkpoint", save_checkpoint(tmp_path / "checkpoint.pt")])
 
 
 # ---------------------------------------------------------------- the latent

@@ -22,7 +22,7 @@ import torch
 from minimedshift.bands import (KNOTS, BandCurves, Curve, ends, fit_bands, fit_histogram, gaussians, join,
     laplacian, pixels)
 
-PIXELS = 2**20  # of each domain are enough for a fit: 256 images at 64 x 64
+IMAGES = 256  # of each domain are enough for a fit
 
 
 # ---------------------------------------------------------------- a chain of parts
@@ -44,9 +44,9 @@ class Chain:
 
 def alternate(*fits):
     """The fit function that goes through `fits` once a round: each is fitted to what is left and applied."""
-    def fit(source, target, rounds=1):
-        """A Chain of `rounds` parts, itself a chain each."""
-        x, target = spread(source), spread(target)
+    def fit(source, target, rounds=1, images=IMAGES):
+        """A Chain of `rounds` parts, itself a chain each, fitted to at most `images` of each domain."""
+        x, target = spread(source, images), spread(target, images)
         chain = []
         for _ in range(rounds):
             parts = []
@@ -59,9 +59,9 @@ def alternate(*fits):
     return fit
 
 
-def spread(stack):
-    """Every n-th image, for the smallest n that leaves at most PIXELS pixels: a float32 tensor."""
-    n = math.ceil(math.prod(stack.shape) / PIXELS)
+def spread(stack, most=IMAGES):
+    """Every n-th image, for the smallest n that leaves at most `most`: a float32 tensor."""
+    n = math.ceil(len(stack) / most)
     return torch.from_numpy(np.asarray(stack[::n], np.float32))
 
 

@@ -16,7 +16,7 @@ import torch
 from minimedshift.bands import (BandCurves, Curve, erode, fit_bands, fit_histogram, flat_region, gaussians,
     inside, join, laplacian, smooth)
 
-IMAGES = 500  # of each domain are looked at; of a histogram, too few images pull the tone off
+IMAGES = 1000  # of each domain are looked at; of a histogram, too few images pull the tone off
 NOISY = 250   # of them are enough for the noise
 WIDTHS = (1, 2)  # pixels: bands finer than the first, and between the two, are grain
 LEVELS = 16   # of grey

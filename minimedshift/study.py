@@ -276,8 +276,8 @@ def study_bands(c):
         low, high = row["less_ours"] or (math.nan, math.nan)
         found[best.name] = [{
             "rounds": chosen[best.name], "validation": gaps[best.name], "test": row["gap_closed"],
-            "less the student, from": low, "to": high, "rounds, all pairs": rounds,
-            "all pairs": means[best.name]["gap_closed"]}]
+            "less the student, from": low, "to": high, "noise": row["noise"], "rounds, all pairs": rounds,
+            "all pairs": means[best.name]["gap_closed"], "noise right": means[best.name]["noise_right"]}]
     show(Path(c.out) / "bands.md", found)
 
 

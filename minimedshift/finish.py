@@ -124,22 +124,21 @@ def fit(student, images, dtype=torch.float32, say=lambda done, total: None, batc
     """{(s, t): Finish} of a Student, from training images (D, N, C, H, W). dtype: of its arithmetic."""
     D = len(images)
     device = next(student.parameters()).device
-    images = images.float()
-    wanted = [grain(target[:NOISY], robust=True) for target in images]
+    wanted = [grain(target[:NOISY].float(), robust=True) for target in images]
     finishes = {}
     for s in range(D):
         for t in range(D):
             if s == t:
                 continue
-            answers = []
-            for x in images[s].split(batch):
+            answers, target = [], images[t].float()
+            for x in images[s].float().split(batch):
                 labels = (torch.full((len(x),), y, device=device) for y in (s, t))
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     answers.append(student(x.to(device), *labels).float().cpu())
             x = torch.cat(answers)
-            bands = fit_bands(laplacian, x, images[t])
+            bands = fit_bands(laplacian, x, target)
             x = bands(x)
-            pixels = fit_histogram(x, images[t])
+            pixels = fit_histogram(x, target)
             own = grain(pixels(x[:NOISY]), robust=False)
             finishes[s, t] = Finish(bands, pixels, own, wanted[t])
             say(len(finishes), D * (D - 1))

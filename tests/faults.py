@@ -227,8 +227,8 @@ FAULTS = {
     # ---- finish.py and bands.py
     "tone-of-the-source": Fault(
         "minimedshift/finish.py", "tests/test_finish.py",
-        "pixels = fit_histogram(x, images[t])",
-        "pixels = fit_histogram(x, images[s])"),
+        "pixels = fit_histogram(x, target)",
+        "pixels = fit_histogram(x, images[s].float())"),
     "grain-before-the-tone": Fault(
         "minimedshift/finish.py", "tests/test_finish.py",
         "own = grain(pixels(x[:NOISY]), robust=False)",

@@ -17,7 +17,7 @@ from minimedshift.bands import (BandCurves, Curve, erode, fit_bands, fit_histogr
     inside, join, laplacian, smooth)
 
 IMAGES = 1000  # of each domain are looked at; of a histogram, too few images pull the tone off
-NOISY = 250   # of them are enough for the noise
+NOISY = 250   # of them, about, are enough for the noise
 WIDTHS = (1, 2)  # pixels: bands finer than the first, and between the two, are grain
 LEVELS = 16   # of grey
 ENOUGH = 100  # pixels of a grey level
@@ -124,7 +124,8 @@ def fit(student, images, dtype=torch.float32, say=lambda done, total: None, batc
     """{(s, t): Finish} of a Student, from training images (D, N, C, H, W). dtype: of its arithmetic."""
     D = len(images)
     device = next(student.parameters()).device
-    wanted = [grain(target[:NOISY].float(), robust=True) for target in images]
+    some = slice(None, None, max(1, images.shape[1] // NOISY))  # files in order may be alike
+    wanted = [grain(target[some].float(), robust=True) for target in images]
     finishes = {}
     for s in range(D):
         for t in range(D):
@@ -139,7 +140,7 @@ def fit(student, images, dtype=torch.float32, say=lambda done, total: None, batc
             bands = fit_bands(laplacian, x, target)
             x = bands(x)
             pixels = fit_histogram(x, target)
-            own = grain(pixels(x[:NOISY]), robust=False)
+            own = grain(pixels(x[some]), robust=False)
             finishes[s, t] = Finish(bands, pixels, own, wanted[t])
             say(len(finishes), D * (D - 1))
     return finishes

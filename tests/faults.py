@@ -231,8 +231,8 @@ FAULTS = {
         "pixels = fit_histogram(x, images[s].float())"),
     "grain-before-the-tone": Fault(
         "minimedshift/finish.py", "tests/test_finish.py",
-        "own = grain(pixels(x[:NOISY]), robust=False)",
-        "own = grain(x[:NOISY], robust=False)"),
+        "own = grain(pixels(x[some]), robust=False)",
+        "own = grain(x[some], robust=False)"),
     "deviations-subtracted": Fault(
         "minimedshift/finish.py", "tests/test_finish.py",
         "parts.append(gain * band + (w**2 - o**2).clamp(min=0).sqrt() * e / deviation)",

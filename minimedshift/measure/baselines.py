@@ -22,7 +22,7 @@ import torch
 from minimedshift.bands import (KNOTS, BandCurves, Curve, ends, fit_bands, fit_histogram, gaussians, join,
     laplacian, pixels)
 
-IMAGES = 256  # of each domain are enough for a fit
+IMAGES = 256  # of each domain a fit looks at; `study bands` tries more
 
 
 # ---------------------------------------------------------------- a chain of parts

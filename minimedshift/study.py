@@ -64,6 +64,12 @@ def show(path, found):
     print(text)
 
 
+def make_out(c):
+    """The folder --out, made before any long work."""
+    with told(f"--out {c.out}", "cannot be made"):
+        Path(c.out).mkdir(parents=True, exist_ok=True)
+
+
 # ---------------------------------------------------------------- in the plane
 
 def eight_gaussians(n, generator):
@@ -248,6 +254,7 @@ def study_bands(c):
     config, size, domains = state["config"], state["image"]["size"], state["domains"]
     if config.get("data") or not state.get("student") or domains != list(phantom.DOMAINS):
         raise UserError(f"{c.checkpoint}: needs a student of all simulated domains")
+    make_out(c)
     counts = config["train_images"], config["valid_heads"], config["test_heads"]
     dataset = sets.phantom_set(size, *counts, config["seed"], config["shift"])
     pupil = student.restore(state["student"], "cpu", c.checkpoint)
@@ -321,6 +328,7 @@ def study_latent(c):
     how, config = state["translate"], state["config"]
     if config.get("data") or how["x0"] == "image" or config["valid_heads"] < 2:
         raise UserError(f"{c.checkpoint}: needs a flow from noise, and two simulated validation heads")
+    make_out(c)
     N, D = config["valid_heads"], len(state["domains"])
     pairs = sets.paired_heads(state["image"]["size"], N, "valid", config["seed"], decoys=sets.DECOYS)
     columns = [phantom.DOMAINS.index(name) for name in state["domains"]]
@@ -339,8 +347,6 @@ def study_latent(c):
         axes.axhline(chance, color=line.get_color(), linestyle=":")
     axes.set(xlabel="tau (1: the image)", ylim=(0, 1.05), title=f"z of {N} simulated validation heads")
     axes.legend(title=f"EMA weights of step {state['step']}")
-    with told(f"--out {c.out}", "cannot be made"):
-        Path(c.out).mkdir(parents=True, exist_ok=True)
     with whole(Path(c.out) / "latent.png") as work:
         axes.figure.savefig(work, dpi=110)
 

@@ -132,7 +132,8 @@ def test_bands_are_chosen_on_validation_heads_and_scored_beside_the_student(tmp_
     assert train.main([*flags, "--train-images", "50", "--out", str(tmp_path)]) == 0
     study.main(["bands", "--checkpoint", str(tmp_path / "checkpoint.pt"), "--out", str(tmp_path)])
     said, table = capsys.readouterr().out, (tmp_path / "bands.md").read_text()
-    assert all(f"{name}, {count} images: structure" in said for name in ("as they are", "balanced") for count in (2, 10))
+    for name in ("as they are", "balanced"):
+        assert all(f"{name}, {count} images: structure" in said for count in (2, 10))
     assert said.count("MedShift's student: structure") == 2
     head, _, plain, balanced = [line.strip("| \n").split(" | ") for line in table.splitlines()]
     assert plain[0].startswith("as they are") and balanced[0].startswith("balanced")
@@ -145,6 +146,14 @@ def test_bands_are_chosen_on_validation_heads_and_scored_beside_the_student(tmp_
         q = study.methods.question(pairs, s, t, 9, "cpu")
         errors = [metrics.structure_mse(x.clamp(-1, 1), q.truth).mean() for x in (bands(q.x), curve(q.x), q.second)]
         assert float(plain[head.index(part)]) == pytest.approx(float(metrics.gap_closed(*errors)), abs=6e-4)
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(study.sets, "paired_heads", None)
+    (tmp_path / "file").write_text("")
+    flags = "--checkpoint", save_checkpoint(tmp_path / "net.pt"), "--out", str(tmp_path / "file" / "x")
+    with pytest.raises(UserError, match="cannot be made"):
+        study.main(["latent", *flags])
 
 
 def test_bands_need_a_student(tmp_path):

@@ -70,7 +70,8 @@ def ends(values):
 
 def laplacian(x, levels=None):
     """The Laplacian pyramid: [detail at H, at H / 2, ..., the rest], levels + 1 bands.
-    (Burt and Adelson 1983.) Halving weighs four pixels 1, 3, 3, 1 each way. levels: as COARSEST says."""
+    (Burt and Adelson 1983.) Halving weighs four pixels 1, 3, 3, 1 each way. levels: None for as many as leave
+    about COARSEST pixels."""
     if levels is None:
         levels = max(1, round(math.log2(min(x.shape[-2:]) / COARSEST)))
     bands = []

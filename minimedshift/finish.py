@@ -114,6 +114,8 @@ def restore(state):
         finite = -math.inf < curve.low < curve.high < math.inf and curve.values.isfinite().all()
         if not finite or curve.values.ndim != 1 or len(curve.values) < 2:
             raise ValueError("no curve")
+    if not 0 < len(curves["bands"]) < 16:
+        raise ValueError("no pyramid")
     split = partial(laplacian, levels=len(curves["bands"]) - 1)
     bands = BandCurves(split, tuple(curves["bands"]))
     return Finish(bands, curves["pixels"][0], curves["own"], curves["wanted"])

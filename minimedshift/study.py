@@ -244,7 +244,7 @@ def train_rivals(folder, config, seconds, heads):
 # ---------------------------------------------------------------- bands, with more images and rounds
 
 MANY = (250, 1000, 10**6)  # images of each domain to fit on, as far as there are
-ROUNDS = (1, 2, 4, 8, 16, 32)
+ROUNDS = (*methods.ROUNDS, 32)
 
 
 def study_bands(c):

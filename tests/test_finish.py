@@ -114,3 +114,13 @@ def test_a_finish_goes_through_plain_types(fitted):
     again = finish.restore(finishes[0, 1].state())
     noise = torch.randn(3, 1, 64, 64)
     assert torch.equal(again(a[:3], noise), finishes[0, 1](a[:3], noise))
+
+
+def test_a_finish_keeps_its_number_of_bands_and_without_any_is_refused(fitted):
+    finishes, a, _ = fitted
+    state = finishes[0, 1].state()
+    large = torch.nn.functional.interpolate(a[:2], 128, mode="bilinear")
+    assert [len(finish.restore(state).bands.split(x)) for x in (a, large)] == [5, 5]
+    for bands in ([], 16 * state["bands"][:1]):
+        with pytest.raises(ValueError):
+            finish.restore(dict(state, bands=bands))

@@ -1,5 +1,5 @@
 """Train MedShift: one flow-matching network for all domains. The loop is in `train`: a batch of paired noise
-and images (support/batches.py), flow.loss, Muon and AdamW, the running mean of the weights.
+and images (batches.py), flow.loss, Muon and AdamW, the running mean of the weights.
 
     python train.py                simulates the five X-ray domains, trains, translates, scores
     python train.py --data DIR     your own images, DIR/DOMAIN/*.png
@@ -29,7 +29,7 @@ from minimedshift.flow import loss as flow_loss
 from minimedshift.model import UNet
 from minimedshift.phantom import sets
 from minimedshift.support import checkpoint, dry, ranks
-from minimedshift.support.batches import affordable, batches, null_label
+from minimedshift.batches import affordable, batches, null_label
 from minimedshift.support.command import UserError, flag, parse, refuse, run
 from minimedshift.support.files import alone, clear_unfinished, told, write_json
 from minimedshift.support.guard import Guard
@@ -37,8 +37,8 @@ from minimedshift.support.images import figure
 from minimedshift.support.log import Log, progress
 from minimedshift.support.machine import (
     can_compile, compile_or_not, has_bfloat16, keep_memory, load, machine, pick_device, pick_formats)
-from minimedshift.support.optim import Muon, split
-from minimedshift.support.presets import PRESETS
+from minimedshift.optim import Muon, split
+from minimedshift.presets import PRESETS
 from minimedshift.support.trust import check_settings, check_weights
 
 

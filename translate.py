@@ -6,7 +6,7 @@ The checkpoint's student translates, in one evaluation; --method flow, or a flag
 takes the flow. Without arguments, held-out simulated heads become a figure beside the checkpoint.
 
 An image is translated at the size of the training images: its shorter side is brought to it. The change is
-then carried to full resolution (support/carry.py), so that the image's own fine detail stays.
+then carried to full resolution (support/sizes.py), so that the image's own fine detail stays.
 """
 
 import sys
@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 
 from minimedshift import sampler, student
-from minimedshift.measure import metrics
-from minimedshift.measure.methods import TAUS, main_domains
+from minimedshift import metrics
+from minimedshift.methods import TAUS, main_domains
 from minimedshift.phantom import sets
-from minimedshift.support import domain, film, images
-from minimedshift.support.carry import carry, resize, working_shape
+from minimedshift import classify
+from minimedshift.support import film, images
+from minimedshift.support.sizes import carry, resize, working_shape
 from minimedshift.support.checkpoint import load_model
 from minimedshift.support.command import UserError, flag, parse, refuse, run
 from minimedshift.support.files import clear_unfinished, told
@@ -159,7 +160,7 @@ def translate_files(files, translate, model, state, c, how, device):
         full = [images.channels_to(x, state["image"]["channels"])[None] for _, _, x, _ in batch]  # on a CPU
         shape = shape_of(*full[0].shape[-2:])
         x1 = torch.cat([resize(x.to(device), shape) for x in full])
-        y_source = domain.sources(x1, [path for path, *_ in batch], model, state, c.source, c.target, c.seed)
+        y_source = classify.sources(x1, [path for path, *_ in batch], model, state, c.source, c.target, c.seed)
         y_target = torch.full_like(y_source, state["domains"].index(c.target))
         translate_some = lambda i: translate(x1[i], y_source[i], y_target[i])
         out = in_batches(translate_some, torch.arange(len(x1), device=device), len(x1))

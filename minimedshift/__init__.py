@@ -6,6 +6,6 @@
     sampler.py                        from noise to image and back: ODE and SDE solvers, translation
     student.py finish.py bands.py     one evaluation instead of many: the student and its last touch
     data.py phantom/                  what it learns from: your folders, or simulated heads
-    evaluate.py bench.py study.py     commands that measure (python -m minimedshift.NAME), with measure/
+    evaluate.py bench.py study.py     commands that measure (python -m minimedshift.NAME)
     support/                          what serves: flags, batches, checkpoints, the machine, image files
 """

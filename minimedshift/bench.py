@@ -21,8 +21,8 @@ from minimedshift.model import UNet
 from minimedshift.support.command import flag, parse, run
 from minimedshift.support.files import told, write_json
 from minimedshift.support.machine import can_compile, keep_memory, machine, pick_device, pick_formats
-from minimedshift.support.optim import Muon, split
-from minimedshift.support.presets import PRESETS
+from minimedshift.optim import Muon, split
+from minimedshift.presets import PRESETS
 
 
 @dataclass(frozen=True)

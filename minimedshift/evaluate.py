@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from minimedshift import balance, data, student
-from minimedshift.measure import metrics, realism, tables
-from minimedshift.measure.methods import STUDENT, Question, answer, every_method
-from minimedshift.measure.methods import main_domains, question, scorer
+from minimedshift import metrics, realism, tables
+from minimedshift.methods import STUDENT, Question, answer, every_method
+from minimedshift.methods import main_domains, question, scorer
 from minimedshift.phantom import sets
 from minimedshift.support.checkpoint import load_model
 from minimedshift.support.command import UserError, flag, parse, run

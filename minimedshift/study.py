@@ -26,14 +26,15 @@ from torch import nn
 from minimedshift import balance, evaluate, phantom, sampler, student
 from minimedshift.coupling import assign, couple
 from minimedshift.flow import loss as flow_loss
-from minimedshift.measure import baselines, methods, rivals
+from minimedshift import baselines, methods, rivals
 from minimedshift.model import Shape, UNet
 from minimedshift.phantom import sets
-from minimedshift.support import checkpoint, domain
+from minimedshift import classify
+from minimedshift.support import checkpoint
 from minimedshift.support.command import UserError, flag, parse, run
 from minimedshift.support.files import told, whole
 from minimedshift.support.machine import in_batches, load, pick_device, pick_formats
-from minimedshift.support.presets import PRESETS
+from minimedshift.presets import PRESETS
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,7 @@ def study_bands(c):
 def features(z):
     """What the probe sees of z (N, D, C, H, W): pixels and, for doses, log powers by octave, (N, D, F)."""
     power = torch.fft.fft2(z).abs().square()
-    octaves = [power[..., mask].mean((2, 3)).log() for mask in domain.octaves(*z.shape[-2:])]
+    octaves = [power[..., mask].mean((2, 3)).log() for mask in classify.octaves(*z.shape[-2:])]
     parts = [part - part.mean((0, 1)) for part in (z.flatten(2), torch.stack(octaves, 2))]
     return torch.cat([part / part.square().sum(2).mean().sqrt() for part in parts], 2).double()
 

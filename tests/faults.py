@@ -102,27 +102,27 @@ FAULTS = {
         "all_pairs = squares - 2 * (a * mean[y]).sum(1).mean()",
         "all_pairs = squares - (a * mean[y]).sum(1).mean()"),
     "batch-eps": Fault(
-        "minimedshift/support/batches.py", "tests/test_batches.py",
+        "minimedshift/batches.py", "tests/test_batches.py",
         "eps = 2 * config.sigma**2",
         "eps = config.sigma**2"),
     "batch-without-its-plan": Fault(
-        "minimedshift/support/batches.py", "tests/test_batches.py",
+        "minimedshift/batches.py", "tests/test_batches.py",
         "x0, x1, y, hidden, t, e = own(x0[plan.index], x1, y, hidden, t, e)",
         "x0, x1, y, hidden, t, e = own(x0, x1, y, hidden, t, e)"),
     "batch-hides-no-label": Fault(
-        "minimedshift/support/batches.py", "tests/test_batches.py",
+        "minimedshift/batches.py", "tests/test_batches.py",
         "y = to_device(y, device).masked_fill(to_device(hidden, device), null_label(config, domains))",
         "y = to_device(y, device)"),
     "batch-pair-turned": Fault(
-        "minimedshift/support/batches.py", "tests/test_batches.py",
+        "minimedshift/batches.py", "tests/test_batches.py",
         "y = direct_label(source, y, domains)",
         "y = direct_label(y, source, domains)"),
     "potentials-of-white-noise": Fault(
-        "minimedshift/support/batches.py", "tests/test_batches.py",
+        "minimedshift/batches.py", "tests/test_batches.py",
         "tinted = tint(torch.from_numpy(np.array(images, np.float32)), config.colour)",
         "tinted = torch.from_numpy(np.array(images, np.float32))"),
     "batch-window-from-the-resumed-step": Fault(
-        "minimedshift/support/batches.py", "tests/test_batches.py",
+        "minimedshift/batches.py", "tests/test_batches.py",
         "for start in range(first - first % n, config.steps, n):",
         "for start in range(first, config.steps, n):"),
     # ---- sampler.py: the ways back and forward
@@ -162,41 +162,41 @@ FAULTS = {
         "minimedshift/sampler.py", "tests/test_sampler.py -k without_a_score_head",
         "return velocity_and_score(out, t, self.sigma) if self.sigma else (out, t * out - x)",
         "return velocity_and_score(out, t, self.sigma) if self.sigma else (out, x - t * out)"),
-    # ---- measure/metrics.py
+    # ---- metrics.py
     "noise-against-the-truth": Fault(
-        "minimedshift/measure/metrics.py", "tests/test_metrics.py",
+        "minimedshift/metrics.py", "tests/test_metrics.py",
         "return detail - a[:, None, None, None] * known, fine(images - truth).double() * mask",
         "return detail - a[:, None, None, None] * known, fine(images).double() * mask"),
     "noise-ratio-turned": Fault(
-        "minimedshift/measure/metrics.py", "tests/test_metrics.py",
+        "minimedshift/metrics.py", "tests/test_metrics.py",
         '"noise": lambda x, truth, images: noise_ratio(x, images, truth),',
         '"noise": lambda x, truth, images: noise_ratio(images, x, truth),'),
     "gap-anchors-turned": Fault(
-        "minimedshift/measure/metrics.py", "tests/test_metrics.py",
+        "minimedshift/metrics.py", "tests/test_metrics.py",
         "return None if E_curve <= E_second else (E_curve - E) / (E_curve - E_second)",
         "return None if E_curve <= E_second else (E - E_second) / (E_curve - E_second)"),
     "data-range-of-1": Fault(
-        "minimedshift/measure/metrics.py", "tests/test_metrics.py",
+        "minimedshift/metrics.py", "tests/test_metrics.py",
         "return 10 * torch.log10(4 / error)",
         "return 10 * torch.log10(1 / error)"),
     "same-head-as-any": Fault(
-        "minimedshift/measure/metrics.py", "tests/test_metrics.py",
+        "minimedshift/metrics.py", "tests/test_metrics.py",
         "return (E[:, None] < E_others).all(1)",
         "return (E[:, None] < E_others).any(1)"),
     "false-structure-at-the-full-threshold": Fault(
-        "minimedshift/measure/metrics.py", "tests/test_metrics.py",
+        "minimedshift/metrics.py", "tests/test_metrics.py",
         "false += (of_x & region & ~near(sign * there > threshold / 2)).sum().item()",
         "false += (of_x & region & ~near(sign * there > threshold)).sum().item()"),
     "interval-of-90-percent": Fault(
-        "minimedshift/measure/metrics.py", "tests/test_metrics.py",
+        "minimedshift/metrics.py", "tests/test_metrics.py",
         "low, high = values.quantile(values.new_tensor([.025, .975]), dim=-1)",
         "low, high = values.quantile(values.new_tensor([.05, .95]), dim=-1)"),
     "difference-turned": Fault(
-        "minimedshift/measure/metrics.py", "tests/test_metrics.py",
+        "minimedshift/metrics.py", "tests/test_metrics.py",
         "share = lambda a, b, curve, second: (b - a).mean(-1) / (curve - second).mean(-1)",
         "share = lambda a, b, curve, second: (a - b).mean(-1) / (curve - second).mean(-1)"),
     "attenuation-turned": Fault(
-        "minimedshift/measure/metrics.py", "tests/test_metrics.py",
+        "minimedshift/metrics.py", "tests/test_metrics.py",
         "bone, soft = (own / right if abs(right) > 1e-6 else None for own, right in pairs)",
         "bone, soft = (right / own if abs(right) > 1e-6 else None for own, right in pairs)"),
     # ---- student.py
@@ -300,19 +300,19 @@ FAULTS = {
         "optimizer.load_state_dict(copy.deepcopy(moments))",
         "optimizer.load_state_dict(moments)"),
     "muon-momentum": Fault(
-        "minimedshift/support/optim.py", "tests/test_checkpoint.py",
+        "minimedshift/optim.py", "tests/test_checkpoint.py",
         'torch._foreach_lerp_(means, grads, 1 - group["momentum"])',
         'torch._foreach_lerp_(means, grads, group["momentum"])'),
     "muon-without-nesterov": Fault(
-        "minimedshift/support/optim.py", "tests/test_checkpoint.py",
+        "minimedshift/optim.py", "tests/test_checkpoint.py",
         'ahead = torch._foreach_lerp(grads, means, group["momentum"])  # Nesterov',
         "ahead = means"),
     "muon-scale": Fault(
-        "minimedshift/support/optim.py", "tests/test_checkpoint.py",
+        "minimedshift/optim.py", "tests/test_checkpoint.py",
         "scale = max(1, p.shape[0] / p[0].numel()) ** 0.5",
         "scale = max(1, p.shape[0] / p.shape[1]) ** 0.5"),
     "muon-takes-the-last-layer": Fault(
-        "minimedshift/support/optim.py", "tests/test_checkpoint.py",
+        "minimedshift/optim.py", "tests/test_checkpoint.py",
         'ends = ("stem.", "out.")',
         'ends = ("stem.",)'),
     # ---- model.py

@@ -42,9 +42,9 @@ if str(ROOT) not in sys.path:
 import train
 import translate
 from minimedshift import evaluate
-from minimedshift.measure import realism
+from minimedshift import realism
 from minimedshift.model import Shape
-from minimedshift.support import presets
+from minimedshift import presets
 from minimedshift.support.command import run
 
 SECONDS = 20  # that one command may take

@@ -29,7 +29,8 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 import translate  # noqa: E402
 from minimedshift.phantom import sets  # noqa: E402
-from minimedshift.support import batches, checkpoint, files  # noqa: E402
+from minimedshift import batches  # noqa: E402
+from minimedshift.support import checkpoint, files  # noqa: E402
 from minimedshift.support.command import run  # noqa: E402
 
 PHASES = ("simulating", "potentials", "training", "student", "scoring", "translating")

@@ -5,8 +5,8 @@ from test_bands import noise, uniform, wave
 from torch.testing import assert_close
 
 from minimedshift import bands
-from minimedshift.measure import baselines, metrics
-from minimedshift.measure.baselines import PAIRED, UNPAIRED
+from minimedshift import baselines, metrics
+from minimedshift.baselines import PAIRED, UNPAIRED
 
 
 def blobs(n, size=32, seed=0):

@@ -8,7 +8,7 @@ import torch
 from minimedshift.coupling import Semidiscrete, couple
 from minimedshift.data import Dataset
 from minimedshift.flow import draw_noise
-from minimedshift.support.batches import batches, draw, learn_potentials, randomness
+from minimedshift.batches import batches, draw, learn_potentials, randomness
 
 CPU = torch.device("cpu")
 

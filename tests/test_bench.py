@@ -14,7 +14,7 @@ import torch
 from minimedshift import bench
 from minimedshift.model import Shape
 from minimedshift.support.command import run
-from minimedshift.support.presets import PRESETS
+from minimedshift.presets import PRESETS
 
 ROOT = Path(bench.__file__).parents[1]
 

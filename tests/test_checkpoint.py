@@ -8,7 +8,7 @@ from minimedshift.model import Shape, UNet
 from minimedshift.support import checkpoint
 from minimedshift.support.command import UserError
 from minimedshift.support.checkpoint import EMA
-from minimedshift.support.optim import Muon, orthogonalise, split
+from minimedshift.optim import Muon, orthogonalise, split
 
 
 def test_round_trip_of_plain_types(tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 
 import train
 from minimedshift import data, phantom
-from minimedshift.support import batches
+from minimedshift import batches
 from minimedshift.support.command import UserError
 
 rng = np.random.default_rng(0)

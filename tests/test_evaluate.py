@@ -15,11 +15,11 @@ from networks import HOW, save_network
 from PIL import Image
 
 from minimedshift import data, evaluate, sampler
-from minimedshift.measure import methods, metrics, rivals
+from minimedshift import methods, metrics, rivals
 from minimedshift.phantom import sets
 from minimedshift.support.command import UserError
 from minimedshift.support.machine import load
-from minimedshift.measure.methods import Method
+from minimedshift.methods import Method
 from minimedshift.model import Shape, UNet
 
 ROOT = Path(evaluate.__file__).parents[1]

@@ -10,7 +10,7 @@ from test_train import folder_of_images
 
 import train
 
-from minimedshift.measure.methods import scorer
+from minimedshift.methods import scorer
 from minimedshift.model import Shape, UNet
 from minimedshift.support import machine
 from minimedshift.support.command import UserError

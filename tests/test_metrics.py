@@ -6,7 +6,7 @@ import torch
 from test_bands import LOOKS, heads, noise
 from torch.testing import assert_close
 
-from minimedshift.measure import metrics
+from minimedshift import metrics
 
 
 def test_psnr_has_its_closed_form():

@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from minimedshift.model import Attention, Block, Shape, UNet, time_features
-from minimedshift.support import presets
-from minimedshift.support.presets import PRESETS
+from minimedshift import presets
+from minimedshift.presets import PRESETS
 
 SMALL = Shape(stem=2, widths=(32, 48), blocks=(1, 1), head=16)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from minimedshift.measure import realism
+from minimedshift import realism
 from minimedshift.support.command import UserError
 
 

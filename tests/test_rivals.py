@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from minimedshift.measure import metrics, rivals
+from minimedshift import metrics, rivals
 from minimedshift.support import checkpoint
 from minimedshift.support.command import UserError
 from minimedshift.model import Shape, UNet

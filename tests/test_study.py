@@ -10,7 +10,7 @@ from PIL import Image
 
 import train
 from minimedshift import phantom, study
-from minimedshift.measure import baselines, metrics, rivals
+from minimedshift import baselines, metrics, rivals
 from minimedshift.model import Shape, UNet
 from minimedshift.phantom import sets
 from minimedshift.support import checkpoint

@@ -16,7 +16,7 @@ from PIL import Image
 import train
 from disk import full_disk
 from minimedshift import data, evaluate, phantom, student
-from minimedshift.measure import methods as compared
+from minimedshift import methods as compared
 from minimedshift.phantom import sets
 from minimedshift.support import checkpoint, files
 from minimedshift.support.command import UserError, run

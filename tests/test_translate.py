@@ -13,7 +13,8 @@ from PIL import Image
 import translate
 from disk import full_disk
 from minimedshift import phantom, sampler, student
-from minimedshift.support import checkpoint, domain, files, film
+from minimedshift import classify
+from minimedshift.support import checkpoint, files, film
 from minimedshift.support.command import run
 from minimedshift.model import Shape, UNet
 
@@ -334,7 +335,7 @@ def test_a_file_is_translated_the_same_in_any_company(tmp_path, net, monkeypatch
 
 def test_auto_says_what_it_took_and_uses_it(tmp_path, net, monkeypatch, capsys):
     used, labels = [], iter([[3, 2, False], [3, 1, True]])
-    monkeypatch.setattr(domain, "judge", lambda shares, H, W: [torch.tensor([value]) for value in next(labels)])
+    monkeypatch.setattr(classify, "judge", lambda shares, H, W: [torch.tensor([value]) for value in next(labels)])
 
     def record(model, x1, y_source, y_target, **how):
         used.append((y_source.tolist(), y_target, how))
@@ -362,7 +363,7 @@ def test_a_picture_far_from_every_domain_is_warned_of(tmp_path, net, monkeypatch
         rows = [known + 9 if off_domain or y != 3 else known for y in labels]
         return torch.stack(rows, 1)
 
-    monkeypatch.setattr(domain, "unexplained", unexplained)
+    monkeypatch.setattr(classify, "unexplained", unexplained)
     Image.fromarray(picture(20, 20)).save(tmp_path / "a.png")
     assert here(tmp_path / "a.png", tmp_path / "b.png", *way(source, "real-low", net)) == 0
     err = capsys.readouterr().err

@@ -4,7 +4,7 @@ from itertools import cycle
 
 from matplotlib.figure import Figure
 
-from minimedshift.measure.metrics import METRICS
+from minimedshift.metrics import METRICS
 from minimedshift.support.files import whole
 
 KINDS = {"bound": "bound", "unpaired": "unpaired, no network", "learned": "unpaired, learned",

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from minimedshift import sampler
-from minimedshift.measure import baselines, rivals
+from minimedshift import baselines, rivals
 from minimedshift.support.checkpoint import load_model
 from minimedshift.support.command import UserError, refuse
 from minimedshift.support.machine import in_batches, load

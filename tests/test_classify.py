@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from minimedshift import phantom
-from minimedshift.support import domain
+from minimedshift import classify
 from minimedshift.flow import draw_noise, tint
 
 
 @pytest.mark.parametrize("H, W, count", [(64, 64, 5), (64, 80, 5), (16, 16, 3), (20, 48, 3)])
 def test_octaves_hold_every_frequency_up_to_nyquist_once(H, W, count):
-    masks = domain.octaves(H, W)
+    masks = classify.octaves(H, W)
     ky, kx = torch.meshgrid(torch.fft.fftfreq(H, 1 / H), torch.fft.fftfreq(W, 1 / W), indexing="ij")
     k = torch.hypot(ky, kx)
     assert len(masks) == count and torch.equal(masks.sum(0), (k <= min(H, W) / 2).long())
@@ -30,11 +30,11 @@ def test_the_domain_is_found_and_every_other_image_is_far():
     c = draw_noise((4, 1, 32, 32), torch.Generator().manual_seed(0), 1.0)
     model, wanted = single_images(c), torch.tensor([2, 0, 3, 1, 1])
     x1 = c[wanted] + 0.01 * draw_noise((5, 1, 32, 32), torch.Generator().manual_seed(1), 1.0)
-    shares = domain.unexplained(model, x1, range(4), colour=1.0)
-    label, second, close = domain.judge(shares, 32, 32)
+    shares = classify.unexplained(model, x1, range(4), colour=1.0)
+    label, second, close = classify.judge(shares, 32, 32)
     assert torch.equal(label, wanted) and not close.any() and not (second == label).any()
-    assert not domain.far(shares).any()
-    assert domain.far(domain.unexplained(model, -x1, range(4), colour=1.0)).all()
+    assert not classify.far(shares).any()
+    assert classify.far(classify.unexplained(model, -x1, range(4), colour=1.0)).all()
 
 
 def test_domains_that_differ_in_the_power_of_their_noise_alone():
@@ -47,14 +47,14 @@ def test_domains_that_differ_in_the_power_of_their_noise_alone():
         return (t * a - (1 - t)) / (t**2 * a + (1 - t) ** 2) * x
 
     noise = draw_noise((12, 1, 32, 32), torch.Generator().manual_seed(0), 1.0)
-    quiet = domain.unexplained(model, 0.01**0.5 * noise, range(3), colour=1.0)
-    loud = domain.unexplained(model, 0.04**0.5 * noise, range(3), colour=1.0)
-    label, _, close = domain.judge(quiet, 32, 32)
+    quiet = classify.unexplained(model, 0.01**0.5 * noise, range(3), colour=1.0)
+    loud = classify.unexplained(model, 0.04**0.5 * noise, range(3), colour=1.0)
+    label, _, close = classify.judge(quiet, 32, 32)
     assert (label == 0).all() and not close.any()
-    label, second, close = domain.judge(loud, 32, 32)
+    label, second, close = classify.judge(loud, 32, 32)
     assert (label > 0).all() and (second > 0).all() and close.all()
-    assert not domain.far(quiet).any() and not domain.far(loud).any()
-    assert domain.far(domain.unexplained(model, 5 * noise, range(3), colour=1.0)).all()
+    assert not classify.far(quiet).any() and not classify.far(loud).any()
+    assert classify.far(classify.unexplained(model, 5 * noise, range(3), colour=1.0)).all()
 
 
 def test_a_simulated_head_is_known_and_its_negative_and_a_texture_are_far():
@@ -72,14 +72,14 @@ def test_a_simulated_head_is_known_and_its_negative_and_a_texture_are_far():
 
     draw = torch.Generator().manual_seed(0)
     x1 = c + noise.view(-1, 1, 1, 1) * torch.randn(c.shape, generator=draw)
-    shares = domain.unexplained(model, x1, range(5), colour=1.0)
-    assert domain.judge(shares, 32, 32)[0].tolist() == [0, 1, 2, 3, 4] and not domain.far(shares).any()
+    shares = classify.unexplained(model, x1, range(5), colour=1.0)
+    assert classify.judge(shares, 32, 32)[0].tolist() == [0, 1, 2, 3, 4] and not classify.far(shares).any()
     for strange in (-x1, torch.rand(5, 1, 32, 32, generator=draw) * 2 - 1):
-        assert domain.far(domain.unexplained(model, strange, range(5), colour=1.0)).all()
+        assert classify.far(classify.unexplained(model, strange, range(5), colour=1.0)).all()
 
 
 def test_what_is_left_is_the_noise_itself_where_the_network_knows_nothing():
     """v = x1, the mean of x1 - x0 where xt says nothing of x0: all noise is left, in every octave."""
     x1 = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    shares = domain.unexplained(lambda x, t, y: x1, x1, [0], colour=1.0, draws=40)
+    shares = classify.unexplained(lambda x, t, y: x1, x1, [0], colour=1.0, draws=40)
     torch.testing.assert_close(shares, torch.ones(3, 1, 4), atol=0.25, rtol=0)

@@ -31,12 +31,12 @@ from minimedshift.phantom import sets
 from minimedshift.support import checkpoint, dry, ranks
 from minimedshift.batches import affordable, batches, null_label
 from minimedshift.support.command import UserError, flag, parse, refuse, run
-from minimedshift.support.files import alone, clear_unfinished, told, write_json
+from minimedshift.support.files import lock_folder, clear_unfinished, explain_os_error, write_json
 from minimedshift.support.guard import Guard
 from minimedshift.support.images import figure
 from minimedshift.support.log import Log, progress
 from minimedshift.support.machine import (
-    can_compile, compile_or_not, has_bfloat16, keep_memory, load, machine, pick_device, pick_formats)
+    can_compile, has_bfloat16, keep_memory, machine_name, pick_device, pick_formats, to_float, try_compile)
 from minimedshift.optim import Muon, split
 from minimedshift.presets import PRESETS
 from minimedshift.support.trust import check_settings, check_weights
@@ -145,7 +145,7 @@ def train(config, device, file, before=None):
         first, taught = go_on(before, config, file, model, optimizers, ema)
     translation = translation_of(config)
     parameters = sum(p.numel() for p in model.parameters())
-    images = sum(len(train) for train in dataset.train)
+    images = sum(len(train) for train in dataset.train_images)
     print(f"{device.type}, {name_of(dtype)}, {name_of(memory)}, {config.preset} preset: "
           f"{parameters / 1e6:.2f}M parameters, {domains} domains ({', '.join(dataset.domains)}), "
           f"{images} images of {config.size}x{config.size}, steps {first} to {config.steps}, "
@@ -220,12 +220,12 @@ def train(config, device, file, before=None):
         save(config.steps)
 
     # ---- report and pictures
-    if config.evaluate and dataset.test is not None:
+    if config.evaluate and dataset.test_pairs is not None:
         translator = student.restore(taught, device) if taught else None
         with ema.weights_of(model):
             report, pictures = evaluate.report(model, dataset, translation, device, translator)
         seconds = (log.column("seconds") or [0.0])[-1]
-        run_of = dict(command=" ".join(["python", *sys.argv]), seed=config.seed, machine=machine(device),
+        run_of = dict(command=" ".join(["python", *sys.argv]), seed=config.seed, machine=machine_name(device),
                       torch=torch.__version__, dtype=name_of(dtype), memory_format=name_of(memory),
                       weights="EMA", steps=config.steps, training_seconds=seconds, coupling=log.means())
         write_json(file.parent / "report.json", run_of | report)
@@ -256,7 +256,7 @@ def try_out(config, device):
     dtype, memory = formats(config, device, None)
     model, optimizers, _ = build(config, len(dataset.domains), dataset.channels, device, dtype, memory)
     print(f"{device.type}, {name_of(dtype)}, {name_of(memory)}, {config.preset} preset at {config.size}x"
-          f"{config.size}, {len(dataset.domains)} domains, {sum(map(len, dataset.train))} images", flush=True)
+          f"{config.size}, {len(dataset.domains)} domains, {sum(map(len, dataset.train_images))} images", flush=True)
     step = partial(take_step, model, optimizers, config, dtype)
     dry.dry_run(config, device, dtype, dataset, rendered, model, translation_of(config), step)
     return 0
@@ -278,10 +278,10 @@ def open_out(config, device):
     """OUT/checkpoint.pt, and with --resume what it holds. OUT is this run's alone. Raises UserError."""
     file = Path(config.out) / "checkpoint.pt"
     made = not file.parent.exists()
-    with told(f"--out {config.out}", "cannot be made"):
+    with explain_os_error(f"--out {config.out}", "cannot be made"):
         file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with alone(file.parent) if ranks.number()[0] == 0 else nullcontext():  # all ranks are one run
+        with lock_folder(file.parent) if ranks.number()[0] == 0 else nullcontext():  # all ranks are one run
             clear_unfinished(file.parent)
             yield file, checkpoint_of(config, file, device)
     finally:
@@ -315,7 +315,7 @@ def load_data(config):
         dataset = sets.phantom_set(config.size, config.train_images, config.valid_heads, config.test_heads,
                                    config.seed, config.shift)
     if config.domains:
-        dataset = data.only(dataset, [name.strip() for name in config.domains.split(",")])
+        dataset = data.select_domains(dataset, [name.strip() for name in config.domains.split(",")])
     for name in data.strays(dataset.domains):
         print(f"warning: {name} is taken for a domain, as every sub-folder is: "
               "--domains A,B takes A and B alone")
@@ -330,7 +330,7 @@ def build(config, domains, channels, device, dtype, memory):
     model = UNet(shape).to(device, memory_format=memory)
     if config.compile == "yes" or config.compile == "auto" and can_compile(device):
         own = config.batch_size // ranks.number()[1]
-        compile_or_not(model, torch.zeros(own, channels, config.size, config.size), dtype)
+        try_compile(model, torch.zeros(own, channels, config.size, config.size), dtype)
     convolutions, rest = split(model)
     adamw = torch.optim.AdamW(rest, config.lr / 20, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     return model, [Muon(convolutions, config.lr), adamw], checkpoint.EMA(model, config.ema)
@@ -372,8 +372,8 @@ def teach(model, dataset, config, dtype, device):
 @torch.no_grad()
 def draw_samples(path, model, dataset, translation, device, count=4):
     """samples.png: held-out images of the first domain and their translations to every other one."""
-    images = dataset.held_out[0] if len(dataset.held_out[0]) else dataset.train[0]
-    x1 = load(images[:count], device)
+    images = dataset.test_images[0] if len(dataset.test_images[0]) else dataset.train_images[0]
+    x1 = to_float(images[:count], device)
     others = range(1, len(dataset.domains))
     columns = [x1] + [sampler.translate(model, x1, 0, y, **translation) for y in others]
     way = f"tau {translation['tau']:g}" if translation["x0"] == "noise" else "directly"

@@ -26,7 +26,7 @@ from minimedshift.support import film, images
 from minimedshift.support.sizes import carry, resize, working_shape
 from minimedshift.support.checkpoint import load_model
 from minimedshift.support.command import UserError, flag, parse, refuse, run
-from minimedshift.support.files import clear_unfinished, told
+from minimedshift.support.files import clear_unfinished, explain_os_error
 from minimedshift.support.log import progress
 from minimedshift.support.machine import can_compile, in_batches, keep_memory, pick_device
 
@@ -121,7 +121,7 @@ def plan_files(c):
         refuse(path.exists() and not c.overwrite,
                f"{path} would be replaced: choose another name, or say --overwrite")
     for folder in {path.parent for path in outputs}:
-        with told(f"the folder {folder}", "cannot be made"):
+        with explain_os_error(f"the folder {folder}", "cannot be made"):
             folder.mkdir(parents=True, exist_ok=True)
         clear_unfinished(folder)
     return files
@@ -185,8 +185,8 @@ def translate_heads(flow, pupil, state, c, how, device):
     size, config = state["image"]["size"], state["config"]
     test = sets.paired_heads(size, config["test_heads"], "test", config["seed"], decoys=sets.DECOYS)
     column = sets.phantom.DOMAINS.index
-    load = lambda array, name: torch.from_numpy(array[:HEADS, column(name)].astype("float32")).to(device)
-    x1, truth = load(test.images, c.source), load(test.truth, c.target)
+    to_float = lambda array, name: torch.from_numpy(array[:HEADS, column(name)].astype("float32")).to(device)
+    x1, truth = to_float(test.images, c.source), to_float(test.truth, c.target)
     labels = [state["domains"].index(name) for name in (c.source, c.target)]
     pictures = {c.source: x1}
     if how["x0"] == "image":

@@ -73,13 +73,13 @@ def effective(w):
 def balanced(dataset, cache=None):
     """The Dataset with `weights`. Says how many images of each domain count, and warns where they are few."""
     def build(folder):
-        for d, w in enumerate(weights(dataset.train)):
+        for d, w in enumerate(weights(dataset.train_images)):
             np.save(folder / f"{d}.npy", w)
 
-    digests = [digest(images) for images in dataset.train]
+    digests = [digest(images) for images in dataset.train_images]
     content = [inspect.getsource(sys.modules[__name__]), torch.__version__, digests]
     folder = cached(cache, "balance", content, build)
-    found = [np.load(folder / f"{d}.npy") for d in range(len(dataset.train))]
+    found = [np.load(folder / f"{d}.npy") for d in range(len(dataset.train_images))]
     counts = [f"{name} {effective(w):.0f} of {len(w)}" for name, w in zip(dataset.domains, found)]
     print("balanced populations, effective images: " + ", ".join(counts), flush=True)
     for name, w in zip(dataset.domains, found):

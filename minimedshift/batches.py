@@ -84,7 +84,7 @@ def now(device, wait):
 
 def affordable(config, dataset, device):
     """The config, with plans of a few batches where the semidiscrete coupling would take too much."""
-    counts = [len(images) for images in dataset.train]
+    counts = [len(images) for images in dataset.train_images]
     size = sum(counts) * dataset.channels * dataset.size**2 * 4  # bytes, in float32
     most = sum(counts) if config.coupling_labels == "ignore" else max(counts)
     if config.coupling != "semidiscrete" or size <= MOST and most <= MOST_OF_A_LABEL[device.type]:
@@ -145,7 +145,7 @@ def learn_potentials(dataset, config, device):
 
     With --coupling-labels ignore all images are together.
     """
-    groups, weights, labels = dataset.train, dataset.weights, None
+    groups, weights, labels = dataset.train_images, dataset.weights, None
     if weights is None:
         weights = [np.ones(len(images), np.float32) for images in groups]
     if config.coupling_labels == "ignore":

@@ -19,8 +19,8 @@ from minimedshift import flow, ops, sampler
 from minimedshift.coupling import Semidiscrete, couple
 from minimedshift.model import UNet
 from minimedshift.support.command import flag, parse, run
-from minimedshift.support.files import told, write_json
-from minimedshift.support.machine import can_compile, keep_memory, machine, pick_device, pick_formats
+from minimedshift.support.files import explain_os_error, write_json
+from minimedshift.support.machine import can_compile, keep_memory, machine_name, pick_device, pick_formats
 from minimedshift.optim import Muon, split
 from minimedshift.presets import PRESETS
 
@@ -165,14 +165,14 @@ def main(argv=None):
     c = parse(Config, __doc__, argv)
     keep_memory()
     device, repeats = pick_device(c.device), 3 if c.quick else 9
-    results = dict(machine=machine(device), torch=torch.__version__, threads=torch.get_num_threads())
+    results = dict(machine=machine_name(device), torch=torch.__version__, threads=torch.get_num_threads())
     print(*results.values())
     for part in [c.only] if c.only else PARTS:
         results[part] = PARTS[part](repeats, device)
         for name, row in results[part].items():
             numbers = [f"{key} {value:.4g}" for key, value in row.items()]
             print(f"{part}, {name}: {', '.join(numbers)}", flush=True)
-    with told(f"--out {c.out}", "cannot be made"):
+    with explain_os_error(f"--out {c.out}", "cannot be made"):
         Path(c.out).mkdir(parents=True, exist_ok=True)
     write_json(Path(c.out) / "bench.json", results)
 

@@ -50,10 +50,10 @@ class Dataset:
     domains: tuple
     size: int
     channels: int
-    train: list
-    held_out: list                      # per domain: images never trained on
-    valid: Pairs | None = None
-    test: Pairs | None = None
+    train_images: list
+    test_images: list                      # per domain: images never trained on
+    valid_pairs: Pairs | None = None
+    test_pairs: Pairs | None = None
     weights: list | None = None         # per domain (N_d,): how often an image is drawn, mean 1; None: alike
 
     def batch(self, y, generator):
@@ -63,12 +63,12 @@ class Dataset:
         x1 = np.empty((len(y), self.channels, self.size, self.size), np.float16)
         for d in np.unique(y):
             mine = np.flatnonzero(y == d)
-            x1[mine] = self.train[d][self.pick(d, u[mine])]
+            x1[mine] = self.train_images[d][self.pick(d, u[mine])]
         return torch.from_numpy(x1).float()
 
     def pick(self, d, u):
         """The training images of domain d, int64, that uniform numbers u (n,) in [0, 1) stand for."""
-        count = len(self.train[d])
+        count = len(self.train_images[d])
         if self.weights is None:
             return (u * count).astype(np.int64)
         until = np.cumsum(self.weights[d], dtype=np.float64)
@@ -77,20 +77,21 @@ class Dataset:
     def drawn(self, d):
         """The training images of domain d, each as often as it is drawn in training: of N again N."""
         if self.weights is None:
-            return self.train[d]
-        count = len(self.train[d])
-        return self.train[d][self.pick(d, (np.arange(count) + .5) / count)]
+            return self.train_images[d]
+        count = len(self.train_images[d])
+        return self.train_images[d][self.pick(d, (np.arange(count) + .5) / count)]
 
 
-def only(dataset, names):
+def select_domains(dataset, names):
     """The domains `names` alone, in this order. Raises UserError for fewer than two, or an unknown one."""
     keep = [dataset.domains.index(name) for name in names if name in dataset.domains]
     if len(set(keep)) < max(2, len(names)):
         raise UserError(f"--domains needs two or more different names of {', '.join(dataset.domains)}")
     some = lambda per_domain: per_domain and [per_domain[d] for d in keep]
-    return replace(dataset, domains=tuple(names), train=some(dataset.train), held_out=some(dataset.held_out),
-                   weights=some(dataset.weights), valid=dataset.valid and dataset.valid.only(keep),
-                   test=dataset.test and dataset.test.only(keep))
+    return replace(dataset, domains=tuple(names), train_images=some(dataset.train_images),
+                   test_images=some(dataset.test_images),
+                   weights=some(dataset.weights), valid_pairs=dataset.valid_pairs and dataset.valid_pairs.only(keep),
+                   test_pairs=dataset.test_pairs and dataset.test_pairs.only(keep))
 
 
 # ---------------------------------------------------------------- your own folders
@@ -231,7 +232,7 @@ def paired_by_name(images, names, fewest=8):
 def check(dataset, path, each=6):
     """A grid of examples to `path`; print and return a line per domain: count and values."""
     rows, lines = [], []
-    for domain, images, kept in zip(dataset.domains, dataset.train, dataset.held_out):
+    for domain, images, kept in zip(dataset.domains, dataset.train_images, dataset.test_images):
         some = np.asarray(images[:: math.ceil(len(images) / 500)], np.float32)
         few = "; few: what they happen to share will be taken for the domain" if len(images) < FEW else ""
         lines.append(f"{domain}: {len(images)} to train, {len(kept)} held out; "
@@ -252,7 +253,7 @@ def opposite(dataset):
     Coarse contrast is what noise remembers of an image, so a translation keeps it: dark stays dark.
     """
     means = []
-    for images in dataset.train:
+    for images in dataset.train_images:
         some = np.asarray(images[:: math.ceil(len(images) / 500)], np.float32)
         means.append(some.mean((0, 1)).ravel())
     alike = np.corrcoef(np.stack(means) + 1e-6 * np.random.default_rng(0).standard_normal(means[0].size))

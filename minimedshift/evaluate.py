@@ -25,9 +25,9 @@ from minimedshift.methods import main_domains, question, scorer
 from minimedshift.phantom import sets
 from minimedshift.support.checkpoint import load_model
 from minimedshift.support.command import UserError, flag, parse, run
-from minimedshift.support.files import clear_unfinished, told, whole, write_json
+from minimedshift.support.files import clear_unfinished, explain_os_error, write_whole, write_json
 from minimedshift.support.images import figure
-from minimedshift.support.machine import keep_memory, load, machine, pick_device
+from minimedshift.support.machine import keep_memory, to_float, machine_name, pick_device
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def all_pairs(methods, chosen, pairs_of, domains, curve, heads, device):
     limits = []
     for s, source in enumerate(domains):
         pairs = pairs_of(s)
-        x = load(pairs.images[:heads, s], device)  # one tensor: a flow's way back is kept
+        x = to_float(pairs.images[:heads, s], device)  # one tensor: a flow's way back is kept
         for t, target in enumerate(domains):
             if s == t:
                 continue
@@ -209,9 +209,9 @@ def report(model, dataset, how, device="cpu", translator=None, heads=128, heads_
     plain = [method for method in methods if method.kind in ("bound", "unpaired", "ceiling")]
     trained = [method for method in methods if method.kind == "ours" or method.name == "image to image"]
     curve = next(method for method in plain if method.name == "curve")
-    asked = question(dataset.valid, s, t, len(dataset.valid.images), device)
+    asked = question(dataset.valid_pairs, s, t, len(dataset.valid_pairs.images), device)
     chosen = {name: best(points) for name, points in sweep(plain, [asked], curve).items()}
-    q = question(dataset.test, s, t, heads, device)
+    q = question(dataset.test_pairs, s, t, heads, device)
     print(f"{source} -> {target}, {len(q.x)} test heads, EMA weights:", flush=True)
     rows, pictures = main_pair(plain, chosen, q, curve)
     limits, medshift = bounds(curve, q), {}
@@ -226,11 +226,11 @@ def report(model, dataset, how, device="cpu", translator=None, heads=128, heads_
     main = dict(source=source, target=target, heads=len(q.x), methods=rows, medshift=medshift, student=taught)
     flow = trained[0].name
     at = {flow: how["tau"] if how["x0"] == "noise" else None}
-    each, means = all_pairs(trained, at, lambda s: dataset.test, dataset.domains, curve, heads_each, device)
+    each, means = all_pairs(trained, at, lambda s: dataset.test_pairs, dataset.domains, curve, heads_each, device)
     for name, row in means.items():
         gap, same = tables.percent(row.get("gap_closed")), tables.percent(row["same_head"])
         print(f"all {row['pairs']} ordered pairs, {name}: gap closed {gap}, same head {same}", flush=True)
-    simulated = dataset.test.truth is not None
+    simulated = dataset.test_pairs.truth is not None
     version = sets.phantom.VERSION if simulated else None
     return dict(simulated=simulated, version=version, translation=how, main_pair=main, pairs=each[flow],
                 all_pairs=means[flow], student_pairs=each.get(STUDENT), student_all_pairs=means.get(STUDENT),
@@ -240,15 +240,15 @@ def report(model, dataset, how, device="cpu", translator=None, heads=128, heads_
 def picture(path, dataset, main, pictures, count=6):
     """translations.png: source | MedShift at each tau | its student | truth, of the first test heads."""
     s, t = (dataset.domains.index(main[name]) for name in ("source", "target"))
-    test = dataset.test
-    columns = {f"{main['source']}\nsource": load(test.images[:count, s], "cpu")}
+    test = dataset.test_pairs
+    columns = {f"{main['source']}\nsource": to_float(test.images[:count, s], "cpu")}
     rows = main["medshift"] | ({STUDENT: main["student"]} if main["student"] else {})
     for tau, row in rows.items():
         name = {None: "directly", STUDENT: "student"}.get(tau) or f"tau {tau:g}"
         noise = "" if row["noise"] is None else f"\nnoise {row['noise']:.2f}"
         columns[f"{name}: {row['structure']:.1f} dB{noise}"] = pictures[tau][:count].cpu()
     truth, what = (test.images, "the other image") if test.truth is None else (test.truth, "simulated truth")
-    columns[f"{main['target']}\n{what}"] = load(truth[:count, t], "cpu")
+    columns[f"{main['target']}\n{what}"] = to_float(truth[:count, t], "cpu")
     figure(path, list(zip(*columns.values())), list(columns), [""] * count)
 
 
@@ -265,7 +265,7 @@ def open_data(c, state):
     if not set(domains) <= set(dataset.domains) or dataset.channels != image["channels"]:
         raise UserError(f"{c.checkpoint} knows {', '.join(domains)} and {image['channels']} channels; "
                         f"the data has {', '.join(dataset.domains)} and {dataset.channels}")
-    dataset = data.only(dataset, domains)
+    dataset = data.select_domains(dataset, domains)
     return balance.balanced(dataset) if config.get("balance") else dataset
 
 
@@ -276,11 +276,11 @@ def with_truth(c, methods, dataset, pairs_of, s, t, reference, device, say):
     curve = next(method for method in methods if method.name == "curve")
     quick = [method for method in methods if method.name != "SDEdit"]  # far below the curve, and the slowest
     several = [method for method in quick if len(method.settings) > 1]
-    say(f"choosing settings on {min(c.valid_heads, len(dataset.valid.images))} validation heads")
-    asked = question(dataset.valid, s, t, c.valid_heads, device)
+    say(f"choosing settings on {min(c.valid_heads, len(dataset.valid_pairs.images))} validation heads")
+    asked = question(dataset.valid_pairs, s, t, c.valid_heads, device)
     points = sweep(methods, [asked], curve, reference)
     say("choosing settings for all ordered pairs, 8 validation heads each")
-    few = [question(dataset.valid, *pair, 8, device) for pair in permutations(range(len(domains)), 2)]
+    few = [question(dataset.valid_pairs, *pair, 8, device) for pair in permutations(range(len(domains)), 2)]
     points_all = sweep(several, few, curve)
     chosen = {name: best(found) for name, found in points.items()}
     chosen_all = chosen | {name: best(found) for name, found in points_all.items()}
@@ -299,7 +299,7 @@ def with_truth(c, methods, dataset, pairs_of, s, t, reference, device, say):
 
 def without_truth(methods, dataset, s, t, reference, device):
     """Realism alone, for test images that are no pairs: every method at every setting."""
-    x, real = load(dataset.held_out[s], device), load(dataset.held_out[t], scorer(device))
+    x, real = to_float(dataset.test_images[s], device), to_float(dataset.test_images[t], scorer(device))
     if min(len(x), len(real)) < 2:  # one image has no spread
         raise UserError("the data has no two held-out images of each domain to evaluate on")
     rows = {"real against real": dict(kind="bound", **realism.score(real, reference))}
@@ -342,33 +342,33 @@ def main(argv=None):
         raise UserError(f"--source and --target are both {domains[s]}: translate between two domains")
     features = realism.load_features(c.features) if c.features else None
     dataset = open_data(c, state)
-    if len(dataset.train[t]) < 2:
+    if len(dataset.train_images[t]) < 2:
         raise UserError(f"{domains[t]} has no two training images to compare with")
     translator = student.restore(state["student"], device, c.checkpoint) if state.get("student") else None
     methods = every_method(dataset, model, state["translate"], translator, c.rivals)
     out = Path(c.out) if c.out else Path(c.checkpoint).parent / "evaluation"
-    with told(f"--out {out}", "cannot be made"):
+    with explain_os_error(f"--out {out}", "cannot be made"):
         out.mkdir(parents=True, exist_ok=True)
     clear_unfinished(out)
 
     if features is None:
         say("training a small network of features, for realism")
-        real = [images for name, images in zip(domains, dataset.train) if name.startswith("real")]
-        features = realism.train_features(real if len(real) >= 2 else list(dataset.train))
-    reference = realism.Reference(load(dataset.train[t], scorer(device)), features)
-    simulated = dataset.test is not None and dataset.test.truth is not None
+        real = [images for name, images in zip(domains, dataset.train_images) if name.startswith("real")]
+        features = realism.train_features(real if len(real) >= 2 else list(dataset.train_images))
+    reference = realism.Reference(to_float(dataset.train_images[t], scorer(device)), features)
+    simulated = dataset.test_pairs is not None and dataset.test_pairs.truth is not None
     command = " ".join(["python -m minimedshift.evaluate", *(argv or sys.argv[1:])])
     results = dict(
         command=command, checkpoint=c.checkpoint, steps=state["step"], weights="EMA", seed=config["seed"],
-        machine=machine(device), torch=torch.__version__, source=domains[s], target=domains[t],
+        machine=machine_name(device), torch=torch.__version__, source=domains[s], target=domains[t],
         features=c.features or "small network", references=len(reference.images), simulated=simulated)
-    if dataset.test is None:
-        results.update(heads=len(dataset.held_out[s]))
+    if dataset.test_pairs is None:
+        results.update(heads=len(dataset.test_images[s]))
         results.update(without_truth(methods, dataset, s, t, reference, device))
     else:
-        count = len(dataset.test.images)
+        count = len(dataset.test_pairs.images)
         results.update(heads=min(c.heads, count), heads_each=min(c.heads_each, count))
-        pairs_of = {"shared": lambda source: dataset.test}
+        pairs_of = {"shared": lambda source: dataset.test_pairs}
         if simulated:
             own = lambda source: sets.own_heads(dataset, domains[source], c.heads, config["seed"])
             pairs_of["own"] = cache(own)
@@ -381,7 +381,7 @@ def main(argv=None):
     results["seconds"] = time.time() - start
     write_json(out / "results.json", results)
     text = tables.table(results)
-    with whole(out / "table.md") as work:
+    with write_whole(out / "table.md") as work:
         work.write_text(text)
     print(text)
     say(f"{out}/: " + ", ".join(sorted(path.name for path in out.iterdir())))

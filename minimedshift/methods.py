@@ -18,7 +18,7 @@ from minimedshift import sampler
 from minimedshift import baselines, rivals
 from minimedshift.support.checkpoint import load_model
 from minimedshift.support.command import UserError, refuse
-from minimedshift.support.machine import in_batches, load
+from minimedshift.support.machine import in_batches, to_float
 
 MAIN = ("synthetic-high", "real-normal")
 STUDENT = "MedShift's student"
@@ -46,10 +46,10 @@ def question(pairs, s, t, heads, device, x=None):
     """The Question s -> t on the first `heads` heads of `Pairs`. x: the sources, if they are loaded already.
     Of real pairs a noisy image is all the truth there is."""
     def get(array, *which):
-        return None if array is None else load(array[:heads][which], scorer(device))
+        return None if array is None else to_float(array[:heads][which], scorer(device))
 
     every = slice(None)
-    x = load(pairs.images[:heads, s], device) if x is None else x
+    x = to_float(pairs.images[:heads, s], device) if x is None else x
     images = get(pairs.images, every, t)
     truth = images if pairs.truth is None else get(pairs.truth, every, t)
     second, decoys = get(pairs.second, every, t), get(pairs.decoys, every, every, t)
@@ -174,10 +174,10 @@ def every_method(dataset, model=None, how=None, translator=None, folder=""):
     for name, fit in baselines.UNPAIRED.items():
         rounds = (1,) if name == "histogram" else ROUNDS
         methods.append(Method(name, "unpaired", unpaired(dataset, fit, max(rounds)), rounds, "rounds"))
-    if dataset.valid is not None:
+    if dataset.valid_pairs is not None:
         for name, fit in baselines.PAIRED.items():
-            methods.append(Method(name, "ceiling", paired(dataset.valid, fit)))
-        if dataset.valid.second is not None:
+            methods.append(Method(name, "ceiling", paired(dataset.valid_pairs, fit)))
+        if dataset.valid_pairs.second is not None:
             methods.append(Method("second exposure", "bound", lambda q, _: q.second))
         else:
             methods.append(Method("real against real", "bound", lambda q, _: q.images))

@@ -29,7 +29,7 @@ AVERAGED = 16.97  # exponent of the EMA: about the last twentieth of the steps
 
 
 @dataclass(frozen=True)
-class Shape:
+class LocalShape:
     """What fixes the student's tensors."""
     num_domains: int = 5
     channels: int = 1
@@ -39,10 +39,10 @@ class Shape:
 
 
 def shape_for(size, num_domains, channels):
-    """The Shape for images of `size` pixels: at 64, 128 and 256 pixels the view is the same share of it."""
+    """The LocalShape for images of `size` pixels: at 64, 128 and 256 pixels the view is the same share of it."""
     if size >= 256:
-        return Shape(num_domains, channels, width=128, stem=8)
-    return Shape(num_domains, channels, width=64, stem=2 if size < 128 else 4)
+        return LocalShape(num_domains, channels, width=128, stem=8)
+    return LocalShape(num_domains, channels, width=64, stem=2 if size < 128 else 4)
 
 
 def view(shape):
@@ -74,7 +74,7 @@ class Block(nn.Module):
         return x + self.conv2(F.silu(h))
 
 
-class Student(nn.Module):
+class LocalNet(nn.Module):
     """x (B, C, H, W) in [-1, 1] from domains y_source to y_target, both (B,) int64: x + net(x), not clipped.
 
     One network for all ordered pairs. No normalisation and no attention: nothing looks at the whole image.
@@ -105,7 +105,7 @@ QUIET = lambda done, total: None  # says nothing of how far it has come
 def spread_out(dataset, count):
     """`count` training images of each domain, as often as drawn in training: (D, N, C, H, W) float16."""
     at = (np.arange(count) + .5) / count
-    drawn = [images[dataset.pick(d, at)] for d, images in enumerate(dataset.train)]
+    drawn = [images[dataset.pick(d, at)] for d, images in enumerate(dataset.train_images)]
     return torch.from_numpy(np.stack(drawn))
 
 
@@ -142,7 +142,7 @@ def turned(x, way):
 
 def learn(shape, images, answers, steps, pairs=None, batch=32, lr=1.5e-3, seed=0,
           dtype=torch.float32, device="cpu", power=1.0, say=QUIET):
-    """A Student, in eval mode, that has learned answers (D, D, N, C, H, W) to images (D, N, C, H, W).
+    """A LocalNet, in eval mode, that has learned answers (D, D, N, C, H, W) to images (D, N, C, H, W).
 
         loss = mean |student(x) - teacher(x)|^power        power 1 seeks the median, 2 the mean
 
@@ -152,7 +152,7 @@ def learn(shape, images, answers, steps, pairs=None, batch=32, lr=1.5e-3, seed=0
     device = torch.device(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = Student(shape)
+        student = LocalNet(shape)
     student.to(device, memory_format=torch.contiguous_format if device.type == "mps" else torch.channels_last)
     optimizer = torch.optim.AdamW(student.parameters(), lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(2, steps))
@@ -186,7 +186,7 @@ def fresh_noise(x, seed=0):
     return torch.stack(noise).to(x.device)
 
 
-class Translator:
+class Student:
     """The student with the `finish.Finish` of every pair: translates x (B, C, H, W), not clipped.
 
     y_source, y_target: ints or (B,) int64. seed: of the noise that is added where the target has more.
@@ -217,13 +217,13 @@ class Translator:
 
 
 def restore(state, device="cpu", path="the checkpoint"):
-    """The Translator of Translator.state(). Raises UserError where it is none, or does not fit its shape."""
+    """The Student of Student.state(). Raises UserError where it is none, or does not fit its shape."""
     try:
-        shape, weights = Shape(**state["shape"]), state["weights"]
+        shape, weights = LocalShape(**state["shape"]), state["weights"]
         if max(shape.num_domains, shape.width, shape.stem, len(shape.dilations), *shape.dilations) > 4096:
             raise ValueError
         with torch.device("meta"):  # without memory: what the shape claims may not be in the file
-            student = Student(shape)
+            student = LocalNet(shape)
         finishes = {}
         for pair, part in state["finishes"].items():
             s, t = map(range(shape.num_domains).index, map(int, pair.split()))
@@ -233,11 +233,11 @@ def restore(state, device="cpu", path="the checkpoint"):
     check_weights(student, weights, path)
     student = student.to_empty(device=device)
     student.load_state_dict(weights)
-    return Translator(student.eval().requires_grad_(False), finishes)
+    return Student(student.eval().requires_grad_(False), finishes)
 
 
 def teach(model, dataset, count, steps, tau, how, dtype, device, seed=0, say=lambda what: QUIET):
-    """The Translator that `model`, a trained flow, has taught on `count` training images of each domain.
+    """The Student that `model`, a trained flow, has taught on `count` training images of each domain.
 
     tau, how: of the lessons. steps: of the optimizer. dtype: of the arithmetic. say(what)(done, total)."""
     images = spread_out(dataset, count)
@@ -246,5 +246,5 @@ def teach(model, dataset, count, steps, tau, how, dtype, device, seed=0, say=lam
     shape = shape_for(dataset.size, len(dataset.domains), dataset.channels)
     net = learn(shape, images, answers, steps, seed=seed, dtype=dtype, device=device,
                 say=say("the student learns"))
-    enough = min(finish.IMAGES, max(map(len, dataset.train)))
-    return Translator(net, finish.fit(net, spread_out(dataset, enough), dtype, say("its finish")))
+    enough = min(finish.IMAGES, max(map(len, dataset.train_images)))
+    return Student(net, finish.fit(net, spread_out(dataset, enough), dtype, say("its finish")))

@@ -32,8 +32,8 @@ from minimedshift.phantom import sets
 from minimedshift import classify
 from minimedshift.support import checkpoint
 from minimedshift.support.command import UserError, flag, parse, run
-from minimedshift.support.files import told, whole
-from minimedshift.support.machine import in_batches, load, pick_device, pick_formats
+from minimedshift.support.files import explain_os_error, write_whole
+from minimedshift.support.machine import in_batches, to_float, pick_device, pick_formats
 from minimedshift.presets import PRESETS
 
 
@@ -58,16 +58,16 @@ def show(path, found):
             error = np.std(values) / max(1, len(values) - 1)**.5
             lines[-1].append(f"{np.mean(values):.3f}" + f" ± {error:.3f}" * (len(values) > 1))
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    with told(path.parent, "cannot be made"):
+    with explain_os_error(path.parent, "cannot be made"):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as work:
+    with write_whole(path) as work:
         work.write_text(text)
     print(text)
 
 
 def make_out(c):
     """The folder --out, made before any long work."""
-    with told(f"--out {c.out}", "cannot be made"):
+    with explain_os_error(f"--out {c.out}", "cannot be made"):
         Path(c.out).mkdir(parents=True, exist_ok=True)
 
 
@@ -260,17 +260,17 @@ def study_bands(c):
     dataset = sets.phantom_set(size, *counts, config["seed"], config["shift"])
     pupil = student.restore(state["student"], "cpu", c.checkpoint)
     ours = methods.Method(methods.STUDENT, "ours", methods.directly(pupil))
-    curve = methods.Method("curve", "ceiling", methods.paired(dataset.valid, baselines.PAIRED["curve"]))
+    curve = methods.Method("curve", "ceiling", methods.paired(dataset.valid_pairs, baselines.PAIRED["curve"]))
     s, t = methods.main_domains(domains)
     ask = partial(methods.question, device="cpu")
-    valid = ask(dataset.valid, s, t, len(dataset.valid.images))
-    each = [ask(dataset.valid, *pair, 8) for pair in permutations(range(len(domains)), 2)]
-    test, fit, found = ask(dataset.test, s, t, 128), baselines.UNPAIRED["bands (Laplacian)"], {}
+    valid = ask(dataset.valid_pairs, s, t, len(dataset.valid_pairs.images))
+    each = [ask(dataset.valid_pairs, *pair, 8) for pair in permutations(range(len(domains)), 2)]
+    test, fit, found = ask(dataset.test_pairs, s, t, 128), baselines.UNPAIRED["bands (Laplacian)"], {}
     for name, some in (("as they are", dataset), ("balanced", balance.balanced(dataset))):
         tried = []
         for images in MANY:
             answer = methods.unpaired(some, partial(fit, images=images), max(ROUNDS))
-            count = len(baselines.spread(some.train[s], images))
+            count = len(baselines.spread(some.train_images[s], images))
             tried.append(methods.Method(f"{name}, {count} images", "unpaired", answer, ROUNDS, "rounds"))
         points = evaluate.sweep(tried, [valid], curve)
         chosen = {key: evaluate.best(rows) for key, rows in points.items()}
@@ -278,7 +278,7 @@ def study_bands(c):
         gaps = {key: max(point["gap_closed"] for point in rows) for key, rows in points.items()}
         best = max(tried, key=lambda method: gaps[method.name])
         rounds = evaluate.best(evaluate.sweep([best], each, curve)[best.name])
-        pairs = {best.name: rounds}, lambda s: dataset.test, domains, curve, 32, "cpu"
+        pairs = {best.name: rounds}, lambda s: dataset.test_pairs, domains, curve, 32, "cpu"
         _, means = evaluate.all_pairs([best], *pairs)
         row = rows[best.name]
         low, high = row["less_ours"] or (math.nan, math.nan)
@@ -335,7 +335,7 @@ def study_latent(c):
     columns = [phantom.DOMAINS.index(name) for name in state["domains"]]
     found = {i / 10: None for i in range(11)}  # tau: (domain told, same head)
     for tau in found:
-        z = [load(pairs.images[:, column], device) for column in columns]
+        z = [to_float(pairs.images[:, column], device) for column in columns]
         if tau < how["end"]:  # from `end` on, z is the image
             leg = tau, how["steps"], how["solver"], how["end"], how["colour"]
             z = [in_batches(lambda x1: sampler.encode(model, x1, y, *leg), z[y]) for y in range(D)]
@@ -348,7 +348,7 @@ def study_latent(c):
         axes.axhline(chance, color=line.get_color(), linestyle=":")
     axes.set(xlabel="tau (1: the image)", ylim=(0, 1.05), title=f"z of {N} simulated validation heads")
     axes.legend(title=f"EMA weights of step {state['step']}")
-    with whole(Path(c.out) / "latent.png") as work:
+    with write_whole(Path(c.out) / "latent.png") as work:
         axes.figure.savefig(work, dpi=110)
 
 

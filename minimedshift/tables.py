@@ -5,7 +5,7 @@ from itertools import cycle
 from matplotlib.figure import Figure
 
 from minimedshift.metrics import METRICS
-from minimedshift.support.files import whole
+from minimedshift.support.files import write_whole
 
 KINDS = {"bound": "bound", "unpaired": "unpaired, no network", "learned": "unpaired, learned",
          "ours": "**MedShift**", "ceiling": "sees pairs"}  # in the order of the rows
@@ -160,5 +160,5 @@ def pareto(path, results):
              ylabel="kernel distance to the target's images (down: looks real)",
              title=f"{results['source']} -> {results['target']}, {heads}")
     figure.legend(loc="outside right upper", fontsize=8)
-    with whole(path) as work:
+    with write_whole(path) as work:
         figure.savefig(work, dpi=110)

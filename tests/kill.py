@@ -46,7 +46,7 @@ WEIGHTS = ("model", "ema", "optimizer", "student", "step")
 
 def child(command, *argv):
     """train.py or translate.py, which tells its phases. Several saves in seconds; what is measured is set."""
-    def told(module, name, before, after=None):
+    def explain_os_error(module, name, before, after=None):
         function = getattr(module, name)
 
         def with_phase(*args, **how):
@@ -62,11 +62,11 @@ def child(command, *argv):
     train.pick_formats = lambda dtype, device: (torch.float32, torch.channels_last)
     sets.BIG = 120  # the test heads are more: they are simulated by several processes
     files.DAY = 0   # what is left in the cache is removed at once
-    told(train, "load_data", "simulating")
-    told(batches, "learn_potentials", "potentials", "training")
-    told(train, "teach", "student")
-    told(train.evaluate, "report", "scoring")
-    told(translate, "translate_files", "translating")
+    explain_os_error(train, "load_data", "simulating")
+    explain_os_error(batches, "learn_potentials", "potentials", "training")
+    explain_os_error(train, "teach", "student")
+    explain_os_error(train.evaluate, "report", "scoring")
+    explain_os_error(translate, "translate_files", "translating")
     run(lambda: (train if command == "train" else translate).main(list(argv)))
 
 

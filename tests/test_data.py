@@ -41,14 +41,14 @@ def test_a_set_of_some_domains_has_their_images_in_the_order_asked_for():
     train = [np.full((2, 1, 4, 4), d, np.float16) for d in range(3)]
     number = np.arange(3, dtype=np.float16)
     pairs = data.Pairs(number.reshape(1, 3, 1, 1, 1), decoys=number.reshape(1, 1, 3, 1, 1, 1))
-    some = data.only(data.Dataset(("a", "b", "c"), 4, 1, train, train, None, pairs), ["c", "a"])
+    some = data.select_domains(data.Dataset(("a", "b", "c"), 4, 1, train, train, None, pairs), ["c", "a"])
     assert some.domains == ("c", "a")
-    assert [x.mean() for x in some.train] == [x.mean() for x in some.held_out] == [2, 0]
-    assert some.test.images.flatten().tolist() == some.test.decoys.flatten().tolist() == [2, 0]
-    assert some.test.truth is None and some.valid is None
+    assert [x.mean() for x in some.train_images] == [x.mean() for x in some.test_images] == [2, 0]
+    assert some.test_pairs.images.flatten().tolist() == some.test_pairs.decoys.flatten().tolist() == [2, 0]
+    assert some.test_pairs.truth is None and some.valid_pairs is None
     for wrong in (["a"], ["a", "a"], ["a", "x"], ["a", ""]):
         with pytest.raises(UserError, match="--domains"):
-            data.only(some, wrong)
+            data.select_domains(some, wrong)
 
 
 # ---------------------------------------------------------------- folders
@@ -70,15 +70,15 @@ def test_a_folder_becomes_domains_and_a_tenth_is_held_out(tmp_path):
     (root / "notes.txt").write_text("no image")
     (root / ".hidden").mkdir()
     one, two = (data.folder_set(root, 16, seed=0, cache=tmp_path / "cache", progress=False) for _ in range(2))
-    assert one.domains == ("few", "real-low", "synthetic") and one.channels == 1 and one.valid is None
-    assert [len(x) for x in one.train] == [4, 18, 4] and [len(x) for x in one.held_out] == [0, 2, 1]
-    assert all(x.shape[1:] == (1, 16, 16) and x.dtype == np.float16 for x in one.train)
-    assert sorted(levels(one.train[1]) + levels(one.held_out[1])) == list(range(20))
-    assert all(np.array_equal(a, b) for a, b in zip(one.train + one.held_out, two.train + two.held_out))
+    assert one.domains == ("few", "real-low", "synthetic") and one.channels == 1 and one.valid_pairs is None
+    assert [len(x) for x in one.train_images] == [4, 18, 4] and [len(x) for x in one.test_images] == [0, 2, 1]
+    assert all(x.shape[1:] == (1, 16, 16) and x.dtype == np.float16 for x in one.train_images)
+    assert sorted(levels(one.train_images[1]) + levels(one.test_images[1])) == list(range(20))
+    assert all(np.array_equal(a, b) for a, b in zip(one.train_images + one.test_images, two.train_images + two.test_images))
     other = data.folder_set(root, 16, seed=5, cache=tmp_path / "cache", progress=False)
-    assert levels(other.held_out[1]) != levels(one.held_out[1])
+    assert levels(other.test_images[1]) != levels(one.test_images[1])
     (root / "few" / "200.png").unlink()
-    assert len(data.folder_set(root, 16, cache=tmp_path / "cache", progress=False).train[0]) == 3
+    assert len(data.folder_set(root, 16, cache=tmp_path / "cache", progress=False).train_images[0]) == 3
 
 
 def test_train_and_test_folders_are_taken_as_they_are(tmp_path):
@@ -87,8 +87,8 @@ def test_train_and_test_folders_are_taken_as_they_are(tmp_path):
         fill(tmp_path / "root" / "test" / domain, 3, 50)
     dataset = data.folder_set(tmp_path / "root", 16, cache=tmp_path / "cache", progress=False)
     assert dataset.domains == ("a", "b")
-    assert [levels(x) for x in dataset.train] == [list(range(10))] * 2
-    assert [levels(x) for x in dataset.held_out] == [[50, 51, 52]] * 2
+    assert [levels(x) for x in dataset.train_images] == [list(range(10))] * 2
+    assert [levels(x) for x in dataset.test_images] == [[50, 51, 52]] * 2
 
 
 def test_depths_and_colours_mix(tmp_path):
@@ -96,10 +96,10 @@ def test_depths_and_colours_mix(tmp_path):
     fill(tmp_path / "root" / "b", 2, picture=lambda i: Image.fromarray(np.full((16, 16, 3), 7, np.uint8)))
     grey = data.folder_set(tmp_path / "root", 16, cache=tmp_path / "cache", progress=False)
     assert grey.channels == 1
-    np.testing.assert_allclose(grey.train[0].astype(np.float32), 40000 / 65535 * 2 - 1, atol=2e-4)
+    np.testing.assert_allclose(grey.train_images[0].astype(np.float32), 40000 / 65535 * 2 - 1, atol=2e-4)
     fill(tmp_path / "root" / "b", 1, 2, picture=lambda i: Image.fromarray(noise(16, 16, 3)))
     colour = data.folder_set(tmp_path / "root", 16, cache=tmp_path / "cache", progress=False)
-    assert colour.channels == 3 and colour.train[0].shape == (2, 3, 16, 16)
+    assert colour.channels == 3 and colour.train_images[0].shape == (2, 3, 16, 16)
     line = data.check(colour, tmp_path / "grid.png")[0]
     assert line.startswith("a: 2 to train, 0 held out; values 0.22 to 0.22")
     assert Image.open(tmp_path / "grid.png").size[0] > 100
@@ -148,12 +148,12 @@ def test_domains_of_opposite_polarity_are_warned_of(tmp_path, capsys):
     images = [phantom.render(heads, domain, 32).half().numpy() for domain in phantom.DOMAINS]
     dataset = data.Dataset(phantom.DOMAINS, 32, 1, images, images)
     assert data.opposite(dataset) == []
-    negative = replace(dataset, domains=("heads", "negatives"), train=[images[3], -images[4]])
+    negative = replace(dataset, domains=("heads", "negatives"), train_images=[images[3], -images[4]])
     assert data.opposite(negative) == [("heads", "negatives")]
     assert "negatives of each other" in data.check(negative, tmp_path / "grid.png")[-1]
     draw = np.random.default_rng(0)
     flat = [draw.uniform(-.1, .1, (300, 1, 32, 32)).astype(np.float16) for _ in range(2)]
-    assert data.opposite(replace(negative, train=flat)) == []
+    assert data.opposite(replace(negative, train_images=flat)) == []
 
 
 def test_the_centre_of_the_shorter_side_is_kept():
@@ -176,7 +176,7 @@ def test_bad_files_are_named_and_skipped_and_empty_folders_are_sentences(tmp_pat
         read()
     fill(root / "b", 6)
     (root / "b" / "bad.jpg").write_bytes(b"\xff\xd8 nothing")
-    assert len(read().train[1]) == 5
+    assert len(read().train_images[1]) == 5
     for _ in range(2):  # from the cache too
         err = capsys.readouterr().err
         assert "bad.jpg" in err and "skipped 1 unreadable" in err

@@ -18,7 +18,7 @@ from minimedshift import data, evaluate, sampler
 from minimedshift import methods, metrics, rivals
 from minimedshift.phantom import sets
 from minimedshift.support.command import UserError
-from minimedshift.support.machine import load
+from minimedshift.support.machine import to_float
 from minimedshift.methods import Method
 from minimedshift.model import Shape, UNet
 
@@ -34,7 +34,7 @@ def dataset(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pair(dataset):
     s, t = methods.main_domains(dataset.domains)
-    return methods.question(dataset.test, s, t, 8, "cpu")
+    return methods.question(dataset.test_pairs, s, t, 8, "cpu")
 
 
 PERFECT = Method("perfect", "ours", lambda q, _: q.second)
@@ -47,7 +47,7 @@ CURVE = Method("curve", "ceiling", lambda q, _: q.truth + .1)
 def test_a_question_holds_the_pictures_of_its_pair(dataset, pair):
     assert (dataset.domains[pair.source], dataset.domains[pair.target]) == methods.MAIN
     s, t = pair.source, pair.target
-    test = dataset.test
+    test = dataset.test_pairs
     wanted = dict(x=test.images[:, s], images=test.images[:, t], truth=test.truth[:, t], second=test.second[:, t],
                   decoys=test.decoys[:, :, t], materials=test.materials)
     for name, array in wanted.items():
@@ -62,10 +62,10 @@ def test_the_flow_gives_each_pair_what_the_sampler_gives_it(dataset):
     method = Method("MedShift", "ours", methods.flow(model, HOW))
     how = {key: HOW[key] for key in ("guidance", "steps", "solver", "end", "colour")}
     for s in (0, 1):
-        x = load(dataset.test.images[:3, s], "cpu")
+        x = to_float(dataset.test_pairs.images[:3, s], "cpu")
         for t in (2, 3):
             for tau in (.2, .5):
-                q = methods.question(dataset.test, s, t, 3, "cpu", x)
+                q = methods.question(dataset.test_pairs, s, t, 3, "cpu", x)
                 expected = sampler.translate(model, x, s, t, tau, **how)
                 torch.testing.assert_close(methods.answer(method, q, tau)[0], expected.clamp(-1, 1))
 
@@ -102,7 +102,7 @@ def test_a_folder_of_rivals_is_read_and_each_answers_as_it_was_trained(dataset, 
     for name, out in wanted.items():
         answer, _ = methods.answer(found[name], pair, .5)
         torch.testing.assert_close(answer, out.clamp(-1, 1), atol=1e-5, rtol=1e-4)
-    turned = methods.question(dataset.test, t, s, 8, "cpu")
+    turned = methods.question(dataset.test_pairs, t, s, 8, "cpu")
     assert torch.equal(methods.answer(found["CycleGAN"], turned)[0], back(turned.x).clamp(-1, 1))
     assert methods.answer(found["supervised"], turned) == (None, 0.0)
     asked = [found["supervised"], LAZY]  # who does not know a pair is left out
@@ -162,7 +162,7 @@ def test_a_student_is_asked_and_others_are_compared_with_it(dataset, pair):
 
 
 def test_all_pairs_are_scored_and_a_cleaner_source_has_no_gap(dataset):
-    test = lambda s: dataset.test
+    test = lambda s: dataset.test_pairs
     rows, means = evaluate.all_pairs([PERFECT, LAZY], {}, test, dataset.domains, CURVE, 4, "cpu")
     assert len(rows["perfect"]) == 20
     assert rows["perfect"]["synthetic-low -> real-low"]["gap_closed"] == pytest.approx(1)
@@ -176,7 +176,7 @@ def test_all_pairs_are_scored_and_a_cleaner_source_has_no_gap(dataset):
 
 def test_a_method_that_knows_one_pair_is_left_out_of_the_means(dataset):
     one = Method("one", "learned", lambda q, _: q.x if (q.source, q.target) == (1, 3) else None)
-    test = lambda s: dataset.test
+    test = lambda s: dataset.test_pairs
     rows, means = evaluate.all_pairs([one, LAZY], {}, test, dataset.domains, CURVE, 2, "cpu")
     assert list(rows["one"]) == ["synthetic-high -> real-normal"] and list(means) == ["lazy"]
 
@@ -278,14 +278,14 @@ def test_test_images_of_one_name_are_pairs_and_others_are_not(tmp_path):
         write(tmp_path / "train" / domain, [f"t{i}" for i in range(5)], bright)
         write(tmp_path / "test" / domain, names + [f"only-{domain}"], bright, seed=1)
     found = data.folder_set(tmp_path, 32, cache=tmp_path / "cache", progress=False)
-    assert found.valid.images.shape == (5, 2, 1, 32, 32) and found.test.images.shape == (4, 2, 1, 32, 32)
-    lighter = found.test.images[:, 1] - found.test.images[:, 0]  # the same random picture, 100 grey levels brighter
+    assert found.valid_pairs.images.shape == (5, 2, 1, 32, 32) and found.test_pairs.images.shape == (4, 2, 1, 32, 32)
+    lighter = found.test_pairs.images[:, 1] - found.test_pairs.images[:, 0]  # the same random picture, 100 grey levels brighter
     np.testing.assert_allclose(lighter, 100 / 127.5, atol=2e-3)
-    assert found.test.truth is None and methods.question(found.test, 0, 1, 4, "cpu").second is None
+    assert found.test_pairs.truth is None and methods.question(found.test_pairs, 0, 1, 4, "cpu").second is None
     (tmp_path / "test" / "a" / "head3.png").unlink()
     (tmp_path / "test" / "a" / "head4.png").unlink()
     again = data.folder_set(tmp_path, 32, cache=tmp_path / "cache", progress=False)
-    assert again.test is None and again.valid is None and len(again.held_out[0]) == 8
+    assert again.test_pairs is None and again.valid_pairs is None and len(again.test_images[0]) == 8
 
 
 @pytest.mark.parametrize("paired", [True, False])

@@ -38,8 +38,8 @@ def test_a_file_that_cannot_be_written_is_a_sentence_and_the_old_one_stays(tmp_p
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
-    script = (f"import os, signal; from minimedshift.support.files import whole\n"
-              f"with whole({str(tmp_path / 'a.png')!r}) as work:\n"
+    script = (f"import os, signal; from minimedshift.support.files import write_whole\n"
+              f"with write_whole({str(tmp_path / 'a.png')!r}) as work:\n"
               "    work.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)\n")
     subprocess.run([sys.executable, "-c", script], cwd=os.path.dirname(os.path.dirname(__file__)))
     killed, = os.listdir(tmp_path)
@@ -78,22 +78,22 @@ def test_a_log_that_was_cut_is_repaired(tmp_path):
 
 @pytest.mark.skipif(files.fcntl is None, reason="needs locks")
 def test_a_folder_is_held_by_one_process_until_its_end_however_it_ends(tmp_path):
-    script = ("import time; from minimedshift.support.files import alone\n"
-              f"with alone({str(tmp_path)!r}):\n    print('held', flush=True); time.sleep(100)\n")
+    script = ("import time; from minimedshift.support.files import lock_folder\n"
+              f"with lock_folder({str(tmp_path)!r}):\n    print('held', flush=True); time.sleep(100)\n")
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE,
                                cwd=os.path.dirname(os.path.dirname(__file__)))
     assert process.stdout.readline() == b"held\n"
     for _ in range(2):
         with pytest.raises(UserError, match=rf"in use by another run \(process {process.pid}\)"):
-            with files.alone(tmp_path):
+            with files.lock_folder(tmp_path):
                 pass
     process.kill()
     process.wait()
     assert os.listdir(tmp_path) == [".lock"]
-    with files.alone(tmp_path):
+    with files.lock_folder(tmp_path):
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
         with pytest.raises(UserError, match="in use"):
-            with files.alone(tmp_path):
+            with files.lock_folder(tmp_path):
                 pass
     assert os.listdir(tmp_path) == []
 
@@ -108,7 +108,7 @@ def test_a_lock_that_its_owner_has_just_removed_holds_nothing(tmp_path, monkeypa
 
     monkeypatch.setattr(files.fcntl, "flock", late)
     with pytest.raises(UserError, match="in use"):
-        with files.alone(tmp_path):
+        with files.lock_folder(tmp_path):
             pass
 
 
@@ -118,10 +118,10 @@ def test_a_disk_without_locks_and_windows_refuse_nobody(tmp_path, monkeypatch):
             raise OSError(errno.ENOLCK, "No locks available")
 
         monkeypatch.setattr(files.fcntl, "flock", none)
-        with files.alone(tmp_path), files.alone(tmp_path):
+        with files.lock_folder(tmp_path), files.lock_folder(tmp_path):
             pass
     monkeypatch.setattr(files, "fcntl", None)
-    with files.alone(tmp_path), files.alone(tmp_path):
+    with files.lock_folder(tmp_path), files.lock_folder(tmp_path):
         pass
     assert os.listdir(tmp_path) == []
 
@@ -132,7 +132,7 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files.os, "open", read_only)
     with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\)"):
-        with files.alone(tmp_path):
+        with files.lock_folder(tmp_path):
             pass
 
 

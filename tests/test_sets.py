@@ -27,14 +27,14 @@ def dataset(tmp_path_factory):
 
 
 def arrays(dataset):
-    pairs = [getattr(pairs, kind) for pairs in (dataset.valid, dataset.test) for kind in sets.KINDS]
-    return [np.stack(dataset.train), dataset.test.materials, dataset.test.decoys, *pairs]
+    pairs = [getattr(pairs, kind) for pairs in (dataset.valid_pairs, dataset.test_pairs) for kind in sets.KINDS]
+    return [np.stack(dataset.train_images), dataset.test_pairs.materials, dataset.test_pairs.decoys, *pairs]
 
 
 def test_the_set_holds_what_the_simulator_renders(dataset):
     assert dataset.domains == tuple(phantom.DOMAINS) and dataset.channels == 1
-    assert np.stack(dataset.train).shape == (5, 2, 1, 16, 16) and dataset.test.images.shape == (3, 5, 1, 16, 16)
-    for split, pairs in (("valid", dataset.valid), ("test", dataset.test)):
+    assert np.stack(dataset.train_images).shape == (5, 2, 1, 16, 16) and dataset.test_pairs.images.shape == (3, 5, 1, 16, 16)
+    for split, pairs in (("valid", dataset.valid_pairs), ("test", dataset.test_pairs)):
         head = phantom.Head(sets.first_seed(0, split) + 1)
         for d, domain in enumerate(phantom.DOMAINS):
             for kind, how in KINDS:
@@ -44,7 +44,7 @@ def test_the_set_holds_what_the_simulator_renders(dataset):
     for d, domain in enumerate(phantom.DOMAINS):
         seed = sets.first_seed(0, "train", d) + 1
         head = phantom.Head(seed, phantom.population(seed, domain, .1))
-        torch.testing.assert_close(torch.tensor(dataset.train[d][1]), phantom.render([head], domain, 16)[0].half())
+        torch.testing.assert_close(torch.tensor(dataset.train_images[d][1]), phantom.render([head], domain, 16)[0].half())
 
 
 def test_decoys_are_other_people_in_the_same_view(dataset):
@@ -55,8 +55,8 @@ def test_decoys_are_other_people_in_the_same_view(dataset):
         other = phantom.Head(seed, anatomy=person)
         assert other.view == head.view and other.field == head.field and not np.array_equal(other.matrix, head.matrix)
         picture = phantom.render([other], "real-low", 16, noise=False)[0].half()
-        torch.testing.assert_close(torch.tensor(dataset.test.decoys[1, k, 2]), picture)
-        seen.add(dataset.test.decoys[1, k, 2].tobytes())
+        torch.testing.assert_close(torch.tensor(dataset.test_pairs.decoys[1, k, 2]), picture)
+        seen.add(dataset.test_pairs.decoys[1, k, 2].tobytes())
     assert len(seen) == sets.DECOYS
 
 

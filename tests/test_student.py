@@ -13,13 +13,13 @@ from minimedshift.data import Dataset
 from minimedshift.model import Shape as FlowShape
 from minimedshift.model import UNet
 
-SMALL = student.Shape(num_domains=3, width=16, dilations=(1,))
+SMALL = student.LocalShape(num_domains=3, width=16, dilations=(1,))
 
 
 def awake(shape, seed=0):
     """A student whose last layers are not zero."""
     torch.manual_seed(seed)
-    net = student.Student(shape)
+    net = student.LocalNet(shape)
     for p in net.parameters():
         torch.nn.init.normal_(p, std=.1)
     return net.requires_grad_(False)
@@ -29,8 +29,8 @@ def labels(*numbers):
     return torch.tensor(numbers)
 
 
-@pytest.mark.parametrize("shape", [SMALL, student.Shape(width=8, dilations=(1, 3)),
-                                   student.Shape(width=8, stem=4, dilations=(2,))])
+@pytest.mark.parametrize("shape", [SMALL, student.LocalShape(width=8, dilations=(1, 3)),
+                                   student.LocalShape(width=8, stem=4, dilations=(2,))])
 def test_a_pixel_sees_as_far_as_view_says_and_no_farther(shape):
     net, side = awake(shape), 96
     x = torch.zeros(1, 1, side, side)
@@ -52,7 +52,7 @@ def test_the_student_hears_both_labels():
 
 def test_an_untrained_student_changes_nothing():
     x = torch.randn(2, 1, 16, 24)
-    assert torch.equal(student.Student(SMALL)(x, labels(0, 1), labels(2, 0)), x)
+    assert torch.equal(student.LocalNet(SMALL)(x, labels(0, 1), labels(2, 0)), x)
 
 
 @pytest.mark.parametrize("power, settles", [(1.0, .5), (2.0, .3)])
@@ -61,7 +61,7 @@ def test_the_loss_seeks_the_median_or_the_mean(power, settles):
     images = torch.zeros(2, 10, 1, 8, 8)
     answers = torch.full((2, 2, 10, 1, 8, 8), .5)
     answers[:, :, 8:] = -.5
-    net = student.learn(student.Shape(2, width=8, dilations=(1,)), images, answers, 300, lr=.01, power=power)
+    net = student.learn(student.LocalShape(2, width=8, dilations=(1,)), images, answers, 300, lr=.01, power=power)
     assert net(images[0], labels(*[0] * 10), labels(*[1] * 10)).mean() == pytest.approx(settles, abs=.06)
 
 
@@ -69,7 +69,7 @@ def test_each_ordered_pair_has_its_own_answer():
     torch.manual_seed(0)
     images = torch.rand(2, 20, 1, 8, 8) - .5
     answers = torch.stack([torch.stack([images[0], -images[0]]), torch.stack([images[1] / 2 + .3, images[1]])])
-    net = student.learn(student.Shape(2, width=16, dilations=(1,)), images, answers, 400, lr=.01)
+    net = student.learn(student.LocalShape(2, width=16, dilations=(1,)), images, answers, 400, lr=.01)
     x = torch.rand(4, 1, 8, 8) - .5
     assert (net(x, labels(0, 0, 0, 0), labels(1, 1, 1, 1)) + x).abs().mean() < .05
     assert (net(x, labels(1, 1, 1, 1), labels(0, 0, 0, 0)) - x / 2 - .3).abs().mean() < .05
@@ -87,7 +87,7 @@ def test_the_students_weights_are_the_running_mean_of_those_it_had(monkeypatch):
     monkeypatch.setattr(student.checkpoint, "EMA", Spy)
     monkeypatch.setattr(student, "AVERAGED", 1.0)
     images, answers = torch.zeros(2, 4, 1, 8, 8), torch.full((2, 2, 4, 1, 8, 8), .5)
-    net = student.learn(student.Shape(2, width=8, dilations=(1,)), images, answers, 4, lr=.01)
+    net = student.learn(student.LocalShape(2, width=8, dilations=(1,)), images, answers, 4, lr=.01)
     assert [step for step, _ in seen] == [1, 2, 3, 4]
     for name, p in net.named_parameters():
         mean = 0
@@ -143,7 +143,7 @@ def translator():
     own, wanted = ([Curve(-1.0, 1.0, torch.full((2,), size))] * 2 for size in (0.0, 0.1))
     # as if domain 1 had noise and the student left none
     finishes[0, 1] = replace(finishes[0, 1], own=own, wanted=wanted)
-    return student.Translator(net, finishes)
+    return student.Student(net, finishes)
 
 
 def test_a_batch_of_several_pairs_is_translated_pair_by_pair(translator):

@@ -139,10 +139,10 @@ def test_bands_are_chosen_on_validation_heads_and_scored_beside_the_student(tmp_
     assert plain[0].startswith("as they are") and balanced[0].startswith("balanced")
     dataset = sets.phantom_set(16, 50, 3, 2, 0, .1)
     s, t = study.methods.main_domains(dataset.domains)
-    curve = baselines.PAIRED["curve"](dataset.valid.images[:, s], dataset.valid.truth[:, t])
+    curve = baselines.PAIRED["curve"](dataset.valid_pairs.images[:, s], dataset.valid_pairs.truth[:, t])
     rounds, images = int(float(plain[head.index("rounds")])), int(plain[0].split()[3])
-    bands = baselines.UNPAIRED["bands (Laplacian)"](dataset.train[s], dataset.train[t], rounds, images)
-    for part, pairs in (("validation", dataset.valid), ("test", dataset.test)):
+    bands = baselines.UNPAIRED["bands (Laplacian)"](dataset.train_images[s], dataset.train_images[t], rounds, images)
+    for part, pairs in (("validation", dataset.valid_pairs), ("test", dataset.test_pairs)):
         q = study.methods.question(pairs, s, t, 9, "cpu")
         errors = [metrics.structure_mse(x.clamp(-1, 1), q.truth).mean() for x in (bands(q.x), curve(q.x), q.second)]
         assert float(plain[head.index(part)]) == pytest.approx(float(metrics.gap_closed(*errors)), abs=6e-4)

@@ -414,7 +414,7 @@ def test_the_readme_run_beats_the_grey_value_curves(tmp_path, cache, monkeypatch
     translator = student.restore(state["student"])
     methods = compared.every_method(dataset, model, state["translate"], translator)
     s, t = compared.main_domains(dataset.domains)
-    q = compared.question(dataset.valid, s, t, 64, "cpu")
+    q = compared.question(dataset.valid_pairs, s, t, 64, "cpu")
     curve = next(method for method in methods if method.name == "curve")
     found = evaluate.sweep(methods, [q], curve)
     scores = {name: max(point["gap_closed"] for point in points) for name, points in found.items()}

@@ -144,8 +144,8 @@ def taught(tmp_path_factory):
     torch.manual_seed(0)
     domains = len(phantom.DOMAINS)
     images = torch.rand(domains, 30, 1, SIZE, SIZE) * torch.linspace(.2, 1, domains).view(-1, 1, 1, 1, 1)
-    pupil = student.Student(student.Shape(width=8, dilations=(1,)))
-    translator = student.Translator(pupil, student.finish.fit(pupil, images))
+    pupil = student.LocalNet(student.LocalShape(width=8, dilations=(1,)))
+    translator = student.Student(pupil, student.finish.fit(pupil, images))
     checkpoint.save(net, {**checkpoint.load(net), "student": translator.state()})
     return net
 

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 
 from minimedshift.phantom import DOMAINS, Head, render
 from minimedshift.support.command import UserError, run
-from minimedshift.support.files import whole
+from minimedshift.support.files import write_whole
 
 
 def main(argv=None):
@@ -27,7 +27,7 @@ def main(argv=None):
             ax.set(xticks=[], yticks=[], title=domain if heads is own else "")
     figure.supxlabel("Every picture is simulated, those of the real domains too.", fontsize=10)
     try:
-        with whole(argv[0]) as work:
+        with write_whole(argv[0]) as work:
             figure.savefig(work, dpi=100)
     except UserError:
         raise

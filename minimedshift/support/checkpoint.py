@@ -15,7 +15,7 @@ import torch
 
 from minimedshift.model import Shape, UNet
 from minimedshift.support.command import UserError
-from minimedshift.support.files import told, whole
+from minimedshift.support.files import explain_os_error, write_whole
 from minimedshift.support.trust import check_settings, check_weights
 
 FORMAT = 4  # changes with what a checkpoint holds
@@ -64,11 +64,11 @@ class EMA:
 def save(path, state):
     """Write `state` (plain types and tensors) whole or not at all. Raises UserError if it cannot."""
     path = Path(path)
-    with told(path.parent, "cannot be made"):
+    with explain_os_error(path.parent, "cannot be made"):
         path.parent.mkdir(parents=True, exist_ok=True)
     data = io.BytesIO()  # first to memory: torch does not pass on what a full disk says
     torch.save({"format": FORMAT, **state}, data)
-    with whole(path) as work, open(work, "wb") as file:
+    with write_whole(path) as work, open(work, "wb") as file:
         file.write(data.getbuffer())
         file.flush()
         os.fsync(file.fileno())

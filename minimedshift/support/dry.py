@@ -108,24 +108,24 @@ def dry_run(config, device, dtype, dataset, rendered, model, translation, take_s
 def semidiscrete(config, device, dtype, dataset, x0, y):
     """Seconds that the potentials of one label take; and a function that picks images for the noises x0."""
     where = torch.device("cpu") if device.type == "mps" else device  # mps lacks its algebra
-    tinted = tint(torch.randn(dataset.train[0].shape), config.colour)
+    tinted = tint(torch.randn(dataset.train_images[0].shape), config.colour)
     seconds, g = clock(where, lambda: coupling.learn_potentials(tinted, device=where))
-    g = [torch.zeros(len(images), device=device) for images in dataset.train]
-    picker = coupling.Semidiscrete(dataset.train, g, device, None, dtype)
+    g = [torch.zeros(len(images), device=device) for images in dataset.train_images]
+    picker = coupling.Semidiscrete(dataset.train_images, g, device, None, dtype)
     return seconds, lambda: picker.pick(x0, y)
 
 
 def student_phases(config, device, dtype, dataset):
     """Seconds of the student's steps, and of its tone and grain."""
     D = len(dataset.domains)
-    images = torch.from_numpy(np.stack([x[:32] for x in dataset.train]))
+    images = torch.from_numpy(np.stack([x[:32] for x in dataset.train_images]))
     answers = images[None].expand(D, *images.shape)
     shape = student.shape_for(config.size, D, dataset.channels)
     learn = lambda steps: student.learn(shape, images, answers, steps, dtype=dtype, device=device)
     _, net = clock(device, lambda: learn(1))
     one, three = (clock(device, lambda: learn(steps))[0] for steps in (1, 3))
-    enough = min(finish.IMAGES, *map(len, dataset.train))
-    two = torch.from_numpy(np.stack([x[:enough] for x in dataset.train[:2]]))
+    enough = min(finish.IMAGES, *map(len, dataset.train_images))
+    two = torch.from_numpy(np.stack([x[:enough] for x in dataset.train_images[:2]]))
     seconds, _ = clock(device, lambda: finish.fit(net, two, dtype))
     return {"the student's steps": config.student_steps * max(three - one, 0) / 2,
             "the student's tone and grain": D * (D - 1) * seconds / 2}

@@ -32,7 +32,7 @@ HEAD = 2**20  # bytes of a file that the manifest has a digest of
 # ---------------------------------------------------------------- files
 
 @contextmanager
-def told(path, does="cannot be written", advice=""):
+def explain_os_error(path, does="cannot be written", advice=""):
     """An OSError in this block becomes a sentence: what `path` does not do, why, and what to do about it."""
     try:
         yield
@@ -42,14 +42,14 @@ def told(path, does="cannot be written", advice=""):
 
 
 @contextmanager
-def whole(path):
+def write_whole(path):
     """A name beside `path` to write to, which replaces it in the end: it is written whole or not at all.
 
     Raises UserError if the file cannot be written.
     """
     path = Path(path)
     work = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
-    with told(path):
+    with explain_os_error(path):
         try:
             yield work
             os.replace(work, path)
@@ -59,7 +59,7 @@ def whole(path):
 
 def write_json(path, values):
     """Write a dict as JSON, whole or not at all."""
-    with whole(path) as work:
+    with write_whole(path) as work:
         work.write_text(json.dumps(values, indent=1))
 
 
@@ -96,7 +96,7 @@ def runs(process):
 # ---------------------------------------------------------------- folders
 
 @contextmanager
-def alone(folder):
+def lock_folder(folder):
     """In this block no other process has the folder. Raises UserError if one has it already.
 
     The system frees it however a process ends, by kill -9 too. Without fcntl (Windows) nobody is refused.
@@ -105,7 +105,7 @@ def alone(folder):
         yield
         return
     path = Path(folder) / ".lock"
-    with told(folder):
+    with explain_os_error(folder):
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if not held(file, path):
@@ -113,7 +113,7 @@ def alone(folder):
             raise UserError(f"{folder} is in use by another run (process {owner}): "
                             "wait for its end, or choose another folder")
         try:
-            with told(folder):
+            with explain_os_error(folder):
                 os.ftruncate(file, 0)
                 os.write(file, str(os.getpid()).encode())
             yield
@@ -144,7 +144,7 @@ def cached(root, name, content, build):
     root = Path(root or os.environ.get("MINIMEDSHIFT_CACHE") or Path.home() / ".cache" / "minimedshift")
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     final = root / f"{name}-{key}"
-    with told(f"the cache {root}", advice=": set MINIMEDSHIFT_CACHE to a folder that can"):
+    with explain_os_error(f"the cache {root}", advice=": set MINIMEDSHIFT_CACHE to a folder that can"):
         if final.is_dir():
             damage = damaged(final)
             if not damage:

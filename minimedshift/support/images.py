@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from minimedshift.support.command import UserError
-from minimedshift.support.files import told, whole
+from minimedshift.support.files import explain_os_error, write_whole
 
 MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")  # Pillow's names
 COLOURED = ("P", "RGB", "RGBA")
@@ -131,7 +131,7 @@ def write_image(path, x, info):
     if info.mode == "1":
         image = image.convert("1")
     try:
-        with whole(path) as work:
+        with write_whole(path) as work:
             image.save(work, format=name, **options, **info.extra)
     except UserError:
         raise
@@ -196,7 +196,7 @@ def figure(path, rows, columns, labels, cell=160):
     for c, text in enumerate(columns):
         draw.multiline_text((left + c * step, 2), text, fill="black", font=font)
     path = Path(path)
-    with told(path.parent, "cannot be made"):
+    with explain_os_error(path.parent, "cannot be made"):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as work:
+    with write_whole(path) as work:
         sheet.save(work)

@@ -8,7 +8,7 @@ from contextlib import suppress
 import numpy as np
 import torch
 
-from minimedshift.support.files import told, whole
+from minimedshift.support.files import explain_os_error, write_whole
 
 
 def progress(done, total, start, what, unit="images"):
@@ -41,7 +41,7 @@ class Log:
         self.rows = [row_of(line) for line in lines]
         self.silent = silent
         if not silent:
-            with whole(self.path) as work:
+            with write_whole(self.path) as work:
                 work.write_text("\n".join([",".join(self.COLUMNS), *lines, ""]))
         self.start, self.shown, self.pending = time.time(), 0.0, []
         self.before = self.rows[-1][-1] if self.rows else 0.0  # seconds that earlier processes took
@@ -83,7 +83,7 @@ class Log:
         self.pending = []
         if not lines or self.silent:
             return
-        with told(self.path), open(self.path, "a") as file:
+        with explain_os_error(self.path), open(self.path, "a") as file:
             file.write("\n".join([*lines, ""]))
 
     def column(self, name):
@@ -117,5 +117,5 @@ class Log:
         axes.plot(range(width, len(losses) + 1), smooth, label=f"mean of {width} steps")
         axes.set(xlabel="step", ylabel=r"loss  $|v - u_t|^2$", yscale="log", title="flow-matching loss")
         axes.legend()
-        with whole(self.out / "loss.png") as work:
+        with write_whole(self.out / "loss.png") as work:
             sheet.savefig(work, dpi=100)

@@ -76,7 +76,7 @@ def can_compile(device):
     return True
 
 
-def compile_or_not(model, x, dtype):
+def try_compile(model, x, dtype):
     """Compile the network's blocks and try them on images like x (B, C, H, W): where the compiler fails, one
     line says so and the network stays as it is."""
     device = next(model.parameters()).device
@@ -106,7 +106,7 @@ def keep_memory():
         pass
 
 
-def load(array, device):
+def to_float(array, device):
     """A stored float16 array (or a slice of one) as float32 on the device."""
     return torch.from_numpy(np.array(array, np.float32)).to(device)
 
@@ -125,7 +125,7 @@ def in_batches(function, x, batch=64):
             batch //= 2
 
 
-def machine(device):
+def machine_name(device):
     """The name of the processor or GPU, for the report."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()

@@ -1,9 +1,8 @@
-"""Which noise goes with which image: the coupling.
+"""Which noise goes with which image: couplings of noise x0 and images x1.
 
-Flow matching pairs every image x1 with a noise x0 and learns the line between them. Any pairing will do in
-which the noises of each label are N(0, I). Short lines cross less, so the flow is straighter and needs fewer
-solver steps. The Schrodinger bridge of a Brownian motion of width sigma pairs them by entropic optimal
-transport (arXiv:2302.00482, Prop. 3.4):
+The fewer lines from noise to image cross, the less the network has to average: the flow is straighter and
+needs fewer solver steps. The Schrodinger bridge of a Brownian motion of width sigma pairs noises and images
+by entropic optimal transport (arXiv:2302.00482, Prop. 3.4):
 
     pi = argmin <C, pi> + eps sum pi log pi,    C_ij = ||x1_i - x0_j||^2,    eps = 2 sigma^2
 
@@ -15,9 +14,10 @@ C = 1/2 ||.||^2 it would be eps = sigma^2.) The couplings:
     exact         eps to 0: the one-to-one assignment of least total cost
     semidiscrete  eps to 0 and all training images at once: every fresh noise has its image
 
-A new one is a function and its entry in COUPLINGS, at the end. Plans are made inside each label's block: a
-label-blind plan would train a p(x0 | y) that is not N(0, I), while sampling starts from N(0, I)
-(arXiv:2503.10636). For coloured noise (flow.draw_noise) read its own Gaussian instead of N(0, I).
+All are called alike: x0, x1, plan = couple(x0, y, generator) takes noises and their labels, and gives pairs.
+A new coupling that pairs the noises and images of a batch is a function and its entry in PAIRINGS. Pairs are
+made inside each label: a label-blind plan would train a p(x0 | y) that is not N(0, I), while sampling starts
+from N(0, I) (arXiv:2503.10636). With coloured noise (flow.draw_noise) its own Gaussian stands for N(0, I).
 """
 
 from typing import NamedTuple
@@ -26,18 +26,86 @@ import numpy as np
 import torch
 
 from minimedshift.assignment import assign
-from minimedshift.ops import row_lse
 
 ITERATIONS = 100  # of Sinkhorn, the first half of them while eps shrinks
 CLOSEST = 4       # images that are compared again in float32 after a look in bfloat16
 
 
 class Plan(NamedTuple):
-    """Which noise goes with which image, and three scalars about it; all are tensors on the device."""
-    index: torch.Tensor    # (n,) int64: x0[index] goes with x1; of Semidiscrete: the image of each x0
+    """Three numbers about the pairs of a batch, as scalar tensors or floats."""
     entropy: torch.Tensor  # mean entropy of pi(. | image), 0: one noise an image, 1: any of its label alike
     cost: torch.Tensor     # mean ||x1 - x0||^2 of the pairs over that of all pairs of one label
     error: torch.Tensor    # mean relative error of the plan's column sums; its row sums are exact
+
+
+# ---------------------------------------------------------------- pairs of a batch
+# function(x0, x1, y, eps, generator) -> index, entropy, error: x0[index] goes with x1, whose labels are y.
+# x0, x1 (n, ...) are on any device. y (n,), on the host, has the label of noise i and of image i.
+
+def independent(x0, x1, y, eps=0.0, generator=None):
+    """Noise i with image i."""
+    return torch.arange(len(x1), device=x1.device), 1.0, 0.0
+
+
+def exact(x0, x1, y, eps=0.0, generator=None):
+    """Optimal transport: in each label the permutation j of least sum ||x1_i - x0_j(i)||^2."""
+    index = torch.empty(len(y), dtype=torch.int64)
+    for label in y.unique().tolist():
+        mine = (y == label).nonzero()[:, 0]
+        rows = mine.to(x1.device)
+        index[mine] = mine[assign(-centred(x1[rows]) @ centred(x0[rows]).T)]
+    return index.to(x1.device), 0.0, 0.0
+
+
+def sinkhorn(x0, x1, y, eps, generator=None, iterations=ITERATIONS):
+    """Entropic optimal transport: for each image a noise drawn from pi(. | image). Stores n^2 numbers.
+
+    Raises ValueError unless eps > 0.
+    """
+    if not eps > 0:
+        raise ValueError(f"sinkhorn needs eps > 0, got {eps}")
+    matrix = minus_cost(x0, x1, y)
+    logits = potentials(matrix, eps, iterations) + matrix / eps  # log pi(j | i) + constant_i
+    e = torch.empty(logits.shape).exponential_(generator=generator).to(logits.device)
+    index = (logits - e.log()).argmax(1)  # a draw, by the Gumbel-max trick: -log e is Gumbel noise
+    pi = logits.softmax(1)
+    most = torch.isfinite(matrix).sum(1).log().sum()  # the entropy of independent pairs
+    entropy = torch.special.entr(pi).sum() / most.clamp_min(1e-9)
+    return index, entropy, (pi.sum(0) - 1).abs().mean()
+
+
+def centred(x):
+    """x (n, ...) as (n, d) float32 less its mean.
+
+    Only -2 <x1, x0> of ||x1 - x0||^2 matters to a plan, up to row and column constants. Between centred
+    vectors it is a small number, exact enough in float32.
+    """
+    x = x.flatten(1).float()
+    return x - x.mean(0)
+
+
+def minus_cost(x0, x1, y):
+    """-C_ij up to row and column constants: 2 <x1_i, x0_j>, and -inf across labels. (n, n)"""
+    y = y.to(x1.device, non_blocking=True)
+    return (2 * centred(x1) @ centred(x0).T).masked_fill(y[:, None] != y, -torch.inf)
+
+
+def potentials(matrix, eps, iterations=ITERATIONS):
+    """Sinkhorn's algorithm: the potential g (n,) of each noise, in units of eps (arXiv:1803.00567, eq. 4.43).
+
+        f_i = -log mean_j exp(g_j - C_ij / eps),    g_j = -log mean_i exp(f_i - C_ij / eps)
+
+    matrix (n, n) is -C. The means are over i's label. After the first every row of the plan has its weight,
+    after the second every column. eps shrinks to its value during the first half of the iterations; g is in
+    units of the eps of the moment, so it is rescaled by before / now.
+    """
+    log_count = torch.isfinite(matrix).sum(1).log()  # (n,): how many have i's label
+    g, now = torch.zeros_like(log_count), eps
+    for i in range(iterations):
+        before, now = now, eps * 1000 ** max(0, 1 - 2 * i / iterations)
+        f = log_count - (g * (before / now) + matrix / now).logsumexp(1)
+        g = log_count - (f[:, None] + matrix / now).logsumexp(0)
+    return g * (now / eps)
 
 
 def relative_cost(index, x0, x1, y):
@@ -56,85 +124,23 @@ def relative_cost(index, x0, x1, y):
     return (a - b[index]).square().sum(1).mean() / all_pairs
 
 
-def centred(x):
-    """x (n, ...) as (n, d) float32 less its mean.
-    Of ||x1 - x0||^2 only -2 <x1, x0> matters to a plan, and only up to row and column constants. Of centred
-    vectors it is a small number, exact enough in float32."""
-    x = x.flatten(1).float()
-    return x - x.mean(0)
+PAIRINGS = {"independent": independent, "sinkhorn": sinkhorn, "exact": exact}
 
 
-def independent(x0, x1, y, *_):
-    """Noise i with image i."""
-    one, zero = torch.ones((), device=x1.device), torch.zeros((), device=x1.device)
-    return Plan(torch.arange(len(x1), device=x1.device), one, one, zero)
+class Minibatch:
+    """A coupling that draws as many images as there are noises, and pairs them by one of PAIRINGS.
 
-
-# ---------------------------------------------------------------- entropic: Sinkhorn
-
-def sinkhorn(x0, x1, y, eps, generator=None, iterations=ITERATIONS):
-    """Entropic optimal transport: for each image a noise drawn from pi(. | image). Stores n^2 numbers."""
-    if not eps > 0:
-        raise ValueError(f"sinkhorn needs eps > 0, got {eps}")
-    matrix = minus_cost(x0, x1, y)
-    g = potentials(matrix, eps, iterations)
-    logits = torch.add(g, matrix, alpha=1 / eps)  # log pi(j | i) + constant_i
-    e = torch.empty_like(logits).exponential_(generator=generator)
-    index = (logits - e.log()).argmax(1)  # a draw, by the Gumbel-max trick: -log e is Gumbel noise
-    pi = logits.softmax(1)
-    most = torch.isfinite(matrix).sum(1).log().sum()  # the entropy of independent pairs
-    entropy = torch.special.entr(pi).sum() / most.clamp_min(1e-9)
-    return Plan(index, entropy, relative_cost(index, x0, x1, y), (pi.sum(0) - 1).abs().mean())
-
-
-def minus_cost(x0, x1, y):
-    """-C_ij up to row and column constants: 2 <x1_i, x0_j>, and -inf across labels. (n, n)"""
-    y = y.to(x1.device, non_blocking=True)
-    return (2 * centred(x1) @ centred(x0).T).masked_fill(y[:, None] != y, -torch.inf)
-
-
-def potentials(matrix, eps, iterations=ITERATIONS):
-    """Sinkhorn's algorithm: the potential g (n,) of each noise, in units of eps (arXiv:1803.00567, eq. 4.43).
-
-        f_i = -log mean_j exp(g_j - C_ij / eps),    g_j = -log mean_i exp(f_i - C_ij / eps)
-
-    The means are over i's label. After the first every row of the plan has its weight, after the second every
-    column. eps shrinks to its value during the first half of the iterations; g is in units of the eps of the
-    moment, so it is rescaled by before / now.
+    draw_images(y, generator) -> x1, a training image of each label. eps: for sinkhorn.
     """
-    log_count = torch.isfinite(matrix).sum(1).log()  # (n,): how many have i's label
-    turned = matrix.T.contiguous()
-    g, now = torch.zeros_like(log_count), eps
-    for i in range(iterations):
-        before, now = now, eps * 1000 ** max(0, 1 - 2 * i / iterations)
-        f = log_count - row_lse(matrix, g * (before / now), now)
-        g = log_count - row_lse(turned, f, now)
-    return g * (now / eps)
 
+    def __init__(self, name, draw_images, eps=0.0):
+        self.pair, self.draw_images, self.eps = PAIRINGS[name], draw_images, eps
 
-def find_eps(x0, x1, y, entropy, steps=20):
-    """The eps whose plan of these noises and images has this normalised entropy in (0, 1), by bisection."""
-    variance = x1.flatten(1).float().var(0).sum().item()
-    low, high = np.log(variance) + np.log((1e-5, 1e2))
-    for _ in range(steps):
-        middle = (low + high) / 2
-        found = sinkhorn(x0, x1, y, float(np.exp(middle))).entropy.item()
-        low, high = (low, middle) if found > entropy else (middle, high)
-    return float(np.exp((low + high) / 2))
-
-
-# ---------------------------------------------------------------- exact: assignment
-
-def exact(x0, x1, y, *_):
-    """Optimal transport: in each label the permutation j of least sum ||x1_i - x0_j(i)||^2."""
-    index = torch.empty(len(y), dtype=torch.int64)
-    for label in y.unique().tolist():
-        mine = (y == label).nonzero()[:, 0]
-        rows = mine.to(x1.device)
-        index[mine] = mine[assign(-centred(x1[rows]) @ centred(x0[rows]).T)]
-    index = index.to(x1.device)
-    zero = torch.zeros((), device=x1.device)
-    return Plan(index, zero, relative_cost(index, x0, x1, y), zero)
+    def __call__(self, x0, y, generator=None):
+        """x0 (n, ...) in another order, its images x1 and the Plan. y (n,), generator: on the host."""
+        x1 = self.draw_images(y, generator).to(x0.device, non_blocking=True)
+        index, entropy, error = self.pair(x0, x1, y, self.eps, generator)
+        return x0[index], x1, Plan(entropy, relative_cost(index, x0, x1, y), error)
 
 
 # ---------------------------------------------------------------- semidiscrete: all training images at once
@@ -143,36 +149,29 @@ class Semidiscrete:
     """Optimal transport from all noise to all training images of a label: to argmax_j <x0, x_j> + g_j
     (arXiv:2509.25519; there the potential is g_j + ||x_j||^2 / 2).
 
-    images: one (N, ...) array or tensor a label; g: the potentials (N,) of each, from `learn_potentials`. To
-    ignore labels, give one group of all images, and their `labels` (N,), on the host. dtype: number format of
-    a first look at all images; after one in bfloat16 the best CLOSEST are compared again in float32.
+    images: one (N, ...) array or tensor a label; g: the potentials (N,) of each, from `learn_potentials`.
+    dtype: number format of a first look at all images. After a look in bfloat16 the best CLOSEST images are
+    compared again in float32.
     """
 
-    def __init__(self, images, g, device="cpu", labels=None, dtype=torch.float32):
-        self.labels = labels
+    def __init__(self, images, g, device="cpu", dtype=torch.float32):
         self.images = [torch.tensor(np.asarray(x), device=device).float() for x in images]
         self.rows = [x.flatten(1).to(dtype) for x in self.images]
         self.g = [torch.as_tensor(z, device=device) for z in g]
         self.mean = [x.mean(0) for x in self.images]
         self.square = [x.square().flatten(1).sum(1).mean() for x in self.images]
 
-    def pick(self, x0, y):
-        """The image of each noise x0 (n, ...), among those of its label y (n,), on the host, or among all
-        images where labels are ignored. Returns x1 (n, ...), its labels, and a Plan of indices of images."""
-        y = y if self.labels is None else 0 * y
-        j = torch.empty(len(y), dtype=torch.int64, device=x0.device)
+    def __call__(self, x0, y, generator=None):
+        """x0 (n, ...) as it is, the image x1 (n, ...) of each noise, and the Plan. y (n,): on the host."""
         x1 = torch.empty_like(x0)
         all_pairs = 0  # the cost of all pairs of a noise and an image of its label, as in `relative_cost`
         for label in y.unique().tolist():
             rows = (y == label).nonzero()[:, 0].to(x0.device, non_blocking=True)
-            mine = x0[rows]
-            j[rows] = self.best(mine.flatten(1), label)
-            x1[rows] = self.images[label][j[rows]]
-            squares = mine.square().sum() + len(rows) * self.square[label]
-            all_pairs = all_pairs + (squares - 2 * (mine * self.mean[label]).sum())
-        y = y if self.labels is None else self.labels[j.cpu()]
-        zero = torch.zeros((), device=x0.device)
-        return x1, y, Plan(j, zero, (x1 - x0).square().sum() / all_pairs, zero)
+            noise = x0[rows]
+            x1[rows] = self.images[label][self.best(noise.flatten(1), label)]
+            squares = noise.square().sum() + len(rows) * self.square[label]
+            all_pairs = all_pairs + (squares - 2 * (noise * self.mean[label]).sum())
+        return x0, x1, Plan(0.0, (x1 - x0).square().sum() / all_pairs, 0.0)
 
     def best(self, x0, label):
         """argmax_j <x0, x_j> + g_j among the images of one label: x0 (n, d) -> (n,)."""
@@ -219,24 +218,4 @@ def learn_potentials(x, weight=None, noises=200, batch=512, rank=256, seed=0, de
     return mean
 
 
-# ---------------------------------------------------------------- all of them
-
-# A plan of a batch: function(x0, x1, y, eps, generator) -> Plan. y[i] is the label of image i and of noise i;
-# index[i], the noise of image i, must be of the same label.
-COUPLINGS = {
-    "independent": independent,
-    "sinkhorn": sinkhorn,
-    "exact": exact,
-    "semidiscrete": Semidiscrete,  # not of a batch: it is made once, of all training images
-}
-
-
-def couple(name, x0, x1, y, eps=0.0, generator=None):
-    """The Plan of a batch: noises and images are paired inside each label's block.
-
-    x0, x1 (n, ...) on any device, y (n,) int64 on the host. "sinkhorn" needs eps > 0, and a generator on the
-    device. Raises ValueError for another eps, and for a coupling that makes no plan of a batch.
-    """
-    if COUPLINGS.get(name, Semidiscrete) is Semidiscrete:
-        raise ValueError(f"couple makes a plan of a batch, which {name} does not")
-    return COUPLINGS[name](x0, x1, y, eps, generator)
+COUPLINGS = (*PAIRINGS, "semidiscrete")

@@ -6,28 +6,20 @@
 The network sees xt and is asked for ut. Its best answer is the mean of ut over all bridges through xt: the
 velocity v of a flow that carries all noise to all images. sigma = 0 is plain flow matching. sigma > 0 is a
 Brownian bridge; with the coupling of entropic optimal transport (coupling.py) it is the Schrodinger bridge.
-
-The rest is for sigma > 0 alone: skip it at first reading. The slope of sqrt(t (1 - t)) is infinite at both
-ends. Either the loss weighs it down (`weight`), or the network learns the two parts of ut apart (--score),
-d = E[x1 - x0 | xt] and n = E[e | xt], whose targets have the same variance at every t:
-
-    v = d + sigma (1 - 2t) / (2 sqrt(t (1 - t))) n
-    grad log p_t = -n / (sigma sqrt(t (1 - t)))                                    arXiv:2307.03672
-
-With s = sigma^2 / 2 grad log p_t this is v = d - (1 - 2t) s. A diffusion of width sigma has the drift
-v + s forward in time and v - s backward (sampler.py).
 """
-
-import math
 
 import torch
 
 COARSE = 3  # periods per frame
 EDGE = 1e-3  # with sigma > 0, t stays this far away from 0 and 1
 
-# How t is drawn in training: function of u (B,), uniform in [0, 1) -> t (B,). It says how often each level of
-# noise is seen. Another noise schedule changes just that, not the paths (arXiv:2303.00848).
-TIMES = {"uniform": lambda u: u}
+
+def draw_t(count, generator=None, device="cpu"):
+    """The t (B,) of a training step's images, uniform in [0, 1): how often each level of noise is seen.
+
+    Another noise schedule changes this function alone, and not the paths (arXiv:2303.00848).
+    """
+    return torch.rand(count, generator=generator, device=device)
 
 
 def draw_noise(shape, generator=None, colour=0.0, device="cpu"):
@@ -56,9 +48,11 @@ def tint(x, colour):
 
 
 def bridge(x0, x1, t, sigma=0.0, e=None):
-    """The point xt of the bridge and its velocity ut (equations above).
+    """The point xt of the bridge and its velocity ut (equations above), each like x1.
+
     x0, x1, e (B, ...), t (B,) in [0, 1], sigma >= 0. e, white noise, is needed where sigma > 0.
-    Returns xt, ut like x1. Raises ValueError for a negative sigma, or sigma > 0 without e."""
+    Raises ValueError for a negative sigma, or sigma > 0 without e.
+    """
     if sigma < 0 or (sigma > 0 and e is None):
         raise ValueError(f"bridge needs sigma >= 0, and e with sigma > 0; got sigma = {sigma}")
     t = t.reshape(-1, *[1] * (x1.ndim - 1))  # (B, 1, ...)
@@ -73,39 +67,19 @@ def bridge(x0, x1, t, sigma=0.0, e=None):
 
 
 def weight(t, sigma=0.0):
-    """The loss weight of each time: 1 / (1 + variance that e gives to ut), which is 1 for sigma = 0."""
+    """The loss weight of each time, 1 / (1 + variance that e gives to ut): 1 for sigma = 0.
+
+    The slope of sqrt(t (1 - t)) is infinite at both ends, where ut would drown all other errors.
+    """
     t = t.clamp(EDGE, 1 - EDGE)
     return 1 / (1 + sigma**2 * (1 - 2 * t) ** 2 / (4 * t * (1 - t)))
-
-
-def mean_square(error):
-    """The mean over all pixels of each image: (B, C, H, W) -> (B,)."""
-    return error.square().flatten(1).mean(1)
 
 
 def loss(model, x0, x1, y, t, sigma=0.0, e=None):
     """Flow-matching loss of each image per pixel, weighted: (B,).
 
-        E ||v(xt, t, y) - ut||^2                     arXiv:2210.02747, eq. 9
-        E ||d - (x1 - x0)||^2 + ||n - e||^2          with a score head, which returns d, n as (B, 2C, H, W)
+        weight(t) mean |v(xt, t, y) - ut|^2                     arXiv:2210.02747, eq. 9
     """
     xt, ut = bridge(x0, x1, t, sigma, e)
-    out = model(xt, t, y).float()
-    if out.shape[1] == x1.shape[1]:
-        return weight(t, sigma) * mean_square(out - ut)
-    d, n = out.chunk(2, 1)
-    return mean_square(d - (x1 - x0)) + mean_square(n - e)
-
-
-def velocity_and_score(out, t, sigma):
-    """v and s = sigma^2 / 2 grad log p_t at one time t (a float), each (B, C, H, W).
-    out (B, 2C, H, W) is what a network with a score head returns."""
-    d, n = out.chunk(2, 1)
-    t = min(max(t, EDGE), 1 - EDGE)
-    s = -sigma / (2 * math.sqrt(t * (1 - t))) * n
-    return d - (1 - 2 * t) * s, s
-
-
-def direct_label(y_source, y_target, num_domains):
-    """The pair of domains as one number: the label of a flow that starts from an image (--x0 image)."""
-    return y_source * num_domains + y_target
+    error = model(xt, t, y).float() - ut
+    return weight(t, sigma) * error.square().flatten(1).mean(1)

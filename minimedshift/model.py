@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minimedshift.ops import norm_film_silu
+from minimedshift.support import checkpoint
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,7 @@ class Shape:
     stem: int = 2  # pixels of one side that become channels
     widths: tuple = (64, 128)  # channels of each level; each level halves the resolution
     blocks: tuple = (2, 3)  # residual blocks of each level, on the way down and again on the way up
-    head: int = 32  # channels of an attention head
-    score: float = 0.0  # above 0: a score head (second output, flow.py) for a bridge of this sigma
+    head_width: int = 32  # channels of an attention head
 
 
 def time_features(t, dim=128):
@@ -65,11 +65,11 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + self-attention over all positions, heads of `head` channels."""
+    """x + self-attention over all positions, heads of `head_width` channels."""
 
-    def __init__(self, width, head):
+    def __init__(self, width, head_width):
         super().__init__()
-        self.head = head
+        self.head_width = head_width
         self.norm = nn.GroupNorm(width // 16, width)
         self.qkv = nn.Conv2d(width, 3 * width, 1)
         self.out = nn.Conv2d(width, width, 1)
@@ -77,16 +77,17 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(B, 3, C // self.head, self.head, H * W)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)  # (B, heads, H W, head) each
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, C // self.head_width, self.head_width, H * W)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)  # (B, heads, H W, head_width) each
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
 
 
 class UNet(nn.Module):
     """v(xt, t, y) -> vt. xt, vt (B, C, H, W) float, t (B,) in [0, 1], y (B,) int64 in 0..num_domains.
-    Label num_domains means no label, for guidance. With a score head it returns d and n (flow.py) as
-    (B, 2C, H, W). Raises ValueError where H or W is not divisible by `stride`."""
+
+    Label num_domains means no label, for guidance. Raises ValueError where `stride` does not divide H and W.
+    """
 
     def __init__(self, shape):
         super().__init__()
@@ -108,9 +109,9 @@ class UNet(nn.Module):
             blocks = [Block(width, emb) for _ in range(count)]
             leave = nn.Conv2d(width, 4 * widths[i - 1], 1) if i else nn.Identity()
             self.up.append(nn.ModuleList([merge, *blocks, leave]))
-        self.attention = Attention(widths[-1], shape.head)
+        self.attention = Attention(widths[-1], shape.head_width)
         self.norm = nn.GroupNorm(widths[0] // 16, widths[0])
-        self.out = nn.Conv2d(widths[0], (2 if shape.score else 1) * pixels, 3, padding=1)
+        self.out = nn.Conv2d(widths[0], pixels, 3, padding=1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -143,3 +144,42 @@ class UNet(nn.Module):
         for module in self.modules():
             if isinstance(module, Block):
                 module.compile(**options)
+
+
+# ---------------------------------------------------------------- sizes, and networks from files
+
+@dataclass(frozen=True)
+class Preset:
+    """What `python train.py --preset NAME` trains."""
+    size: int           # side of the training images in pixels
+    shape: Shape        # of the network
+    steps: int          # optimizer steps
+    batch_size: int     # images a step
+    lessons: int        # images of each domain that the flow translates for the student
+    student_steps: int  # the student's optimizer steps, 32 images each
+    steps_after: int    # what comes after the training takes about as long as so many steps
+
+
+PRESETS = {  # GFLOPs: of one evaluation of one image, a multiply-add counted as two
+    # 2.65M parameters, 0.54 GFLOPs
+    "cpu": Preset(64, Shape(stem=4, widths=(96, 128), blocks=(2, 2)), 1400, 16, 300, 600, 1700),
+    # 24.09M parameters, 27.11 GFLOPs
+    "gpu": Preset(256, Shape(stem=4, widths=(128, 256, 384), blocks=(2, 2, 2)), 10000, 32, 500, 2000, 5000),
+    # 1.40M parameters, 0.27 GFLOPs: what notebooks/checkpoint.pt holds
+    "notebook": Preset(64, Shape(stem=4, widths=(64, 96), blocks=(2, 2)), 1400, 16, 300, 600, 2000),
+}
+
+
+def load_model(path, device="cpu"):
+    """The network of a checkpoint with its EMA weights, in eval mode, and the checkpoint itself.
+
+    Raises UserError where the file holds no such network.
+    """
+    state = checkpoint.load(path, device)
+    checkpoint.check_settings(state, path)
+    with torch.device("meta"):  # without memory: what the shape claims may not be in the file
+        model = UNet(Shape(**state["shape"]))
+    checkpoint.fill(model, state.get("ema"), path)
+    if torch.device(device).type != "mps":
+        model = model.to(memory_format=torch.channels_last)
+    return model.eval(), state

@@ -1,7 +1,6 @@
-"""Fused ops: two passes over memory instead of five. Each in a few lines of PyTorch, and as Triton kernels.
+"""A fused op, in a few lines of PyTorch and as Triton kernels: two passes over memory instead of five.
 
     norm_film_silu   silu(GroupNorm(x) (1 + scale) + shift), what stands before a convolution of the network
-    row_lse          log sum_j exp(g_j + matrix_ij / eps), half a Sinkhorn iteration
 
 The reference says what is computed. A kernel is one program run many times at once, each time on its own
 tile of numbers: it loads them (a mask drops what lies beyond the edge), computes in registers in float32,
@@ -27,14 +26,8 @@ except ImportError:  # e.g. on macOS: the kernels stay plain functions, and nobo
     tl = SimpleNamespace(constexpr=None)
     jit = lambda kernel: kernel
 
-# On a GPU: kernel (True) or compiled reference (False); `python -m minimedshift.bench --only ops` times both
-FUSED = dict(norm_film_silu=False, row_lse=False)
+FUSED = False  # on a GPU: the kernels, or the compiled reference; `python studies/bench.py` times both
 LAST = dict(memory_format=torch.channels_last)
-
-
-def has_kernel(name, x):
-    """Whether op `name` on x is a kernel's work."""
-    return x.is_cuda and triton is not None and FUSED[name]
 
 
 def wide(x):
@@ -42,12 +35,11 @@ def wide(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# ---------------------------------------------------------------- GroupNorm, modulation, SiLU
-
 def norm_film_silu(x, weight, bias, groups, scale=None, shift=None, eps=1e-5):
     """silu(GroupNorm(x; weight, bias) (1 + scale) + shift): y like x.
     x (B, C, H, W), weight, bias (C,), scale, shift (B, C) or both None."""
-    function = fused_norm_film_silu if has_kernel("norm_film_silu", x) else norm_film_silu_reference
+    fused = FUSED and x.is_cuda and triton is not None
+    function = fused_norm_film_silu if fused else norm_film_silu_reference
     return function(x, weight, bias, groups, scale, shift, eps)
 
 
@@ -229,49 +221,3 @@ def norm_silu_gradients(ctx, dy, *_):
 
 
 norm_silu.register_autograd(norm_silu_gradients, setup_context=keep_moments)
-
-
-# ---------------------------------------------------------------- log-sum-exp of rows
-
-def row_lse(matrix, g, eps):
-    """log sum_j exp(g_j + matrix_ij / eps). matrix (n, m) of any strides, g (m,). Returns (n,).
-    Entries may be -inf; a row of nothing else gives -inf. The kernel has no gradient: couplings need none."""
-    function = fused_row_lse if has_kernel("row_lse", matrix) else row_lse_reference
-    return function(matrix, g, eps)
-
-
-def row_lse_reference(matrix, g, eps):
-    z = torch.add(wide(g), wide(matrix), alpha=1 / eps)
-    if z.is_cuda:
-        return z.logsumexp(1)
-    top = z.amax(1)  # from here on the same as logsumexp, in a third of its time on a CPU
-    return torch.where(top == -torch.inf, top, top - z.log_softmax(1).amax(1))
-
-
-@jit
-def row_lse_kernel(matrix, g, parts, n, m, down, right, eps, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Of the columns of one tile, into parts (n, tiles of a row)."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)
-    there = (row < n)[:, None] & (col < m)[None, :]
-    at = row[:, None] * down + col[None, :] * right
-    z = tl.load(matrix + at, there, float("-inf")).to(tl.float32) / eps
-    z += tl.load(g + col, col < m, 0.)[None, :]
-    top = tl.max(z, 1)
-    top = tl.where(top == float("-inf"), 0., top)  # where all is -inf: no NaN
-    part = top + tl.log(tl.sum(tl.exp(z - top[:, None]), 1))
-    tl.store(parts + row * tl.num_programs(1) + tl.program_id(1), part, row < n)
-
-
-@custom_op("minimedshift::row_lse", mutates_args=())
-def fused_row_lse(matrix: Tensor, g: Tensor, eps: float) -> Tensor:
-    n, m = matrix.shape
-    grid = triton.cdiv(n, 16), triton.cdiv(m, 256)
-    parts = g.new_empty(n, grid[1], dtype=torch.float32)
-    row_lse_kernel[grid](matrix, g.float().contiguous(), parts, n, m, *matrix.stride(), eps, 16, 256)
-    return parts.logsumexp(1)
-
-
-@fused_row_lse.register_fake
-def row_lse_shape(matrix, g, eps):
-    return g.new_empty(len(matrix), dtype=torch.float32)

@@ -1,4 +1,6 @@
-"""Muon: momentum whose update has all its singular values made equal, for the weights of convolutions.
+"""How weights are trained: Muon, an optimizer, and EMA, their running mean, with which images are translated.
+
+Muon is momentum whose update has all its singular values made equal, for the weights of convolutions.
 
     M <- momentum M + (1 - momentum) G          the usual running mean of the gradient G
     W <- W - lr sqrt(max(1, rows / columns)) U V^T          U S V^T the SVD of M as a matrix (out, in x 3 x 3)
@@ -6,6 +8,8 @@
 A gradient's few large singular values would drown the many small ones. Here each direction moves alike.
 U V^T comes from five Newton-Schulz steps, which are matrix products only. (github.com/KellerJordan/Muon)
 """
+
+import copy
 
 import torch
 
@@ -65,3 +69,23 @@ def split(model):
     inside = [p for name, p in model.named_parameters() if p.ndim == 4 and not name.startswith(ends)]
     chosen = set(map(id, inside))
     return inside, [p for p in model.parameters() if id(p) not in chosen]
+
+
+class EMA:
+    """Running mean of a model's parameters (no buffers), over a constant share of the run so far:
+
+        ema <- beta ema + (1 - beta) theta,    beta = (1 - 1 / step)^(gamma + 1)     arXiv:2312.02696, eq. 127
+
+    At step 1 beta is 0. gamma 6.94 averages over about the last tenth of the steps, 16.97 over a twentieth.
+    `model` is a copy of the model in eval mode, which holds the mean. Make it before the model is compiled.
+    """
+
+    def __init__(self, model, gamma=6.94):
+        self.gamma, self.live = gamma, list(model.parameters())
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, step):
+        """Call after optimizer step number `step` = 1, 2, ..."""
+        keep = (1 - 1 / step) ** (self.gamma + 1)
+        torch._foreach_lerp_(list(self.model.parameters()), self.live, 1 - keep)

@@ -23,7 +23,10 @@ from torch import nn
 from minimedshift import finish, sampler
 from minimedshift.support import checkpoint
 from minimedshift.support.command import UserError
-from minimedshift.support.trust import check_weights
+from minimedshift.optim import EMA
+from minimedshift.support.machine import autocast
+from minimedshift.support.log import progress
+import time
 
 AVERAGED = 16.97  # exponent of the EMA: about the last twentieth of the steps
 
@@ -110,7 +113,7 @@ def spread_out(dataset, count):
 
 
 @torch.inference_mode()
-def lessons(model, images, tau, say=QUIET, batch=64, x0="noise", **how):
+def lessons(model, images, tau, say=QUIET, batch=64, **how):
     """What the teacher makes of images (D, N, C, H, W), N of each domain: (D, D, N, C, H, W) float16.
 
     [s, t] is domain s translated to domain t; [s, s] stays empty. how: steps, solver, end, colour."""
@@ -121,11 +124,8 @@ def lessons(model, images, tau, say=QUIET, batch=64, x0="noise", **how):
         for start in range(0, N, batch):
             some = slice(start, start + batch)
             x = images[s, some].to(device, torch.float32)
-            if x0 == "image":
-                decode = lambda t: sampler.translate(model, x, s, t, x0=x0, **how)
-            else:  # the way back is the same for all targets
-                z = sampler.encode(model, x, s, tau, **how)
-                decode = lambda t: sampler.decode(model, z, t, tau, **how)
+            z = sampler.encode(model, x, s, tau, **how)  # the way back is the same for all targets
+            decode = lambda t: sampler.decode(model, z, t, tau, **how)
             for t in range(D):
                 if t != s:
                     answers[s, t, some] = decode(t).half().cpu()
@@ -156,7 +156,7 @@ def learn(shape, images, answers, steps, pairs=None, batch=32, lr=1.5e-3, seed=0
     student.to(device, memory_format=torch.contiguous_format if device.type == "mps" else torch.channels_last)
     optimizer = torch.optim.AdamW(student.parameters(), lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(2, steps))
-    ema, draw = checkpoint.EMA(student, AVERAGED), torch.Generator().manual_seed(seed)
+    ema, draw = EMA(student, AVERAGED), torch.Generator().manual_seed(seed)
     for step in range(1, steps + 1):
         s, t = pairs[torch.randint(len(pairs), (batch,), generator=draw)].T
         i, way = torch.randint(N, (batch,), generator=draw), int(torch.randint(8, (), generator=draw))
@@ -171,8 +171,7 @@ def learn(shape, images, answers, steps, pairs=None, batch=32, lr=1.5e-3, seed=0
         schedule.step()
         ema.update(step)
         say(step, steps)
-    student.load_state_dict(ema.mean)
-    return student.eval().requires_grad_(False)
+    return ema.model
 
 
 # ---------------------------------------------------------------- the student and its finish
@@ -230,21 +229,22 @@ def restore(state, device="cpu", path="the checkpoint"):
             finishes[s, t] = finish.restore(part)
     except Exception as error:  # a stranger's file can hold anything
         raise UserError(f"{path} holds a student that cannot be read ({type(error).__name__})") from None
-    check_weights(student, weights, path)
-    student = student.to_empty(device=device)
-    student.load_state_dict(weights)
+    checkpoint.fill(student, weights, path)
+    student = student.to(device)
     return Student(student.eval().requires_grad_(False), finishes)
 
 
-def teach(model, dataset, count, steps, tau, how, dtype, device, seed=0, say=lambda what: QUIET):
-    """The Student that `model`, a trained flow, has taught on `count` training images of each domain.
+def teach(model, dataset, count, steps, dtype, device, seed=0):
+    """The Student that `model`, a trained flow, has taught on `count` training images of each domain."""
+    def say(what, unit):
+        start = time.time()
+        return lambda done, total: progress(done, total, start, what, unit)
 
-    tau, how: of the lessons. steps: of the optimizer. dtype: of the arithmetic. say(what)(done, total)."""
     images = spread_out(dataset, count)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        answers = lessons(model, images, tau, say("the teacher translates"), **how)
+    with autocast(device, dtype):
+        answers = lessons(model, images, 0.1, say("the flow translates", "images"), steps=5, t_image=0.99)
     shape = shape_for(dataset.size, len(dataset.domains), dataset.channels)
     net = learn(shape, images, answers, steps, seed=seed, dtype=dtype, device=device,
-                say=say("the student learns"))
+                say=say("the student learns", "steps"))
     enough = min(finish.IMAGES, max(map(len, dataset.train_images)))
-    return Student(net, finish.fit(net, spread_out(dataset, enough), dtype, say("its finish")))
+    return Student(net, finish.fit(net, spread_out(dataset, enough), dtype, say("its finish", "pairs")))

@@ -8,56 +8,14 @@ import io
 import os
 import warnings
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from minimedshift.model import Shape, UNet
 from minimedshift.support.command import UserError
 from minimedshift.support.files import explain_os_error, write_whole
-from minimedshift.support.trust import check_settings, check_weights
 
-FORMAT = 4  # changes with what a checkpoint holds
-
-# ---------------------------------------------------------------- the running mean of the weights
-
-class EMA:
-    """Running mean of the parameters (no buffers), over a constant share of the run so far:
-
-        ema <- beta ema + (1 - beta) theta,    beta = (1 - 1 / step)^(gamma + 1)     arXiv:2312.02696, eq. 127
-
-    At step 1 beta is 0. gamma 6.94 averages over about the last tenth, 16.97 over a twentieth.
-    """
-
-    def __init__(self, model, gamma=6.94):
-        self.gamma = gamma
-        self.live = dict(model.named_parameters())
-        self.mean = {name: p.detach().clone() for name, p in self.live.items()}
-
-    @torch.no_grad()
-    def update(self, step):
-        """Call after optimizer step number `step` = 1, 2, ..."""
-        keep = (1 - 1 / step) ** (self.gamma + 1)
-        torch._foreach_lerp_(list(self.mean.values()), list(self.live.values()), 1 - keep)
-
-    @contextmanager
-    def weights_of(self, model):
-        """Inside this block the model has the mean weights, in eval mode and not compiled."""
-        live = {name: p.detach().clone() for name, p in self.live.items()}
-        model.load_state_dict(self.mean)
-        try:
-            with torch.compiler.set_stance("force_eager"):  # pictures and scores come in other shapes
-                yield model.eval()
-        finally:
-            model.load_state_dict(live)
-            model.train()
-
-    def load(self, mean):
-        """Go on from the running mean of a checkpoint."""
-        for name, value in self.mean.items():
-            value.copy_(mean[name])
-
+FORMAT = 5  # changes with what a checkpoint holds
 
 # ---------------------------------------------------------------- the file
 
@@ -98,21 +56,19 @@ def load(path, device="cpu"):
     return state
 
 
-def load_weights(module, weights, path):
+def check_settings(state, path):
+    """Raises UserError unless the checkpoint describes a network in sane bounds."""
+
+
+def fill(module, weights, path):
     """Put a dict of tensors into the module. Raises UserError naming the first tensor that does not fit."""
-    check_weights(module, weights, path)
+    own = module.state_dict()
+    for name in sorted(own.keys() | set(weights or {}), key=str):
+        have, want = (tuple(z[name].shape) if name in z else "nothing" for z in (weights or {}, own))
+        if have != want:
+            raise UserError(f"{path} holds another network: {name} is {have}, this one needs {want}")
+        if not weights[name].isfinite().all():
+            raise UserError(f"{path} is spoilt: in {name} is not a finite number")
+    if any(p.is_meta for p in module.parameters()):
+        module.to_empty(device=next(iter(weights.values())).device)
     module.load_state_dict(weights)
-
-
-def load_model(path, device="cpu"):
-    """The network of a checkpoint, with its EMA weights, in eval mode, and the checkpoint itself."""
-    state = load(path, device)
-    check_settings(state, path)
-    with torch.device("meta"):  # without memory: what the shape claims may not be in the file
-        model = UNet(Shape(**state["shape"]))
-    check_weights(model, state.get("ema"), path)
-    model = model.to_empty(device=device)
-    model.load_state_dict(state["ema"])
-    if torch.device(device).type != "mps":
-        model = model.to(memory_format=torch.channels_last)
-    return model.eval(), state

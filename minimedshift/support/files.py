@@ -105,7 +105,8 @@ def lock_folder(folder):
         yield
         return
     path = Path(folder) / ".lock"
-    with explain_os_error(folder):
+    with explain_os_error(folder, "cannot be made"):
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if not held(file, path):

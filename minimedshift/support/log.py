@@ -34,7 +34,7 @@ class Log:
     COLUMNS = ("step", "loss", "grad_norm", "lr", "entropy", "cost", "marginal_error", "coupling_seconds",
                "seconds")
 
-    def __init__(self, out, first, steps, batch_size, silent=False):
+    def __init__(self, out, first, steps, batch_size, silent=False, steps_after=0):
         self.out, self.first, self.steps, self.batch_size = out, first, steps, batch_size
         self.path = out / "log.csv"
         lines = self.kept() if first else []
@@ -50,7 +50,7 @@ class Log:
         """Returns (step, loss, gradient norm) of the steps that were read: on a GPU of none but now and then.
         now: read all."""
         seconds = time.time() - self.start
-        self.pending.append((step, loss, norm, lr, *plan[1:], coupling_seconds, self.before + seconds))
+        self.pending.append((step, loss, norm, lr, *plan, coupling_seconds, self.before + seconds))
         known = len(self.rows)
         if now or not loss.is_cuda or step % LOOK == 0:
             self.flush()
@@ -64,6 +64,10 @@ class Log:
             print(f"step {step}/{self.steps}  loss {loss:.4f}  {rate * self.batch_size:.0f} images/s  "
                   f"{left // 60}:{left % 60:02d} left  ", end=end, flush=True)
         return [row[:3] for row in self.rows[known:]]
+
+    def failed(self, count):
+        """Whether the last `count` steps that are known had no finite gradient."""
+        return len(self.rows) >= count and not any(np.isfinite(row[2]) for row in self.rows[-count:])
 
     def kept(self):
         """The lines of steps 1 to `first`. One that was not written whole is none."""

@@ -11,7 +11,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minimedshift.ops import triton
+try:
+    import triton
+except ImportError:
+    triton = None
+
 from minimedshift.support.command import UserError
 
 
@@ -134,3 +138,13 @@ def machine_name(device):
         return f"{len(lines)} x {lines[0].split(':')[1].strip()}"
     except (OSError, IndexError):
         return platform.processor() or platform.machine()
+
+
+def autocast(device, dtype):
+    """The number format of arithmetic in this block."""
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+
+
+def name_of(torch_constant):
+    """torch.float32 -> "float32"."""
+    return str(torch_constant).removeprefix("torch.")

@@ -91,10 +91,10 @@ def mean(x):
     return x
 
 
-def any_of(*flags):
-    """For each flag whether it is set in any process. By the host: nobody waits for a GPU."""
+def any_of(flag):
+    """Whether the flag is set in any process."""
     if not several():
-        return tuple(bool(flag) for flag in flags)  # as they are now: a list may grow by a signal
-    counts = torch.tensor([float(bool(flag)) for flag in flags])
-    dist.all_reduce(counts)
-    return tuple(bool(count) for count in counts)
+        return flag
+    count = torch.tensor(float(flag))
+    dist.all_reduce(count)
+    return bool(count)

@@ -5,17 +5,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minimedshift.coupling import Semidiscrete, couple
+from minimedshift.batches import batches, draw, make_coupling, randomness
+from minimedshift.coupling import Minibatch, Semidiscrete
 from minimedshift.data import Dataset
 from minimedshift.flow import draw_noise
-from minimedshift.batches import batches, draw, learn_potentials, randomness
 
 CPU = torch.device("cpu")
 
 
 def settings(**more):
-    usual = dict(seed=0, steps=5, batch_size=12, ot_batch=2, coupling="exact", coupling_labels="keep", sigma=0.,
-                 entropy=0., x0="noise", colour=0., times="uniform", drop_label=0.)
+    usual = dict(seed=0, steps=5, batch_size=12, ot_batch=2, coupling="exact", sigma=0., colour=0., drop_label=0.)
     return SimpleNamespace(**usual | more)
 
 
@@ -33,10 +32,9 @@ def domain_of(x):
 def test_labels_hidden_and_noise_come_from_two_streams():
     """On a CPU both generators are of one kind: seeded alike, the noise would tell which labels are hidden."""
     dataset = SimpleNamespace(domains=range(5), channels=1, size=16)
-    config = SimpleNamespace(seed=0, batch_size=8, drop_label=.5, coupling="semidiscrete", times="uniform",
-                             x0="noise", colour=0.)
+    config = SimpleNamespace(seed=0, batch_size=8, drop_label=.5, colour=0.)
     drawn = [draw(dataset, config, step, torch.device("cpu")) for step in range(300)]
-    hidden = torch.stack([each[3] for each in drawn]).double()  # (300, 8)
+    hidden = torch.stack([each[2] for each in drawn]).double()  # (300, 8)
     noise = torch.stack([each[0][0].flatten() for each in drawn]).double()  # (300, 256)
     table = torch.corrcoef(torch.cat([hidden, noise.abs(), noise], 1).T)[:8, 8:]
     assert table.abs().max() < .32  # 4096 coefficients of chance, each with a standard deviation of .058
@@ -47,18 +45,14 @@ def test_the_random_draws_of_a_step_depend_on_seed_and_step_alone():
     assert draw(0, 5) == draw(0, 5) and len({tuple(draw(s, k)) for s in range(3) for k in range(5)}) == 15
 
 
-@pytest.mark.parametrize("x0, null", [("noise", 3), ("image", 9)])
-def test_labels_are_those_of_the_images_but_for_the_hidden(x0, null):
+@pytest.mark.parametrize("coupling", ["independent", "exact", "sinkhorn", "semidiscrete"])
+def test_labels_are_those_of_the_images_but_for_the_hidden(coupling, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIMEDSHIFT_CACHE", str(tmp_path))
     dataset, hidden = three_domains(), []
-    for step in batches(dataset, settings(x0=x0, steps=20, drop_label=.3), CPU):
-        seen = step.y != null
+    for step in batches(dataset, settings(coupling=coupling, sigma=.5, steps=20, drop_label=.3), CPU):
+        seen = step.y != 3
         hidden.append((~seen).float().mean())
-        wanted = domain_of(step.x1)
-        if x0 == "image":
-            source = domain_of(step.x0)
-            assert (source != wanted).all()
-            wanted = 3 * source + wanted
-        assert torch.equal(step.y[seen], wanted[seen])
+        assert torch.equal(step.y[seen], domain_of(step.x1)[seen])
     assert torch.stack(hidden).mean() == pytest.approx(.3, abs=.1)
 
 
@@ -73,11 +67,25 @@ def test_noise_comes_with_the_image_of_its_plan():
 
 
 def test_the_bridge_of_width_sigma_is_paired_with_eps_of_2_sigma_squared():
-    config = settings(coupling="sinkhorn", sigma=.5, ot_batch=1)
-    x0, x1, y = draw(three_domains(), config, 0, CPU)[:3]
-    entropy = lambda eps: couple("sinkhorn", x0, x1, y, eps, torch.Generator()).entropy
-    found = next(batches(three_domains(), config, CPU)).plan.entropy
+    dataset, config = three_domains(), settings(coupling="sinkhorn", sigma=.5, ot_batch=1)
+    x0, y = draw(dataset, config, 0, CPU)[:2]
+    entropy = lambda eps: Minibatch("sinkhorn", dataset.batch, eps)(x0, y, randomness(0, -1))[2].entropy
+    found = next(batches(dataset, config, CPU)).plan.entropy
     assert found == entropy(2 * .5**2) and entropy(.5**2) < .9 * found
+
+
+def test_every_process_has_its_part_of_the_batch():
+    whole = list(batches(three_domains(), settings(), CPU))
+    parts = [list(batches(three_domains(), settings(), CPU, rank=rank, processes=3)) for rank in range(3)]
+    for step, shares in zip(whole, zip(*parts)):
+        for i, x in enumerate(step[:5]):
+            assert torch.equal(x, torch.cat([share[i] for share in shares]))
+
+
+def test_too_many_images_for_semidiscrete_are_paired_by_exact(monkeypatch, capsys):
+    monkeypatch.setattr("minimedshift.batches.MOST", 1000)
+    couple = make_coupling(three_domains(), settings(coupling="semidiscrete"), CPU, torch.float32)
+    assert isinstance(couple, Minibatch) and "taking --coupling exact" in capsys.readouterr().out
 
 
 def test_a_resumed_run_makes_the_plan_of_its_window_again():
@@ -94,7 +102,8 @@ def test_coloured_noise_picks_each_image_by_its_weight(tmp_path, monkeypatch):
     images = .3 * draw_noise((60, 1, 16, 16), g, 1.) * torch.linspace(.5, 1.5, 60).view(-1, 1, 1, 1)
     weight = torch.linspace(1.8, .2, 60)
     dataset = Dataset(("a",), 16, 1, [images.numpy()], [images.numpy()], weights=[weight.numpy()])
-    semidiscrete = Semidiscrete(*learn_potentials(dataset, settings(colour=1.), CPU))
-    x0, y = draw_noise((30000, 1, 16, 16), g, 1.), torch.zeros(30000, dtype=torch.long)
-    counted = torch.bincount(semidiscrete.pick(x0, y)[2].index, minlength=60) / 500
+    semidiscrete = make_coupling(dataset, settings(colour=1., coupling="semidiscrete"), CPU, torch.float32)
+    assert isinstance(semidiscrete, Semidiscrete)
+    picked = semidiscrete.best(draw_noise((30000, 1, 16, 16), g, 1.).flatten(1), 0)
+    counted = torch.bincount(picked, minlength=60) / 500
     assert ((counted - weight).abs() / weight).mean() < .15

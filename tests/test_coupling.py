@@ -1,14 +1,12 @@
 """Couplings against brute force, closed forms and quantiles; labels and images survive every one of them."""
 
-from itertools import permutations
-
 import pytest
 import torch
 from gaussians import covariance, gaussian_bridge, power
 
 from minimedshift import coupling
-from minimedshift.coupling import (Semidiscrete, assign, couple, exact, find_eps, learn_potentials,
-    minus_cost, potentials, sinkhorn)
+from minimedshift.coupling import (PAIRINGS, Minibatch, Semidiscrete, exact, learn_potentials, minus_cost,
+    potentials, sinkhorn)
 from minimedshift.flow import bridge, draw_noise, tint
 
 
@@ -18,49 +16,10 @@ def seeded(seed=0):
 
 # ---------------------------------------------------------------- exact
 
-@pytest.mark.parametrize("n", range(1, 8))
-def test_assign_equals_brute_force(n):
-    for seed in range(5):
-        cost = torch.rand(n, n, generator=seeded(seed), dtype=torch.float64)
-        table = cost.tolist()
-        best = min(sum(row[j] for row, j in zip(table, p)) for p in permutations(range(n)))
-        column = assign(cost)
-        assert sorted(column.tolist()) == list(range(n))
-        assert cost[torch.arange(n), column].sum().item() == pytest.approx(best, rel=1e-9)
-
-
-@pytest.mark.parametrize("n, d", [(200, 2), (300, 1), (256, 64)])
-def test_assign_is_optimal_by_its_own_certificate(n, d):
-    """No sequence of exchanges lowers the total: the graph of exchange costs has no negative cycle (Bellman-Ford over
-    all rows at once)."""
-    g = seeded()
-    a, b = (torch.randn(n, d, generator=g, dtype=torch.float64) for _ in range(2))
-    cost = torch.cdist(a, b) ** 2
-    column = assign(cost)
-    exchange = cost[:, column] - cost.gather(1, column[:, None])  # row i takes the column of row k
-    distance = torch.zeros(n, dtype=torch.float64)
-    for _ in range(n):
-        distance, before = torch.minimum(distance, (distance[:, None] + exchange).amin(0)), distance
-    assert (before - distance).max() < 1e-9
-
-
-def test_assign_survives_ties_scale_and_hidden_structure():
-    assert sorted(assign(torch.ones(6, 6)).tolist()) == list(range(6))
-    twins = torch.rand(5, 5, generator=seeded()).repeat(20, 20)
-    column = assign(twins)
-    assert sorted(column.tolist()) == list(range(100))
-    small = min(sum(twins[i, p[i]].item() for i in range(5)) for p in permutations(range(5)))
-    assert twins[torch.arange(100), column].sum().item() == pytest.approx(20 * small, rel=1e-5)
-    hidden = torch.randperm(100, generator=seeded())
-    cost = 1e3 + torch.rand(100, 100, generator=seeded(1))
-    cost[torch.arange(100), hidden] -= 2
-    assert torch.equal(assign(cost), hidden)
-
-
 def test_in_one_dimension_the_optimal_plan_is_sorted():
     g = seeded()
     x0, x1 = torch.randn(40, 1, generator=g), torch.randn(40, 1, generator=g)
-    index = exact(x0, x1, torch.zeros(40, dtype=torch.long)).index
+    index, _, _ = exact(x0, x1, torch.zeros(40, dtype=torch.long))
     assert torch.equal(x0[index][x1[:, 0].argsort()], x0.sort(0).values)
 
 
@@ -79,7 +38,7 @@ def test_sinkhorn_between_gaussians_is_the_schrodinger_bridge(d, sigma, n=1200):
     y, C = torch.zeros(n, dtype=torch.long), gaussian_bridge(A, B, sigma)
 
     def cross(eps):
-        a = x0[couple("sinkhorn", x0, x1, y, eps, g).index]
+        a = x0[sinkhorn(x0, x1, y, eps, g)[0]]
         return (a - a.mean(0)).T @ (x1 - x1.mean(0)) / n, a
 
     scale = (A.trace() * B.trace()).sqrt()
@@ -104,8 +63,8 @@ def test_the_plan_has_its_marginals_and_sinkhorn_says_so(eps):
     plan = logits.double().softmax(1) / 90
     assert ((plan.sum(0) * 90 - 1).abs() < 1e-4).all() and ((plan.sum(1) * 90 - 1).abs() < 1e-6).all()
     assert plan[y[:, None] != y].sum() == 0
-    assert sinkhorn(x0, x1, y, eps, g, iterations=400).error < 1e-4
-    assert sinkhorn(x0, x1, y, .01, g, iterations=2).error > .05  # a plan that is not there yet is not called one
+    assert sinkhorn(x0, x1, y, eps, g, iterations=400)[2] < 1e-4
+    assert sinkhorn(x0, x1, y, .01, g, iterations=2)[2] > .05  # a plan that is not there yet is not called one
 
 
 def test_noises_are_drawn_from_the_plan():
@@ -119,28 +78,9 @@ def test_noises_are_drawn_from_the_plan():
     labels, draws, g = 100, 40, seeded()
     counts, y = torch.zeros(3, 3), torch.arange(labels).repeat_interleave(3)
     for _ in range(draws):
-        index = sinkhorn(x0.repeat(labels, 1), x1.repeat(labels, 1), y, eps, g).index
+        index, _, _ = sinkhorn(x0.repeat(labels, 1), x1.repeat(labels, 1), y, eps, g)
         counts.index_put_((torch.arange(3 * labels) % 3, index % 3), torch.ones(3 * labels), accumulate=True)
     torch.testing.assert_close(counts / (labels * draws), plan.float(), atol=.03, rtol=0)
-
-
-def test_entropy_goes_from_the_assignment_to_independence():
-    g = seeded()
-    x0, x1, y = torch.randn(128, 3, generator=g), torch.randn(128, 3, generator=g), torch.arange(128) % 2
-    low, middle, high = (couple("sinkhorn", x0, x1, y, eps, g) for eps in (1e-3, 1., 1e4))
-    best = couple("exact", x0, x1, y)
-    assert low.entropy < .03 and .2 < middle.entropy < .9 and high.entropy > .999
-    assert low.cost == pytest.approx(best.cost.item(), rel=.02) and best.cost < middle.cost < 1.2
-    assert high.cost == pytest.approx(1, abs=.15)
-    assert couple("independent", x0, x1, y).entropy == 1
-
-
-@pytest.mark.parametrize("entropy", [.1, .5, .9])
-def test_find_eps_meets_the_wanted_entropy(entropy):
-    g = seeded()
-    x0, x1, y = torch.randn(150, 30, generator=g), torch.randn(150, 30, generator=g), torch.arange(150) % 3
-    plan = couple("sinkhorn", x0, x1, y, find_eps(x0, x1, y, entropy), g)
-    assert plan.entropy.item() == pytest.approx(entropy, abs=.01)
 
 
 # ---------------------------------------------------------------- semidiscrete
@@ -150,20 +90,20 @@ def test_semidiscrete_in_one_dimension_cuts_the_noise_into_quantiles():
     N, images = 12, torch.randn(12, 1, generator=seeded())
     g = learn_potentials(images)
     x0 = torch.randn(5000, 1, generator=seeded(1))
-    x1, y, plan = Semidiscrete([images], [g]).pick(x0, torch.zeros(5000, dtype=torch.long))
+    same, x1, plan = Semidiscrete([images], [g])(x0, torch.zeros(5000, dtype=torch.long))
     cell = (torch.special.ndtr(x0[:, 0]) * N).long()
-    assert (plan.index == images[:, 0].argsort()[cell]).float().mean() > .95
-    assert torch.equal(x1, images[plan.index]) and plan.entropy == 0
+    assert (x1 == images.sort(0).values[cell]).float().mean() > .95
+    assert torch.equal(same, x0) and plan.entropy == 0
     all_pairs = (x0[:, None] - images).square().mean()
     assert plan.cost == pytest.approx(((x1 - x0).square().mean() / all_pairs).item(), rel=1e-4)
 
 
 def test_a_quick_look_in_bfloat16_picks_the_same_images():
     images = .5 * draw_noise((500, 1, 32, 32), seeded(), 1.)
-    x0, y = draw_noise((2000, 1, 32, 32), seeded(1), 1.), torch.zeros(2000, dtype=torch.long)
+    x0 = draw_noise((2000, 1, 32, 32), seeded(1), 1.)
     g = torch.randn(500, generator=seeded(2))
     both = [Semidiscrete([images], [g], dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    slow, quick = (semidiscrete.pick(x0, y)[2].index for semidiscrete in both)
+    slow, quick = (semidiscrete.best(x0.flatten(1), 0) for semidiscrete in both)
     alone = (x0.flatten(1).bfloat16() @ images.flatten(1).bfloat16().T + g).argmax(1)
     assert torch.equal(slow, quick) and not torch.equal(slow, alone)  # a look alone would err
 
@@ -172,8 +112,8 @@ def test_a_quick_look_in_bfloat16_picks_the_same_images():
 def test_semidiscrete_picks_every_image_about_equally_often(colour):
     """On real noise of the training's colour, though what learns the potentials sees Gaussian scores alone."""
     images = .3 * draw_noise((100, 1, 16, 16), seeded(), 1.) * torch.linspace(.5, 1.5, 100).view(-1, 1, 1, 1)
-    x0, y = draw_noise((20000, 1, 16, 16), seeded(1), colour), torch.zeros(20000, dtype=torch.long)
-    picked = lambda g: Semidiscrete([images], [g]).pick(x0, y)[2].index
+    x0 = draw_noise((20000, 1, 16, 16), seeded(1), colour).flatten(1)
+    picked = lambda g: Semidiscrete([images], [g]).best(x0, 0)
     spread = lambda g: (torch.bincount(picked(g), minlength=100) / 200).std().item()
     learned = learn_potentials(tint(images, colour))
     chance = (1 / 200) ** .5
@@ -182,28 +122,41 @@ def test_semidiscrete_picks_every_image_about_equally_often(colour):
 
 # ---------------------------------------------------------------- all of them
 
+def of_batch(name, x1, eps=1.):
+    """The coupling `name` of one batch of images."""
+    return Minibatch(name, lambda y, generator: x1, eps)
+
+
 @pytest.mark.parametrize("name", coupling.COUPLINGS)
-def test_labels_and_images_are_never_parted(name):
-    """The mean of every image tells its label: so it must with its noise's, whatever is paired."""
+def test_noises_images_and_labels_stay_together(name):
+    """The mean of every image and of every noise tells its label, whatever is paired."""
     g = seeded()
     y = torch.randint(5, (64,), generator=g)
     x0, x1 = torch.randn(64, 1, 4, 4, generator=g), torch.randn(64, 1, 4, 4, generator=g)
-    x1 = x1 - x1.mean((1, 2, 3), keepdim=True) + y.view(-1, 1, 1, 1)
+    x0, x1 = (x - x.mean((1, 2, 3), keepdim=True) + y.view(-1, 1, 1, 1) for x in (x0, x1))
     label_of = lambda x: x.mean((1, 2, 3)).round().long()
     if name == "semidiscrete":
         groups = [x1[y == label] for label in range(5)]
-        images, labels, plan = Semidiscrete(groups, [torch.zeros(len(z)) for z in groups]).pick(x0, y)
-        assert torch.equal(label_of(images), y) and torch.equal(labels, y)
-        blind = Semidiscrete([x1], [torch.zeros(64)], labels=y)
-        images, labels, plan = blind.pick(x0, y)
-        assert torch.equal(label_of(images), labels)
-        return
-    plan = couple(name, x0, x1, y, eps=1., generator=g)
-    assert torch.equal(y[plan.index], y)  # noise and image come from one label's block
-    if name != "sinkhorn":
-        assert sorted(plan.index.tolist()) == list(range(64))
-    blind = couple(name, x0, x1, 0 * y, eps=1., generator=g)
-    assert name == "independent" or not torch.equal(y[blind.index], y)
+        couple = Semidiscrete(groups, [torch.zeros(len(z)) for z in groups])
+    else:
+        couple = of_batch(name, x1)
+    noises, images, plan = couple(x0, y, g)
+    assert torch.equal(label_of(noises), y) and torch.equal(label_of(images), y)
+    if name != "sinkhorn":  # every noise is used once
+        assert torch.equal(noises.flatten().sort().values, x0.flatten().sort().values)
+    if name != "semidiscrete":
+        assert torch.equal(images, x1)
+    assert 0 <= plan.entropy <= 1 and plan.cost > 0
+
+
+def test_entropy_and_cost_go_from_the_assignment_to_independence():
+    g = seeded()
+    x0, x1, y = torch.randn(128, 3, generator=g), torch.randn(128, 3, generator=g), torch.arange(128) % 2
+    low, middle, high = (of_batch("sinkhorn", x1, eps)(x0, y, g)[2] for eps in (1e-3, 1., 1e4))
+    best, any_ = (of_batch(name, x1)(x0, y)[2] for name in ("exact", "independent"))
+    assert low.entropy < .03 and .2 < middle.entropy < .9 and high.entropy > .999
+    assert low.cost == pytest.approx(best.cost.item(), rel=.02) and best.cost < middle.cost < 1.2
+    assert high.cost == pytest.approx(1, abs=.15) and any_.entropy == 1
 
 
 def test_the_cost_is_that_of_the_pairs_over_that_of_all_pairs_of_a_label():
@@ -213,17 +166,16 @@ def test_the_cost_is_that_of_the_pairs_over_that_of_all_pairs_of_a_label():
     all_costs = torch.cdist(x1, x0) ** 2
     same = (y[:, None] == y).float()
     expected = (all_costs * same).sum(1) / same.sum(1)
-    plan = couple("exact", x0, x1, y)
-    found = all_costs[torch.arange(30), plan.index].mean()
-    assert plan.cost.item() == pytest.approx((found / expected.mean()).item(), rel=1e-4)
+    index, _, _ = exact(x0, x1, y)
+    found = all_costs[torch.arange(30), index].mean()
+    cost = of_batch("exact", x1)(x0, y)[2].cost
+    assert cost.item() == pytest.approx((found / expected.mean()).item(), rel=1e-4)
 
 
-def test_couple_refuses_what_it_cannot_do():
+def test_sinkhorn_refuses_an_eps_of_zero():
     x, y = torch.zeros(2, 1), torch.zeros(2, dtype=torch.long)
     with pytest.raises(ValueError, match="eps"):
-        couple("sinkhorn", x, x, y)
-    with pytest.raises(ValueError, match="semidiscrete"):
-        couple("semidiscrete", x, x, y)
+        PAIRINGS["sinkhorn"](x, x, y, 0.)
 
 
 @pytest.mark.gpu
@@ -233,12 +185,11 @@ def test_sinkhorn_and_semidiscrete_never_wait_for_the_gpu():
     x0, x1 = (torch.randn(256, 1, 16, 16, generator=g, device="cuda") for _ in range(2))
     y = torch.arange(256) % 5
     groups = [x1[y == label].cpu() for label in range(5)]
-    semidiscrete = Semidiscrete(groups, [torch.zeros(len(group)) for group in groups], "cuda")
+    couples = (of_batch("sinkhorn", x1), Semidiscrete(groups, [torch.zeros(len(z)) for z in groups], "cuda"))
     for armed in (False, True):  # once to warm up
         torch.cuda.set_sync_debug_mode("error" if armed else "default")
         try:
-            plan = couple("sinkhorn", x0, x1, y, 1., g)
-            picked = semidiscrete.pick(x0, y)
+            pairs = [couple(x0, y, seeded()) for couple in couples]
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(y[plan.index.cpu()], y) and picked[2].index.is_cuda
+    assert all(x0.is_cuda and x1.is_cuda for x0, x1, _ in pairs)

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from minimedshift.model import Attention, Block, Shape, UNet, time_features
-from minimedshift import presets
-from minimedshift.presets import PRESETS
+from minimedshift import model
+from minimedshift.model import PRESETS, Attention, Block, Shape, UNet, time_features
 
-SMALL = Shape(stem=2, widths=(32, 48), blocks=(1, 1), head=16)
+SMALL = Shape(stem=2, widths=(32, 48), blocks=(1, 1), head_width=16)
 
 
 def awake(shape=SMALL):
@@ -92,7 +91,7 @@ def test_the_file_tells_the_truth_about_each_preset(name):
             net(torch.empty(1, 1, size, size), torch.empty(1), torch.empty(1, dtype=torch.long))
     parameters = sum(p.numel() for p in net.parameters())
     told = f"{parameters / 1e6:.2f}M parameters, {count.get_total_flops() / 1e9:.2f} GFLOPs"
-    assert told in open(presets.__file__).read()
+    assert told in open(model.__file__).read()
 
 
 def test_blocks_of_one_width_are_compiled_once_for_training_and_once_for_every_batch_to_translate():
@@ -103,7 +102,7 @@ def test_blocks_of_one_width_are_compiled_once_for_training_and_once_for_every_b
         return torch.randn(batch, 1, size, size), torch.rand(batch), torch.zeros(batch, dtype=torch.long)
 
     backend = lambda graph, examples: found.append(graph) or graph.forward
-    shape = Shape(stem=2, widths=(32, 48, 64), blocks=(2, 1, 2), head=16)
+    shape = Shape(stem=2, widths=(32, 48, 64), blocks=(2, 1, 2), head_width=16)
     net, same = awake(shape), awake(shape)
     names = list(net.state_dict())
     net.compile_blocks(dynamic=False, backend=backend)

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from minimedshift import phantom
 from minimedshift.support import checkpoint
 
-HOW = dict(tau=.4, guidance=1.0, steps=1, solver="euler", end=.97, colour=1.0, x0="noise")
+HOW = dict(tau=.4, guidance=1.0, steps=1, solver="euler", t_image=.97)
 
 
 def save_network(path, net, size=32, domains=phantom.DOMAINS, translate=HOW, **more):

@@ -1,6 +1,5 @@
-"""Fused ops: references against definitions, what is called where, kernels (kernels.py) interpreted or on a GPU."""
+"""The fused op: its reference against its definition, what is called where, kernels (kernels.py) interpreted or on a GPU."""
 
-import math
 import os
 import subprocess
 import sys
@@ -63,34 +62,15 @@ def test_the_norm_computes_in_float32_and_returns_what_it_got():
             assert torch.equal(ops.norm_film_silu(*args[:3], 1, *args[3:]), expected.bfloat16())
 
 
-def test_row_lse_equals_loops(n=5, m=7, eps=6.0, inf=float("inf")):
-    matrix, g = randn(n, m), randn(m, seed=1)
-    matrix[randn(n, m, seed=2) > .5] = -inf
-    matrix[4] = -inf
-    terms = [[math.exp(g[j].item() + matrix[i, j].item() / eps) for j in range(m)] for i in range(n)]
-    expected = torch.tensor([math.log(sum(row)) if sum(row) else -inf for row in terms]).double()
-    assert expected[:4].isfinite().all() and expected[4] == -inf
-    for z in (matrix, matrix.T.contiguous().T):
-        torch.testing.assert_close(ops.row_lse(z, g, eps), expected, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(ops.row_lse(z, g.float(), eps), expected, rtol=1e-5, atol=1e-5)
-
-
 # ---------------------------------------------------------------- what is called where
 
-PUBLIC = {
-    "norm_film_silu": (lambda *z: ops.norm_film_silu(*z[:3], 2, *z[3:]), ((2, 4, 3, 3), (4,), (4,), (2, 4), (2, 4))),
-    "row_lse": (lambda matrix, g: ops.row_lse(matrix, g, .5), ((5, 7), (7,))),
-}
-
-
-def compare_compiled(name, device, backend, tolerance):
-    """The public function is one graph, and compiled gives what it gives plainly, with the norm's gradients.
+def compare_compiled(device, backend, tolerance):
+    """The public function is one graph; compiled it gives the same value and gradients.
     Returns whether the graph calls a fused op."""
-    function, shapes = PUBLIC[name]
+    function = lambda *z: ops.norm_film_silu(*z[:3], 2, *z[3:])
+    shapes = ((2, 4, 3, 3), (4,), (4,), (2, 4), (2, 4))
     inputs = [randn(*shape, seed=i, dtype=torch.float32).to(device) for i, shape in enumerate(shapes)]
-    called = []
-    if name == "norm_film_silu":
-        inputs = [z.requires_grad_() for z in inputs]
+    inputs, called = [z.requires_grad_() for z in inputs], []
 
     def look(graph, _):
         called.extend(str(node.target) for node in graph.graph.nodes)
@@ -98,18 +78,16 @@ def compare_compiled(name, device, backend, tolerance):
 
     compiled = [torch.compile(function, fullgraph=True, backend=b) for b in (look, backend)]
     results = [z(*inputs) for z in (function, *compiled)]
-    if name == "norm_film_silu":
-        results = [(y, *torch.autograd.grad(y.square().sum(), inputs)) for y in results]
+    results = [(y, *torch.autograd.grad(y.square().sum(), inputs)) for y in results]
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=tolerance, atol=tolerance)
     assert called
     return any("minimedshift" in target for target in called)
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_a_cpu_compiles_the_reference_in_one_graph(name, monkeypatch):
-    monkeypatch.setattr(ops, "FUSED", dict.fromkeys(ops.FUSED, True))
-    assert not compare_compiled(name, "cpu", "aot_eager", 1e-6)
+def test_a_cpu_compiles_the_reference_in_one_graph(monkeypatch):
+    monkeypatch.setattr(ops, "FUSED", True)
+    assert not compare_compiled("cpu", "aot_eager", 1e-6)
 
 
 def test_without_triton_there_are_the_references():
@@ -117,8 +95,7 @@ def test_without_triton_there_are_the_references():
                  "import torch; from minimedshift import ops\n"
                  "assert ops.triton is None\n"
                  "y = ops.norm_film_silu(torch.randn(1, 4, 2, 2), torch.ones(4), torch.ones(4), 2)\n"
-                 "assert y.shape == (1, 4, 2, 2)\n"
-                 "assert ops.row_lse(torch.zeros(2, 3), torch.zeros(3), 1.).shape == (2,)")
+                 "assert y.shape == (1, 4, 2, 2)")
 
 
 # ---------------------------------------------------------------- kernels
@@ -165,11 +142,9 @@ def test_the_kernels_compile_for_a_gpu(dtype, capability, monkeypatch):
         monkeypatch.setattr(ops, name, CompileOnly(getattr(ops, name), compiled, capability))
     x = torch.empty(256, 128, 64, 64, dtype=dtype, **like)
     gain, mean = torch.empty(256, 128, **like), torch.empty(256, 8, **like)
-    matrix, g = torch.empty(4096, 4096, dtype=dtype, **like), torch.empty(4096, **like)
     ops.norm_silu._init_fn(x, gain, gain, 8, 1e-5)
     ops.norm_silu_backward._init_fn(x, x, gain, gain, mean, mean)
-    ops.fused_row_lse._init_fn(matrix, g, .5)
-    assert len(compiled) == 5 and all(f".target sm_{capability}" in ptx for ptx in compiled.values())
+    assert len(compiled) == 4 and all(f".target sm_{capability}" in ptx for ptx in compiled.values())
 
 
 @pytest.mark.gpu
@@ -181,8 +156,7 @@ def test_every_check_passes_on_a_gpu(name):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", PUBLIC)
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_gpu_compiles_what_the_switch_says(name, fused, monkeypatch):
-    monkeypatch.setattr(ops, "FUSED", dict.fromkeys(ops.FUSED, fused))
-    assert compare_compiled(name, "cuda", "inductor", 1e-4) == fused
+def test_a_gpu_compiles_what_the_switch_says(fused, monkeypatch):
+    monkeypatch.setattr(ops, "FUSED", fused)
+    assert compare_compiled("cuda", "inductor", 1e-4) == fused

@@ -15,13 +15,10 @@ from PIL import Image
 
 import train
 from disk import full_disk
-from minimedshift import data, evaluate, phantom, student
-from minimedshift import methods as compared
-from minimedshift.phantom import sets
+from minimedshift import phantom, student
 from minimedshift.support import checkpoint, files
 from minimedshift.support.command import UserError, run
 from minimedshift.support.log import Log
-from minimedshift.model import Shape, UNet
 
 ROOT = Path(train.__file__).parent
 TINY = ("--size 16 --train-images 20 --valid-heads 2 --test-heads 3 --batch-size 4 --solver-steps 1 "
@@ -50,7 +47,10 @@ def start(out, cache, *flags, fixed=False):
 
 
 def finish(process):
-    output, errors = process.communicate(timeout=300)
+    try:
+        output, errors = process.communicate(timeout=300)
+    finally:
+        process.kill()
     return process.returncode, output, errors
 
 
@@ -67,15 +67,10 @@ def same_tensors(a, b):
 def test_a_whole_run_leaves_everything_it_promises(tmp_path, cache):
     status, output, errors = finish(start(tmp_path, cache, "--steps", "4"))
     assert (status, errors) == (0, ""), errors
-    files = "checkpoint.pt log.csv loss.png samples.png translations.png report.json"
-    assert {p.name for p in tmp_path.iterdir()} == set(files.split())
+    left = "checkpoint.pt log.csv loss.png translations.png report.json"
+    assert {p.name for p in tmp_path.glob("[!.]*")} == set(left.split())
     assert "images/s" in output and "left" in output
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert len(report["pairs"]) == 20 and report["simulated"] and report["main_pair"]["heads"] == 3
-    assert set(report["main_pair"]["medshift"]) == {"0.1", "0.2", "0.3", "0.4", "0.5", "0.6"}
-    assert "curve" in report["main_pair"]["methods"]
     rows = (tmp_path / "log.csv").read_text().splitlines()
-    assert len(report["student_pairs"]) == 20 and report["main_pair"]["student"]["structure"] > 0
     assert "the student learns: 2/2" in output
     assert rows[0] == "step,loss,grad_norm,lr,entropy,cost,marginal_error,coupling_seconds,seconds"
     assert [int(row.split(",")[0]) for row in rows[1:]] == [1, 2, 3, 4]
@@ -86,9 +81,8 @@ def test_a_whole_run_leaves_everything_it_promises(tmp_path, cache):
     assert student.restore(state["student"]).finishes.keys() == {(s, t) for s in range(5) for t in range(5) if s != t}
 
 
-@pytest.mark.parametrize("coupling", [pytest.param("exact --x0 image --ot-batch 7", marks=pytest.mark.slow),
-                                      pytest.param("sinkhorn --entropy 0.3 --score", marks=pytest.mark.slow),
-                                      "semidiscrete --coupling-labels ignore"])
+@pytest.mark.parametrize("coupling", [pytest.param("exact --ot-batch 7", marks=pytest.mark.slow),
+                                      pytest.param("sinkhorn", marks=pytest.mark.slow), "semidiscrete"])
 def test_stop_and_resume_give_the_same_bytes(tmp_path, cache, coupling):
     flags = ["--steps", "40", "--no-evaluate", "--coupling", *coupling.split(), "--sigma", "0.1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -110,44 +104,6 @@ def test_stop_and_resume_give_the_same_bytes(tmp_path, cache, coupling):
     assert without_time(whole) == without_time(parts)
     seconds = np.loadtxt(parts / "log.csv", delimiter=",", skiprows=1)[:, -1]
     assert (np.diff(seconds) > 0).all()  # those of the stopped process count too
-
-
-def test_going_on_is_as_if_never_stopped(tmp_path):
-    """Steps with given gradients: model, mean and optimizers that a checkpoint has filled go the same way."""
-    gradients = torch.Generator().manual_seed(0)
-    config = train.Config(student_steps=7)
-
-    def parts():
-        model = UNet(Shape(widths=(16,), blocks=(1,), head=16))
-        convolutions, rest = train.split(model)
-        return model, [train.Muon(convolutions), torch.optim.AdamW(rest)], checkpoint.EMA(model)
-
-    def go(many, first, last):
-        for step in range(first, last):
-            for p in many[0][0].parameters():
-                p.grad = torch.randn(p.shape, generator=gradients)
-            for other, *_ in many[1:]:
-                for p, q in zip(other.parameters(), many[0][0].parameters()):
-                    p.grad = q.grad.clone()
-            for _, optimizers, ema in many:
-                for optimizer in optimizers:
-                    optimizer.step()
-                ema.update(step + 1)
-
-    one, other = parts(), parts()
-    go([one], 0, 3)
-    model, optimizers, ema = one
-    lessons = {name: getattr(config, name) for name in train.LESSONS}
-    checkpoint.save(tmp_path / "c.pt", dict(
-        step=3, model=model.state_dict(), ema=ema.mean, student=dict(weights=1), config=lessons,
-        optimizer=[optimizer.state_dict() for optimizer in optimizers]))
-    before = checkpoint.load(tmp_path / "c.pt")
-    assert train.go_on(before, config, "c.pt", *other) == (3, dict(weights=1))
-    go([one, other], 3, 6)
-    assert same_tensors(one[0].state_dict(), other[0].state_dict()) and same_tensors(one[2].mean, other[2].mean)
-    assert not same_tensors(one[0].state_dict(), one[2].mean)
-    config = train.Config(student_steps=8)  # other lessons: the student is taught anew
-    assert train.go_on(before, config, "c.pt", *parts()) == (3, None)
 
 
 def folder_of_images(root, *domains, count=6):
@@ -185,22 +141,13 @@ def test_check_data_shows_and_stops(tmp_path, cache):
     ("--resume", "no checkpoint"),
     ("--seed -1", "--seed"),
     ("--colour 9", "--colour"),
-    ("--end 1.1", "--end"),
-    ("--student-tau 0.99", "--student-tau"),
-    ("--student-end 1.1", "--student-end"),
+    ("--t-image 1.1", "--t-image"),
     ("--student-steps -1", "--student-steps"),
     ("--tau 0.98", "--tau"),
-    ("--coupling sinkhorn", "--sigma or --entropy"),
-    ("--entropy 0.1", "--entropy is for"),
-    ("--coupling sinkhorn --entropy 1", "--entropy"),
+    ("--coupling sinkhorn", "--sigma"),
     ("--ot-batch 4 --coupling independent", "--ot-batch"),
     ("--ot-batch -1", "--ot-batch"),
-    ("--coupling-labels ignore --coupling independent", "--coupling-labels"),
-    ("--score", "--score needs"),
-    ("--solver sde --sigma 0.1", "--solver sde"),
-    ("--solver sde --coupling exact", "--solver sde"),
-    ("--x0 image --coupling exact --solver sde", "--solver sde"),
-    ("--x0 image --coupling semidiscrete", "--x0 image"),
+    ("--solver sde", "--solver"),
     ("--out /dev/null/out", "cannot be made"),
 ])
 def test_a_mistake_ends_in_one_sentence_and_status_2(tmp_path, capsys, monkeypatch, flags, says):
@@ -229,7 +176,7 @@ def test_a_finished_run_resumes_to_its_end_in_the_number_format_asked_for(tmp_pa
             path.unlink()
         assert train.main([*TINY, "--steps", "2", "--no-evaluate", "--out", str(tmp_path), *more.split()]) == 0
         assert f"cpu, {dtype}," in capsys.readouterr().out
-        assert {path.name for path in tmp_path.glob("*.png")} == {"loss.png", "samples.png"}
+        assert {path.name for path in tmp_path.glob("*.png")} == {"loss.png", "translations.png"}
 
 
 def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(tmp_path, cache, monkeypatch, capsys):
@@ -262,42 +209,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_killed(tm
     first.kill()
     finish(first)
     assert finish(start(tmp_path, cache, "--steps", "2", *flags, "--overwrite"))[0] == 0
-    assert set(os.listdir(tmp_path)) == {"checkpoint.pt", "log.csv", "loss.png", "samples.png"}
-
-
-@pytest.mark.slow
-def test_every_folder_of_the_cache_is_made_anew_when_damaged(tmp_path):
-    """A truncated .npy in each: heads, weights, potentials; and one's own images."""
-    root, cache = folder_of_images(tmp_path / "images", "a", "b"), tmp_path / "cache"
-    contents = lambda: {p: p.read_bytes() for p in sorted(cache.rglob("*")) if p.is_file()}
-    runs = [["--steps", "2", "--no-evaluate", "--no-student"]]
-    runs.append([*runs[0], "--data", str(root)])
-    for flags in runs:
-        assert finish(start(tmp_path / "out", {"MINIMEDSHIFT_CACHE": str(cache)}, *flags, "--overwrite"))[0] == 0
-    before = contents()
-    folders = sorted(cache.iterdir())
-    names = {path.name.split("-")[0] for path in folders}
-    assert names == {"train", "valid", "test", "balance", "potentials", "folder"}
-    for folder in folders:
-        path = max(folder.glob("*.npy"), key=os.path.getsize)
-        os.truncate(path, path.stat().st_size // 2)
-    told = ""
-    for flags in runs:
-        status, _, errors = finish(start(tmp_path / "out", {"MINIMEDSHIFT_CACHE": str(cache)}, *flags, "--overwrite"))
-        assert status == 0, errors
-        told += errors
-    assert told.count("\n") == len(folders) and all(f"{folder} is damaged" in told for folder in folders)
-    assert contents() == before
-
-
-def test_a_gpu_too_small_is_told_in_one_sentence(capsys):
-    def work():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation.")
-
-    with pytest.raises(SystemExit) as end:
-        run(work)
-    errors = capsys.readouterr().err
-    assert end.value.code == 2 and "--batch-size" in errors and errors.count("\n") == 1
+    assert set(os.listdir(tmp_path)) == {"checkpoint.pt", "log.csv", "loss.png", "translations.png"}
 
 
 def test_help_shows_groups_and_defaults():
@@ -306,33 +218,13 @@ def test_help_shows_groups_and_defaults():
 
 
 def test_the_log_tells_what_a_coupling_did_and_cost(tmp_path, cache):
-    flags = "--steps 3 --coupling sinkhorn --entropy 0.5 --ot-batch 4 --no-evaluate".split()
+    flags = "--steps 3 --coupling sinkhorn --sigma 2 --ot-batch 4 --no-evaluate".split()
     status, output, errors = finish(start(tmp_path, cache, *flags))
-    assert (status, errors) == (0, "") and "entropy 0.5 is eps" in output and "% of the time" in output
+    assert (status, errors) == (0, "") and "% of the time" in output
     for line in (tmp_path / "log.csv").read_text().splitlines()[1:]:
         row = dict(zip(Log.COLUMNS, map(float, line.split(","))))
-        assert abs(row["entropy"] - 0.5) < 0.02 and 0 < row["cost"] < 1.2
+        assert 0.1 < row["entropy"] < 0.9 and 0 < row["cost"] < 1.2
         assert 0 < row["coupling_seconds"] < row["seconds"]
-
-
-def test_an_image_to_image_network_trains_translates_and_is_scored(tmp_path, cache):
-    flags = "--steps 3 --x0 image --coupling exact --ot-batch 6".split()
-    status, output, errors = finish(start(tmp_path, cache, *flags))
-    assert (status, errors) == (0, ""), errors
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert list(report["main_pair"]["medshift"]) == ["null"] and len(report["pairs"]) == 20
-    command = [sys.executable, str(ROOT / "translate.py"), "--checkpoint", str(tmp_path / "checkpoint.pt")]
-    done = subprocess.run(command, env={**os.environ, **cache}, capture_output=True)
-    assert done.returncode == 0 and (tmp_path / "translate.png").exists()
-    done = subprocess.run([*command, "--tau", "0.5"], env={**os.environ, **cache}, capture_output=True, text=True)
-    assert done.returncode == 2 and "--tau has no meaning" in done.stderr and done.stderr.count("\n") == 1
-
-
-def test_a_score_head_is_trained_and_the_diffusion_is_scored(tmp_path, cache):
-    flags = ("--coupling", "sinkhorn", "--sigma", "0.5", "--score", "--solver", "sde", "--ot-batch", "2")
-    status, output, errors = finish(start(tmp_path, cache, "--steps", "3", *flags))
-    assert (status, errors) == (0, ""), errors
-    assert checkpoint.load(tmp_path / "checkpoint.pt")["shape"]["score"] == 0.5
 
 
 def test_ctrl_c_between_a_step_and_its_log_is_heard_a_step_later(tmp_path, cache, monkeypatch, capsys):
@@ -357,7 +249,7 @@ def test_ctrl_c_between_a_step_and_its_log_is_heard_a_step_later(tmp_path, cache
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("coupling", ["semidiscrete", "sinkhorn --entropy 0.3 --sigma 0.1"])
+@pytest.mark.parametrize("coupling", ["semidiscrete", "sinkhorn --sigma 2"])
 def test_no_training_step_waits_for_the_gpu(tmp_path, monkeypatch, coupling):
     class Spy(Log):
         def __call__(self, step, *rest, **more):
@@ -375,21 +267,6 @@ def test_no_training_step_waits_for_the_gpu(tmp_path, monkeypatch, coupling):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_samples_are_drawn_by_the_ema_weights_in_eval_mode(tmp_path):
-    net = UNet(Shape(stem=2, widths=(16,), blocks=(1,), head=16))
-    forward, modes = net.forward, []
-    net.forward = lambda *inputs: modes.append((net.training, net.stem.bias[0].item())) or forward(*inputs)
-    images = [np.zeros((2, 1, 16, 16), np.float16)] * 5
-    before, ema = net.stem.bias[0].item(), checkpoint.EMA(net, 0.)
-    ema.mean["stem.bias"] += 1
-    translation = dict(tau=.4, guidance=1.5, steps=1, solver="euler", end=.97, colour=1., x0="noise")
-    dataset = data.Dataset(phantom.DOMAINS, 16, 1, images, images)
-    with ema.weights_of(net):
-        train.draw_samples(tmp_path / "samples.png", net, dataset, translation, torch.device("cpu"))
-    assert set(modes) == {(False, ema.mean["stem.bias"][0].item())}
-    assert net.training and net.stem.bias[0].item() == before
-
-
 def test_the_preset_is_what_the_machine_can_train(monkeypatch):
     machines = (("cuda", True, "gpu"), ("cuda", False, "cpu"), ("mps", False, "cpu"), ("cpu", False, "cpu"))
     for device, bfloat16, preset in machines:
@@ -399,27 +276,53 @@ def test_the_preset_is_what_the_machine_can_train(monkeypatch):
         assert train.resolve(train.Config(preset="gpu"))[0].size == 256
 
 
+def test_a_step_without_a_finite_gradient_moves_no_weight_to_nonsense(tmp_path, cache, monkeypatch, capsys):
+    """One bad loss changes nothing much; BAD_STEPS of them in a row stop the run with advice, and save."""
+    monkeypatch.setenv("MINIMEDSHIFT_CACHE", cache["MINIMEDSHIFT_CACHE"])
+    right, calls = train.flow_loss, []
+
+    def wrong_at(steps):
+        def loss(*args):
+            calls.append(0)
+            return right(*args) * (float("nan") if len(calls) - 1 in steps else 1)  # call 0 is the trial
+        return loss
+
+    command = [*TINY, "--steps", "16", "--no-evaluate", "--no-student", "--out", str(tmp_path), "--overwrite"]
+    monkeypatch.setattr(train, "flow_loss", wrong_at({5}))
+    assert train.main(command) == 0
+    weights = checkpoint.load(tmp_path / "checkpoint.pt")["ema"].values()
+    assert all(p.isfinite().all() for p in weights)
+    calls.clear()
+    monkeypatch.setattr(train, "flow_loss", wrong_at(range(4, 17)))
+    with pytest.raises(UserError, match="no finite gradient"):
+        train.main(command)
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["step"] == 3 + train.BAD_STEPS
+
+
+def test_what_does_not_fit_fails_before_anything_long(tmp_path, monkeypatch):
+    """A step at full size comes first: nothing has been simulated when memory runs out."""
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "flow_loss", full)
+    monkeypatch.setattr(train.batches, "load_dataset", lambda config: pytest.fail("too late"))
+    with pytest.raises(SystemExit) as end:
+        run(lambda: train.main([*TINY, "--steps", "2", "--out", str(tmp_path)]))
+    assert end.value.code == 2
+
+
 @pytest.mark.slow
-def test_the_readme_run_beats_the_grey_value_curves(tmp_path, cache, monkeypatch):
+def test_the_readme_run_beats_the_grey_value_curves(tmp_path, cache):
     """`python train.py` with no flag but --out, then `python translate.py`: the README's first screen."""
     command = [sys.executable, str(ROOT / "train.py"), "--out", str(tmp_path)]
-    done = subprocess.run(command, env={**os.environ, **cache}, capture_output=True, text=True, timeout=3000)
+    done = subprocess.run(command, env={**os.environ, **cache}, capture_output=True, text=True, timeout=5000)
     assert done.returncode == 0, done.stderr
+    assert "in all" in done.stdout  # the expected time of the run
     report = json.loads((tmp_path / "report.json").read_text())
-    assert len(report["pairs"]) == 20 and report["all_pairs"]["same_head"] is not None
-    # what is asked of it is asked on validation heads
-    model, state = checkpoint.load_model(tmp_path / "checkpoint.pt")
-    monkeypatch.setenv("MINIMEDSHIFT_CACHE", cache["MINIMEDSHIFT_CACHE"])
-    dataset = sets.phantom_set(64, 10000, 64, 128)
-    translator = student.restore(state["student"])
-    methods = compared.every_method(dataset, model, state["translate"], translator)
-    s, t = compared.main_domains(dataset.domains)
-    q = compared.question(dataset.valid_pairs, s, t, 64, "cpu")
-    curve = next(method for method in methods if method.name == "curve")
-    found = evaluate.sweep(methods, [q], curve)
-    scores = {name: max(point["gap_closed"] for point in points) for name, points in found.items()}
-    assert scores["MedShift"] > max(.5, scores["histogram"], scores["untouched"])
-    assert scores[compared.STUDENT] > max(.75, scores["MedShift"])
+    main, every = report["main_pair"]["shared"], report["all_pairs"]["shared"]["means"]
+    flow, taught = main["MedShift"], main["MedShift's student"]
+    assert flow["gap_closed"] > max(.5, main["histogram"]["gap_closed"], main["untouched"]["gap_closed"])
+    assert taught["gap_closed"] > max(.75, flow["gap_closed"]) and every["MedShift's student"]["gap_closed"] > .5
     command = [sys.executable, str(ROOT / "translate.py"), "--checkpoint", str(tmp_path / "checkpoint.pt")]
     done = subprocess.run(command, env={**os.environ, **cache}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and (tmp_path / "translate.png").exists(), done.stderr

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from minimedshift import batches, data, evaluate, sampler
 from minimedshift.flow import loss as flow_loss
@@ -35,7 +36,6 @@ from minimedshift.support.machine import (autocast, can_compile, has_bfloat16, k
 
 @dataclass(frozen=True)
 class Config:
-    # ---- data
     data: str = flag(None, "folder of images, DIR/DOMAIN/*.png (default: simulated heads)", "data")
     size: int = flag(0, "side of the training images in pixels; 0 is the preset's", "data", low=0, high=4096)
     train_images: int = flag(10000, "simulated training images, all domains together", "data", low=5,
@@ -47,7 +47,6 @@ class Config:
     domains: str = flag("", "train on these domains alone, separated by commas (default: all)", "data")
     balance: bool = flag(True, "draw those images less often whose like is rare in the other domains", "data")
     check_data: bool = flag(False, "write a picture and a line per domain, then stop", "data")
-    # ---- method
     preset: str = flag("auto", "network and training settings", "method", ("auto", *PRESETS))
     coupling: str = flag("semidiscrete", "which noise goes with which image", "method",
                          batches.coupling.COUPLINGS)
@@ -57,7 +56,6 @@ class Config:
     colour: float = flag(1.0, "fall of the noise's amplitude with frequency: 0 white, 1 like natural images",
                          "method", low=0, high=2)
     drop_label: float = flag(0.1, "share of labels that are hidden, for guidance", "method", low=0, below=1)
-    # ---- training
     steps: int = flag(0, "optimizer steps; 0 is the preset's", "training", low=0)
     batch_size: int = flag(0, "images a step; 0 is the preset's", "training", low=0, high=10**5)
     lr: float = flag(0.02, "peak learning rate of the convolutions (Muon); the rest (AdamW) has a twentieth",
@@ -65,18 +63,15 @@ class Config:
     ema: float = flag(16.97, "exponent of the EMA: 16.97 averages a twentieth of the run, 6.94 a tenth",
                       "training", low=0)
     seed: int = flag(0, "all randomness is a function of the seed and the step", "training", low=0)
-    # ---- translation
     tau: float = flag(0.3, "how far back: 1 keeps structure, 0 favours realism", "translation", low=0)
     guidance: float = flag(1.0, "guidance scale of the forward leg; 1 is none", "translation")
     t_image: float = flag(0.97, "the t that an image is given; 1 is the paper's", "translation", high=1)
     solver_steps: int = flag(3, "solver steps of each leg", "translation", low=1, high=1000)
     solver: str = flag("fireflow", "ODE solver", "translation", tuple(sampler.SOLVERS))
-    # ---- student
     student: bool = flag(True, "at the end, teach a small network to translate in one evaluation", "student")
     student_images: int = flag(0, "images of a domain that the flow translates for it; 0 is the preset's",
                                "student", low=0, high=10**5)
     student_steps: int = flag(0, "its optimizer steps, 32 images each; 0 is the preset's", "student", low=0)
-    # ---- run
     out: str = flag("out", "folder for everything the run leaves", "run")
     resume: bool = flag(False, "go on from OUT/checkpoint.pt: give the flags of that run again", "run")
     overwrite: bool = flag(False, "start anew where OUT has a checkpoint", "run")
@@ -98,13 +93,16 @@ def main(argv=None):
     device = ranks.join(device)
     keep_memory()
     file = Path(config.out) / "checkpoint.pt"
-    with lock_folder(file.parent) if ranks.number()[0] == 0 else nullcontext():  # all ranks are one run
+    with nullcontext() if ranks.RANK else lock_folder(file.parent):  # all ranks are one run
         before = stopped_run(config, file, device)
         dtype, memory = ranks.same(formats(config, device, before))
         if not config.check_data:
             try_out(config, device, dtype, memory)
-        with ranks.first():
-            dataset = batches.load_dataset(config)
+        if ranks.RANK:
+            ranks.same(None)  # waits until rank 0 has filled the cache
+        dataset = batches.load_dataset(config)
+        if not ranks.RANK:
+            ranks.same(None)
         if config.check_data:
             data.check(dataset, file.parent / "data.png")
             return 0
@@ -116,10 +114,9 @@ def main(argv=None):
 
 def train(config, dataset, device, dtype, memory, file, before=None):
     """The training loop; `before` is a checkpoint to go on from. Returns the EMA network, None if stopped."""
-    rank, processes = ranks.number()
     model, optimizers, ema = build(config, len(dataset.domains), dataset.channels, device, dtype, memory)
     first = go_on(before, file, model, optimizers, ema) if before else 0
-    net = ranks.parallel(model)  # as it is called in training; the weights are those of model
+    net = DistributedDataParallel(model) if ranks.COUNT > 1 else model  # as it is called in training
     how, machine = translation_of(config), dict(dtype=name_of(dtype), memory_format=name_of(memory))
     print(f"{device.type}, {', '.join(machine.values())}, {config.preset} preset: "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
@@ -128,7 +125,7 @@ def train(config, dataset, device, dtype, memory, file, before=None):
           flush=True)
 
     def save(step):
-        if rank:
+        if ranks.RANK:
             return
         checkpoint.save(file, dict(
             config=asdict(config), shape=asdict(model.shape), domains=list(dataset.domains), step=step,
@@ -141,10 +138,9 @@ def train(config, dataset, device, dtype, memory, file, before=None):
     stopping = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stopping.append(True))  # finish the step, save, stop
-    with ranks.first():
-        steps = batches.batches(dataset, config, device, first, dtype, rank, processes)
+    steps = batches.batches(dataset, config, device, first, dtype, ranks.RANK, ranks.COUNT)
     steps_after = PRESETS[config.preset].steps_after
-    log = Log(file.parent, first, config.steps, config.batch_size, rank > 0, steps_after)
+    log = Log(file.parent, first, config.steps, config.batch_size, ranks.RANK > 0, steps_after)
     saved = time.time()
     for step, (x0, x1, y, t, e, plan, seconds) in enumerate(steps, first + 1):
         warm_up, cosine = step / 50, (1 + math.cos(math.pi * (step - 1) / config.steps)) / 2
@@ -153,8 +149,8 @@ def train(config, dataset, device, dtype, memory, file, before=None):
         optimizers[1].param_groups[0]["lr"] = lr / 20
         loss, norm = take_step(net, optimizers, config, dtype, x0, x1, y, t, e)
         ema.update(step)
-        stop = ranks.any_of(bool(stopping))
-        saving = stop or step == config.steps or ranks.any_of(time.time() > saved + SAVE_EVERY)
+        stop = any_rank(stopping)
+        saving = stop or step == config.steps or any_rank(time.time() > saved + SAVE_EVERY)
         log(step, ranks.mean(loss), norm, lr, plan, seconds, now=saving)
         if saving or log.failed(BAD_STEPS):
             save(step)
@@ -170,6 +166,11 @@ def train(config, dataset, device, dtype, memory, file, before=None):
     ranks.leave()  # what remains is small, and rank 0's
     print(log.coupling() if first < config.steps else "all steps were done before", flush=True)
     return ema.model
+
+
+def any_rank(flag):
+    """Whether the flag is set in any process, as far as it is now."""
+    return ranks.mean(torch.tensor(float(bool(flag)))).item() > 0
 
 
 def take_step(net, optimizers, config, dtype, x0, x1, y, t, e):
@@ -197,7 +198,7 @@ def build(config, domains, channels, device, dtype, memory):
     model = UNet(shape).to(device, memory_format=memory)
     ema = EMA(model, config.ema)
     if config.compile == "yes" or config.compile == "auto" and can_compile(device):
-        own = config.batch_size // ranks.number()[1]
+        own = config.batch_size // ranks.COUNT
         try_compile(model, torch.zeros(own, channels, config.size, config.size), dtype)
     convolutions, rest = split(model)
     adamw = torch.optim.AdamW(rest, config.lr / 20, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
@@ -207,7 +208,7 @@ def build(config, domains, channels, device, dtype, memory):
 def try_out(config, device, dtype, memory):
     """One step and one translation at full size, on noise: memory and compiler fail now or not at all."""
     model, optimizers, ema = build(config, 5, 1, device, dtype, memory)
-    B = config.batch_size // ranks.number()[1]
+    B = config.batch_size // ranks.COUNT
     x0, x1, e = torch.randn(3, B, 1, config.size, config.size, device=device)
     y, t = torch.arange(B, device=device) % 5, torch.rand(B, device=device)
     take_step(model, optimizers, config, dtype, x0, x1, y, t, e)
@@ -304,9 +305,8 @@ def resolve(config):
     stride = preset.shape.stem * 2 ** (len(preset.shape.widths) - 1)
     refuse(config.size < 16 or config.size % stride,
            f"--size {config.size} must be at least 16 and divisible by {stride}")
-    _, processes = ranks.number()
-    refuse(config.batch_size % processes,
-           f"--batch-size {config.batch_size} must be a multiple of the {processes} processes")
+    refuse(config.batch_size % ranks.COUNT,
+           f"--batch-size {config.batch_size} must be a multiple of the {ranks.COUNT} processes")
     refuse(config.tau >= config.t_image, f"--tau {config.tau:g} must be below --t-image, {config.t_image:g}")
     refuse(config.coupling == "sinkhorn" and not config.sigma, "--coupling sinkhorn needs --sigma above 0")
     refuse(config.coupling == "independent" and config.ot_batch > 1,

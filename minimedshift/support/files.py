@@ -1,14 +1,9 @@
-"""Files written whole or not at all, folders that one run has alone, and the cache: folders made once.
-
-What is not finished yet has a hidden name, `.minimedshift-PROCESS-...`. What a killed process left under such
-a name is never taken for a result, and `clear_unfinished` removes it.
-"""
+"""Files written whole or not at all, a folder that one run has alone, and the cache: folders made once."""
 
 import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from contextlib import contextmanager
@@ -23,13 +18,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-UNFINISHED = ".minimedshift-"  # what begins so is ours, and not finished
 DAY = 24 * 60 * 60  # seconds
-MANIFEST = "manifest.json"
-HEAD = 2**20  # bytes of a file that the manifest has a digest of
 
-
-# ---------------------------------------------------------------- files
 
 @contextmanager
 def explain_os_error(path, does="cannot be written", advice=""):
@@ -43,18 +33,22 @@ def explain_os_error(path, does="cannot be written", advice=""):
 
 @contextmanager
 def write_whole(path):
-    """A name beside `path` to write to, which replaces it in the end: it is written whole or not at all.
+    """A hidden name beside `path` to write to, which replaces it at the end: the file is whole or not there.
 
+    What a killed process leaves under the hidden name is written over the next time.
     Raises UserError if the file cannot be written.
     """
     path = Path(path)
-    work = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
+    work = path.with_name(f".unfinished-{path.name}")
     with explain_os_error(path):
         try:
             yield work
+            with open(work, "rb") as file:
+                os.fsync(file.fileno())
             os.replace(work, path)
-        finally:
+        except BaseException:
             work.unlink(missing_ok=True)
+            raise
 
 
 def write_json(path, values):
@@ -68,118 +62,58 @@ def digest(array):
     return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
 
 
-def clear_unfinished(folder, age=0):
-    """Remove from a folder what killed processes left there unfinished, if it is older than `age` seconds."""
-    for path in Path(folder).glob(f"{UNFINISHED}*"):
-        try:
-            dead = not runs(int(path.name.removeprefix(UNFINISHED).partition("-")[0]))
-            if not dead or time.time() - path.stat().st_mtime < age:
-                continue
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        except (OSError, ValueError):  # another process was first, or we may not: it does no harm
-            pass
-
-
-def runs(process):
-    """Whether there is a process of this number. Windows does not tell: there everything runs."""
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(process, 0)  # sends nothing
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        pass
-    return True
-
-
-# ---------------------------------------------------------------- folders
-
 @contextmanager
 def lock_folder(folder):
-    """In this block no other process has the folder. Raises UserError if one has it already.
+    """In this block no other process has the folder, which is made. Raises UserError if one has it already.
 
     The system frees it however a process ends, by kill -9 too. Without fcntl (Windows) nobody is refused.
     """
-    if fcntl is None:
-        yield
-        return
-    path = Path(folder) / ".lock"
     with explain_os_error(folder, "cannot be made"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        if not held(file, path):
-            owner = os.read(file, 20).decode() or "unknown"
-            raise UserError(f"{folder} is in use by another run (process {owner}): "
-                            "wait for its end, or choose another folder")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = open(Path(folder) / ".lock", "w")
+    with file:
         try:
-            with explain_os_error(folder):
-                os.ftruncate(file, 0)
-                os.write(file, str(os.getpid()).encode())
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-    finally:
-        os.close(file)
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is in use by another run: wait for its end, or choose another") from None
+        except OSError:  # a file system without locks: nobody is refused
+            pass
+        yield
 
 
-def held(file, path):
-    """Whether this process now holds the lock of an open file that is still at `path`."""
+def cache_root():
+    """Where caches are: $MINIMEDSHIFT_CACHE, or ~/.cache/minimedshift. A user without a home has them among the
+    system's temporary files."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks: nobody is refused
-        return True
-    return path.exists() and os.path.samestat(os.fstat(file), path.stat())  # else its owner has just ended
+        home = Path.home() / ".cache"
+    except RuntimeError:  # an unknown user, as in a container
+        home = Path(tempfile.gettempdir())
+    return Path(os.environ.get("MINIMEDSHIFT_CACHE") or home / "minimedshift")
 
 
-def cached(root, name, content, build):
-    """The folder root/name-KEY, made by build(folder) unless it is there.
+def cached(root, name, content, make):
+    """The folder root/name-KEY, made by make(folder) unless it is there. root: None for `cache_root`.
 
-    KEY is a hash of `content`, which is all that determines the folder. It is built under another name and
-    renamed last, so two processes may build it at once. One that was damaged since then is made anew.
-    Raises UserError if the cache cannot be written.
+    KEY is a hash of `content`, which is all that determines the folder. It is made under another name and
+    renamed last, so two processes may make it at once. Raises UserError if the cache cannot be written.
     """
-    root = Path(root or os.environ.get("MINIMEDSHIFT_CACHE") or Path.home() / ".cache" / "minimedshift")
-    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-    final = root / f"{name}-{key}"
+    root = Path(root or cache_root())
+    final = root / f"{name}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}"
     with explain_os_error(f"the cache {root}", advice=": set MINIMEDSHIFT_CACHE to a folder that can"):
         if final.is_dir():
-            damage = damaged(final)
-            if not damage:
-                return final
-            print(f"{final} is damaged ({damage}): it is made anew", file=sys.stderr)
-            shutil.rmtree(final, ignore_errors=True)
+            return final
         root.mkdir(parents=True, exist_ok=True)
-        clear_unfinished(root, DAY)  # a long time: on a shared disk the process may run on another machine
-        work = Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}{os.getpid()}-", dir=root))
+        for left in root.glob(".unfinished-*"):  # by a killed process
+            if time.time() - left.stat().st_mtime > DAY:
+                shutil.rmtree(left, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=root))
         try:
-            build(work)
-            made = {path.name: fingerprint(path) for path in sorted(work.iterdir())}
-            (work / MANIFEST).write_text(json.dumps(made))
+            make(work)
             work.rename(final)
         except OSError:
-            if not final.is_dir() or damaged(final):  # else another process was first, with the same bytes
+            if not final.is_dir():  # else another process was first, with the same bytes
                 raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return final
-
-
-def fingerprint(path):
-    """A file's size, and a digest of how it begins."""
-    with open(path, "rb") as file:
-        return [path.stat().st_size, hashlib.sha256(file.read(HEAD)).hexdigest()]
-
-
-def damaged(folder):
-    """What is wrong with a folder of the cache: the name of a file that is not as it was made, or None."""
-    try:
-        for name, made in json.loads((folder / MANIFEST).read_text()).items():
-            if not (folder / name).is_file() or fingerprint(folder / name) != made:
-                return name
-    except (OSError, ValueError, AttributeError):
-        return MANIFEST
-    return None

@@ -6,9 +6,11 @@ from array import array
 from contextlib import suppress
 
 import numpy as np
-import torch
+from matplotlib.figure import Figure
 
 from minimedshift.support.files import explain_os_error, write_whole
+
+LOOK = 20  # steps from one look at a GPU's losses to the next: no other step waits for it
 
 
 def progress(done, total, start, what, unit="images"):
@@ -21,25 +23,25 @@ def progress(done, total, start, what, unit="images"):
     print(f"\r{what}: {done}/{total}, {rate:.1f} {unit}/s, {left}   ", end=end, flush=True)
 
 
-LOOK = 20  # steps from one look at a GPU's losses to the next: no other step waits for it
-
-
 def row_of(line):
     """The numbers of a line of log.csv, packed: a long run has many."""
     return array("d", map(float, line.split(",")))
 
 
 class Log:
-    """log.csv, loss.png and the progress line."""
+    """log.csv, loss.png and the progress line of a run.
+
+    out: its folder. first: the step to go on from; rows of earlier steps are kept. silent: writes and says
+    nothing. steps_after: what comes after the training takes about as long as so many steps.
+    """
     COLUMNS = ("step", "loss", "grad_norm", "lr", "entropy", "cost", "marginal_error", "coupling_seconds",
                "seconds")
 
     def __init__(self, out, first, steps, batch_size, silent=False, steps_after=0):
-        self.out, self.first, self.steps, self.batch_size = out, first, steps, batch_size
-        self.path = out / "log.csv"
-        lines = self.kept() if first else []
+        self.path, self.first, self.steps, self.batch_size = out / "log.csv", first, steps, batch_size
+        self.silent, self.steps_after = silent, steps_after
+        lines = self.kept_lines() if first else []
         self.rows = [row_of(line) for line in lines]
-        self.silent = silent
         if not silent:
             with write_whole(self.path) as work:
                 work.write_text("\n".join([",".join(self.COLUMNS), *lines, ""]))
@@ -47,79 +49,72 @@ class Log:
         self.before = self.rows[-1][-1] if self.rows else 0.0  # seconds that earlier processes took
 
     def __call__(self, step, loss, norm, lr, plan, coupling_seconds, now=False):
-        """Returns (step, loss, gradient norm) of the steps that were read: on a GPU of none but now and then.
-        now: read all."""
+        """Note a step. A GPU's numbers are read a few steps late; now: read all."""
         seconds = time.time() - self.start
         self.pending.append((step, loss, norm, lr, *plan, coupling_seconds, self.before + seconds))
-        known = len(self.rows)
         if now or not loss.is_cuda or step % LOOK == 0:
             self.flush()
-        every = 1 if sys.stdout.isatty() else 30
-        if self.rows and (seconds - self.shown > every or step == self.steps):
+        rate, terminal = (step - self.first) / seconds, sys.stdout.isatty()
+        if step == self.first + LOOK:
+            minutes = (self.steps - self.first + self.steps_after) / rate / 60
+            print(f"all of it takes about {minutes:.0f} min from here", flush=True)
+        if self.rows and (seconds - self.shown > (1 if terminal else 30) or step == self.steps):
             self.shown = seconds
-            rate = (step - self.first) / seconds
             left = round((self.steps - step) / rate)
-            end = "\r" if sys.stdout.isatty() and step < self.steps else "\n"
+            end = "\r" if terminal and step < self.steps else "\n"
             loss = np.mean(self.column("loss")[-100:])
             print(f"step {step}/{self.steps}  loss {loss:.4f}  {rate * self.batch_size:.0f} images/s  "
                   f"{left // 60}:{left % 60:02d} left  ", end=end, flush=True)
-        return [row[:3] for row in self.rows[known:]]
 
     def failed(self, count):
         """Whether the last `count` steps that are known had no finite gradient."""
-        return len(self.rows) >= count and not any(np.isfinite(row[2]) for row in self.rows[-count:])
+        norm = self.COLUMNS.index("grad_norm")
+        return len(self.rows) >= count and not np.isfinite([row[norm] for row in self.rows[-count:]]).any()
 
-    def kept(self):
-        """The lines of steps 1 to `first`. One that was not written whole is none."""
+    def kept_lines(self):
+        """The lines of steps 1 to `first`, without one that a kill has cut."""
         text = self.path.read_text(errors="replace") if self.path.exists() else ""
         head, *found = text.rpartition("\n")[0].splitlines() or [""]
         lines = []
         for line in found if head == ",".join(self.COLUMNS) else ():
             with suppress(ValueError):
-                step, *rest = map(float, line.split(","))
-                if step <= self.first and len(rest) == len(self.COLUMNS) - 1:
+                row = row_of(line)
+                if row[0] <= self.first and len(row) == len(self.COLUMNS):
                     lines.append(line)
         return lines
 
     def flush(self):
+        """Read what is pending, and write it to log.csv."""
         lines = [",".join(f"{float(cell):.6g}" for cell in row) for row in self.pending]
         self.rows += map(row_of, lines)  # as --resume reads them
         self.pending = []
-        if not lines or self.silent:
-            return
-        with explain_os_error(self.path), open(self.path, "a") as file:
-            file.write("\n".join([*lines, ""]))
+        if lines and not self.silent:
+            with explain_os_error(self.path), open(self.path, "a") as file:
+                file.write("\n".join([*lines, ""]))
 
     def column(self, name):
         return [row[self.COLUMNS.index(name)] for row in self.rows]
 
-    def means(self):
-        """What the coupling was and cost, for the report: means over the run, and its share of the time."""
-        self.flush()
-        mean = lambda name: float(np.mean(self.column(name) or [0.0]))
-        spent = sum(self.column("coupling_seconds")) / self.column("seconds")[-1] if self.rows else 0.0
-        return dict(entropy=mean("entropy"), cost=mean("cost"), marginal_error=mean("marginal_error"),
-                    share_of_time=spent)
-
     def coupling(self):
-        m = self.means()
-        return (f"coupling: normalised entropy {m['entropy']:.3f}, cost {m['cost']:.3f} of independent, "
-                f"marginal error {m['marginal_error']:.1g}, {m['share_of_time']:.1%} of the time")
+        """A line: what the coupling was, in the mean over the run, and its share of the time."""
+        self.flush()
+        entropy, cost, error = (np.mean(self.column(name)) for name in ("entropy", "cost", "marginal_error"))
+        share = sum(self.column("coupling_seconds")) / self.column("seconds")[-1]
+        return (f"coupling: normalised entropy {entropy:.3f}, cost {cost:.3f} of independent, "
+                f"marginal error {error:.1g}, {share:.1%} of the time")
 
     def draw(self):
         """loss.png: every step's loss and its running mean."""
-        from matplotlib.figure import Figure
         self.flush()
         if not self.rows:
             return
-        losses = torch.tensor(self.column("loss"))
+        losses = np.array(self.column("loss"))
         width = min(50, len(losses))
-        sheet = Figure(figsize=(7, 3.5), layout="constrained")
-        axes = sheet.subplots()
+        axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
         axes.plot(range(1, len(losses) + 1), losses, lw=.5, alpha=.4, label="each step")
-        smooth = losses.unfold(0, width, 1).mean(1)
+        smooth = np.convolve(losses, np.full(width, 1 / width), "valid")
         axes.plot(range(width, len(losses) + 1), smooth, label=f"mean of {width} steps")
         axes.set(xlabel="step", ylabel=r"loss  $|v - u_t|^2$", yscale="log", title="flow-matching loss")
         axes.legend()
-        with write_whole(self.out / "loss.png") as work:
-            sheet.savefig(work, dpi=100)
+        with write_whole(self.path.parent / "loss.png") as work:
+            axes.figure.savefig(work, dpi=100)

@@ -20,7 +20,7 @@ def pairs(tmp_path_factory):
 
 def test_a_head_is_known_again_in_another_domain(pairs):
     """The nearest neighbour of a head among the same heads in another domain is itself."""
-    found = [balance.features(pairs.images[:, d]) for d in range(5)]
+    found = [balance.contrast_thumbnails(pairs.images[:, d]) for d in range(5)]
     for a, b in permutations(found, 2):
         assert (torch.cdist(a, b).argmin(1) == torch.arange(len(a))).float().mean() > .9
 

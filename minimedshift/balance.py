@@ -3,7 +3,7 @@
 A label stands for a population as well as for a physics. Where real heads are oblique and synthetic ones
 frontal, a network learns that "real" means oblique, and turns heads. So images without counterpart in other
 domains are drawn less often, by importance weights p(head) / p_d(head). The density p_d of heads in domain d
-is counted among nearest neighbours. p is the harmonic mean of all p_d, large only where every domain has heads.
+is counted among nearest neighbours. p is the harmonic mean of them, large only where every domain has heads.
 """
 
 import inspect

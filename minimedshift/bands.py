@@ -69,11 +69,12 @@ def ends(values):
 # ---------------------------------------------------------------- bands
 
 def laplacian(x, levels=None):
-    """The Laplacian pyramid (Burt and Adelson 1983): [detail at H, at H / 2, ..., the rest], levels + 1 bands.
+    """The Laplacian pyramid, levels + 1 bands: [detail at H, at H / 2, ..., the rest].
 
-    Halving weighs four pixels 1, 3, 3, 1 each way. levels: None for as many as leave about COARSEST pixels.
-    The simulator's pyramid (xray.enhance) blurs wider. Curves fitted to its bands were .1 to .5 dB worse.
+    (Burt and Adelson 1983.) Halving weighs four pixels 1, 3, 3, 1 each way. levels: None for as many as leave
+    about COARSEST pixels.
     """
+    # Not the simulator's own pyramid (xray.enhance): curves fitted to its bands were .1 to .5 dB worse.
     if levels is None:
         levels = max(1, round(math.log2(min(x.shape[-2:]) / COARSEST)))
     bands = []

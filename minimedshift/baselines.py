@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from minimedshift.bands import KNOTS, BandCurves, Curve, ends, fit_bands, fit_histogram, join, laplacian, pixels
+from minimedshift.bands import (KNOTS, BandCurves, Curve, ends, fit_bands, fit_histogram, join, laplacian,
+    pixels)
 
 IMAGES = 256  # of each domain a fit looks at; `study bands` tries more
 

@@ -30,8 +30,10 @@ UNIT = (0.87252, 0.18928)  # the deviation of each band of white noise of varian
 # ---------------------------------------------------------------- grain
 
 def smooth(x, width):
-    """Gaussian blur of `width` pixels over what lies inside the frame. (Noise that `low_pass` mirrors into it
-    would count twice: the finished noise ratio would move by up to 3 %, structure by .15 dB.)"""
+    """Gaussian blur of `width` pixels over what lies inside the frame.
+
+    `low_pass` mirrors noise at the frame, where it counts twice: that moved noise ratios by up to 3 %.
+    """
     radius = math.ceil(4 * width)
     total = lambda z: blur(F.pad(z, (radius,) * 4), width, radius)
     return total(x) / total(torch.ones_like(x[:1]))

@@ -28,7 +28,7 @@ from minimedshift.support.command import UserError
 from minimedshift.support.log import progress
 from minimedshift.support.machine import autocast
 
-LESSONS = dict(tau=0.1, steps=5, t_image=0.99)  # how the flow translates the images that the student learns from
+LESSONS = dict(tau=0.1, steps=5, t_image=0.99)  # how the flow translates what the student learns from
 GAMMA = 16.97  # of the EMA: about the last twentieth of the steps
 
 
@@ -43,7 +43,7 @@ class LocalShape:
 
 
 def shape_for(size, num_domains, channels):
-    """The LocalShape for images of `size` pixels: at 64, 128 and 256 pixels the view is the same share of it."""
+    """The LocalShape for images of `size` pixels: its view is the same share of 64, 128 and 256 pixels."""
     if size >= 256:
         return LocalShape(num_domains, channels, width=128, stem=8)
     return LocalShape(num_domains, channels, width=64, stem=2 if size < 128 else 4)
@@ -57,7 +57,7 @@ def view(shape):
 # ---------------------------------------------------------------- the network
 
 def zero(layer):
-    """The layer with all weights zero, so that an untrained student changes nothing."""
+    """The layer with all weights zero: an untrained student changes nothing."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-COARSEST = 4  # pixels: the shorter side of a pyramid's last band, about
-SORTED = 2**16  # values are enough for a histogram
-KNOTS = 4096  # of a curve
+COARSEST = 4    # The shorter side of a pyramid's last band has about so many pixels.
+SORTED = 2**16  # A histogram is made from about so many pixels.
+KNOTS = 4096    # A curve has so many.
 
 
 # ---------------------------------------------------------------- grey-value curves
@@ -25,7 +25,9 @@ KNOTS = 4096  # of a curve
 @dataclass(frozen=True)
 class Curve:
     """A function of the grey value: straight between K equally spaced knots, constant outside.
-    values (K,) are those at the knots, from low to high."""
+
+    values (K,) are those at the knots, from low to high.
+    """
     low: float
     high: float
     values: torch.Tensor
@@ -34,7 +36,7 @@ class Curve:
         values = self.values.to(x)
         last = len(values) - 1
         at = ((x - self.low) * (last / (self.high - self.low))).clamp(0, last)  # counted in knots
-        left = at.long().clamp(0, last - 1)  # of NaN too, which stays NaN
+        left = at.long().clamp(0, last - 1)  # NaN too has a place, and stays NaN
         return torch.lerp(values[left], values[left + 1], at - left)
 
 
@@ -43,7 +45,7 @@ def fit_histogram(source, target):
 
         curve = F_target^-1 o F_source        (Gonzalez and Woods, Digital Image Processing, 3.3.2)
 
-    Of pixels that are equal (air) half count as darker.
+    Half of the pixels that are equal (air) count as darker.
     """
     s, t = pixels(source), pixels(target)
     low, high = ends(s)
@@ -137,8 +139,10 @@ def low_pass(x, width=1.5):
 # ---------------------------------------------------------------- where a head is
 
 def inside(images):
-    """Where the head is, (B, 1, H, W) bool: the darker of two classes of grey.
-    Their limit makes n1 n2 (m1 - m2)^2 largest (Otsu 1979, Eq. 14), whatever the grey of the air."""
+    """Where the head is, (B, 1, H, W) bool: the darker of two classes of grey, whatever that of the air.
+
+    The threshold between them makes n1 n2 (m1 - m2)^2 largest (Otsu 1979, Eq. 14).
+    """
     grey = low_pass(images).mean(1, keepdim=True)
     v = grey.flatten(1).double().sort(1).values  # (B, N)
     n = torch.arange(1, v.shape[1], device=v.device)  # darker pixels
@@ -155,7 +159,9 @@ def erode(mask, pixels):
 
 def flat_region(images, share=.3):
     """Where only noise should be fine: the flattest `share` of the pixels inside the head, (B, 1, H, W) bool.
-    Flat: nowhere in the 5x5 neighbourhood is the low-passed image steep."""
+
+    A pixel is as flat as the low-passed image is where it is steepest among 5x5 neighbours.
+    """
     grey = low_pass(images).mean(1, keepdim=True)
     dy, dx = torch.gradient(grey, dim=(2, 3))
     steep = F.max_pool2d(torch.sqrt(dx**2 + dy**2), 5, stride=1, padding=2)

@@ -19,12 +19,12 @@ from minimedshift.bands import BandCurves, Curve, blur, erode, fit_bands, fit_hi
 from minimedshift.support.log import progress
 from minimedshift.support.machine import autocast
 
-IMAGES = 1000  # of each domain are looked at: with fewer, a histogram pulls the tone off
-NOISY = 250   # images of a domain, about, show its noise well enough
-LEVELS = 16   # of grey
-ENOUGH = 100  # pixels of a grey level
-NORMAL = 0.6745  # median of |N(0, 1)|
-UNIT = (0.87252, 0.18928)  # the deviation of each band of white noise of variance 1
+IMAGES = 1000    # Tone is fitted to so many images of a domain; with fewer, histograms pull it off.
+NOISY = 250      # About so many images of a domain are enough for its noise.
+LEVELS = 16      # Noise is measured at so many levels of grey.
+ENOUGH = 100     # A level of grey with fewer pixels takes the noise of the nearest.
+NORMAL = 0.6745  # This is the median of |N(0, 1)|.
+UNIT = (0.87252, 0.18928)  # White noise of variance 1 has these deviations in its bands of grain.
 
 
 # ---------------------------------------------------------------- grain

@@ -10,6 +10,7 @@ show it. And a median is smooth, while strong noise of the source passes through
 import itertools
 import math
 import time
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +99,15 @@ def regrain(x, own, wanted, noise):
         gain = torch.maximum(gain, (w / o.clamp(min=1e-6)).clamp(max=1))
         out = out + gain * band + (w**2 - o**2).clamp(min=0).sqrt() * e
     return out
+
+
+def fresh_noise(x, seed=0):
+    """White noise like images x (B, C, H, W), a function of the seed and of each image alone."""
+    noise = []
+    for image in x.float().cpu().contiguous():
+        generator = torch.Generator().manual_seed(zlib.crc32(image.numpy().tobytes(), seed) + seed)
+        noise.append(torch.randn(image.shape, generator=generator))
+    return torch.stack(noise).to(x.device)
 
 
 # ---------------------------------------------------------------- both

@@ -7,13 +7,12 @@ learns where. What remains is the median of all its lessons, which rare errors d
     student(x, s, t) = argmin_f  E | f(x) - flow(x, s, t) |          over training images x of domain s
 
 The L2 loss would give the mean, which they do move. What differs between two domains is local, so the student
-may be. A view of 16 pixels each way is too narrow; one as wide as the image does not hurt. A median has no
+may be. (A view of 16 pixels each way is too narrow; one as wide as the image does not hurt.) A median has no
 noise of its own, and a tone that is wrong in all lessons stays wrong: finish.py mends both.
 """
 
 import itertools
 import time
-import zlib
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -142,9 +141,7 @@ def turned(x, way):
 def learn(shape, images, answers, steps, batch=32, lr=1.5e-3, seed=0, dtype=torch.float32, device="cpu"):
     """A LocalNet, in eval mode, that has learned answers (D, D, N, C, H, W) to images (D, N, C, H, W).
 
-        loss = mean |net(x) - answer|          which seeks the median
-
-    Its weights are the running mean of those that the optimizer went through.
+    Its loss, mean |net(x) - answer|, seeks the median. Its weights are the running mean of the optimizer's.
     """
     start, (D, N) = time.time(), images.shape[:2]
     device, draw = torch.device(device), torch.Generator().manual_seed(seed)
@@ -177,15 +174,6 @@ def learn(shape, images, answers, steps, batch=32, lr=1.5e-3, seed=0, dtype=torc
 
 # ---------------------------------------------------------------- the student: the network and its finish
 
-def fresh_noise(x, seed=0):
-    """White noise like images x (B, C, H, W), a function of the seed and of each image alone."""
-    noise = []
-    for image in x.float().cpu().contiguous():
-        generator = torch.Generator().manual_seed(zlib.crc32(image.numpy().tobytes(), seed) + seed)
-        noise.append(torch.randn(image.shape, generator=generator))
-    return torch.stack(noise).to(x.device)
-
-
 class Student:
     """A LocalNet with the `finish.Finish` of every ordered pair: translates x (B, C, H, W), not clipped.
 
@@ -204,7 +192,7 @@ class Student:
         out = torch.where(same, x, self.net(x, y_source, y_target))
         if not finished:
             return out
-        noise = fresh_noise(x, seed)
+        noise = finish.fresh_noise(x, seed)
         for (s, t), finish_pair in self.finishes.items():
             of_pair = (y_source == s) & (y_target == t)
             if of_pair.any():

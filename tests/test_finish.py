@@ -69,6 +69,14 @@ def test_regrain_brings_noise_to_the_strength_wanted(has, wants):
             assert wants * .95 < found < .65 * has
 
 
+def test_noise_belongs_to_the_image_whatever_stands_beside_it():
+    x = torch.randn(3, 1, 8, 8)
+    noise = finish.fresh_noise(x, 1)
+    assert torch.equal(finish.fresh_noise(x[1:2], 1), noise[1:2])
+    assert not torch.equal(noise[0], noise[1]) and not torch.equal(finish.fresh_noise(x, 2), noise)
+    assert finish.fresh_noise(torch.zeros(1, 1, 99, 99)).std() == pytest.approx(1, abs=.03)
+
+
 def test_the_gain_is_a_wiener_filters():
     """Stripes of one pixel: nearly all their power, .01, is in the finest band. 1 - (o^2 - w^2) / .01 is left."""
     x = .1 * (-1.0) ** torch.arange(64).expand(1, 1, 64, 64)

@@ -127,14 +127,6 @@ def test_images_are_spread_over_a_domain_by_weight():
 
 # ---------------------------------------------------------------- the network and its finish
 
-def test_noise_belongs_to_the_image_whatever_stands_beside_it():
-    x = torch.randn(3, 1, 8, 8)
-    noise = student.fresh_noise(x, 1)
-    assert torch.equal(student.fresh_noise(x[1:2], 1), noise[1:2])
-    assert not torch.equal(noise[0], noise[1]) and not torch.equal(student.fresh_noise(x, 2), noise)
-    assert student.fresh_noise(torch.zeros(1, 1, 99, 99)).std() == pytest.approx(1, abs=.03)
-
-
 @pytest.fixture(scope="module")
 def made():
     """A Student whose target 1 has noise, as if its network left none."""

@@ -2,8 +2,8 @@
 
 A label stands for a population as well as for a physics. Where real heads are oblique and synthetic ones
 frontal, a network learns that "real" means oblique, and turns heads. So images without counterpart in other
-domains are drawn less often: importance weights p(head) / p_d(head). p_d is the density of heads in domain d,
-counted among nearest neighbours; p is their harmonic mean, large only where every domain has heads.
+domains are drawn less often, by importance weights p(head) / p_d(head). The density p_d of heads in domain d
+is counted among nearest neighbours. p is the harmonic mean of them, large only where every domain has heads.
 """
 
 import inspect
@@ -16,17 +16,17 @@ import torch.nn.functional as F
 
 from minimedshift.support.files import cached, digest
 
-SIDE = 8                  # of the thumbnail
-SHARE, FEWEST = 0.04, 20  # of all images are a neighbourhood, and at least so many
-REFERENCES = 2000         # images a domain are enough to count
-FEW = 0.2                 # an effective share of images below this is worth a warning
+SIDE = 8                  # of a thumbnail, in pixels
+SHARE, FEWEST = 0.04, 20  # A neighbourhood is 4 % of all images, at least 20.
+REFERENCES = 2000         # Neighbours are looked for among so many images of a domain.
+FEW = 0.2                 # An effective share of images below this is worth a warning.
 
 
-def features(images):
-    """What a head looks like, whatever the domain: (N, C, H, W) in [-1, 1] -> (N, SIDE^2), unit length.
+def contrast_thumbnails(images):
+    """What heads look like, whatever the domain: (N, C, H, W) in [-1, 1] -> (N, SIDE^2), of unit length.
 
-    Local contrast of a thumbnail: z = (x - m) / (s + .03), m and s the mean and standard deviation of 3x3
-    pixels. Grey level and contrast, which are the domain's, drop out.
+    z = (x - m) / (s + .03) of a thumbnail x; m and s are the mean and standard deviation of 3x3 pixels.
+    Grey level and contrast, which are the domain's, drop out.
     """
     around = lambda z: F.avg_pool2d(z, 3, stride=1, padding=1, count_include_pad=False)
     x = torch.from_numpy(np.array(images, np.float32)).mean(1, keepdim=True)
@@ -39,14 +39,15 @@ def features(images):
 def weights(sets, seed=0):
     """How often each image should be drawn: one (N_d,) float32 array a domain, each with mean 1.
 
-    sets: one (N_d, C, H, W) array a domain. n_d: the share of domain d's images that lie in the neighbourhood
-    of an image, in which are SHARE of all. Its weight is mean_d(1 / n_d)^-1 / n_own.
+    sets: one (N_d, C, H, W) array a domain. The weight of an image is mean_d(1 / n_d)^-1 / n_own. n_d is the
+    share of domain d's images that lie in its neighbourhood, n_own that of its own domain's.
     """
-    found, references = [], []
+    thumbnails, references = [], []
     draw = np.random.default_rng(seed)
     for images in sets:
-        z = torch.cat([features(part) for part in np.array_split(images, len(images) // 1000 + 1)])
-        found.append(z)
+        parts = np.array_split(images, len(images) // 1000 + 1)
+        z = torch.cat([contrast_thumbnails(part) for part in parts])
+        thumbnails.append(z)
         if len(z) > REFERENCES:
             z = z[np.sort(draw.choice(len(z), REFERENCES, replace=False))]
         references.append(z)
@@ -55,7 +56,7 @@ def weights(sets, seed=0):
     references = torch.cat(references)
     k = min(len(label), max(FEWEST, round(SHARE * len(label))))
     result = []
-    for own, z in enumerate(found):
+    for own, z in enumerate(thumbnails):
         near = [torch.cdist(part, references).topk(k, largest=False).indices for part in z.split(1000)]
         near = label[torch.cat(near)]  # (N, k): the domains of its neighbours
         counts = torch.stack([(near == d).sum(1) for d in range(len(sets))], 1)
@@ -72,14 +73,14 @@ def effective(w):
 
 def balanced(dataset, cache=None):
     """The Dataset with `weights`. Says how many images of each domain count, and warns where they are few."""
-    def build(folder):
+    def save_weights(folder):
         for d, w in enumerate(weights(dataset.train_images)):
             np.save(folder / f"{d}.npy", w)
 
     digests = [digest(images) for images in dataset.train_images]
     content = [inspect.getsource(sys.modules[__name__]), torch.__version__, digests]
-    folder = cached(cache, "balance", content, build)
-    found = [np.load(folder / f"{d}.npy") for d in range(len(dataset.train_images))]
+    folder = cached(cache, "balance", content, save_weights)
+    found = [np.load(folder / f"{d}.npy") for d in range(len(dataset.domains))]
     counts = [f"{name} {effective(w):.0f} of {len(w)}" for name, w in zip(dataset.domains, found)]
     print("balanced populations, effective images: " + ", ".join(counts), flush=True)
     for name, w in zip(dataset.domains, found):

@@ -14,13 +14,12 @@ and one line in a table.
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 
-from minimedshift.bands import (KNOTS, BandCurves, Curve, ends, fit_bands, fit_histogram, gaussians, join,
-    laplacian, pixels)
+from minimedshift.bands import (KNOTS, BandCurves, Curve, ends, fit_bands, fit_histogram, join, laplacian,
+    pixels)
 
 IMAGES = 256  # of each domain a fit looks at; `study bands` tries more
 
@@ -122,16 +121,16 @@ def isotonic(y, weight):
 
 # ---------------------------------------------------------------- ceilings: the best curves of bands
 
-def fit_band_curves(split, source, target, knots=24):
+def fit_band_curves(source, target, knots=24):
     """Paired: the curves, one a band, whose sum comes nearest to the target, in least squares of pixels.
     All are fitted at once. A curve is a sum of hats: each is 1 at one of the `knots`, which lie at quantiles
     of the band, and 0 at the others."""
-    places = [quantiles(band, knots) for band in split(source)]
+    places = [quantiles(band, knots) for band in laplacian(source)]
 
     def equations():
         singly = [images.flatten(0, 1)[:, None].split(4) for images in (source, target)]  # (4, 1, H, W)
         for x, truth in zip(*singly):
-            bands = split(x)
+            bands = laplacian(x)
             columns = []
             for i, at in enumerate(places):
                 finer = [torch.zeros_like(band) for band in bands[:i]]
@@ -140,7 +139,7 @@ def fit_band_curves(split, source, target, knots=24):
 
     values = least_squares(equations(), 1e-5).split([len(at) for at in places])
     curves = [through(at, v) for at, v in zip(places, values)]
-    return BandCurves(split, tuple(curves))
+    return BandCurves(tuple(curves))
 
 
 def least_squares(equations, ridge):
@@ -181,11 +180,9 @@ def hats(x, knots):
 UNPAIRED = {
     "histogram": alternate(fit_histogram),
     "histogram and spectrum": alternate(fit_histogram, fit_spectrum, fit_histogram),
-    "bands (Laplacian)": alternate(partial(fit_bands, laplacian), fit_histogram),
-    "bands (DoG)": alternate(partial(fit_bands, gaussians), fit_histogram),
+    "bands (Laplacian)": alternate(fit_bands, fit_histogram),
 }
 PAIRED = {
     "curve": alternate(fit_curve),
-    "band curves (Laplacian)": alternate(fit_curve, partial(fit_band_curves, laplacian)),
-    "band curves (DoG)": alternate(fit_curve, partial(fit_band_curves, gaussians)),
+    "band curves (Laplacian)": alternate(fit_curve, fit_band_curves),
 }

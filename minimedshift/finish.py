@@ -1,38 +1,61 @@
-"""What a student cannot learn from its teacher: tone and noise, from training images of the target, unpaired.
+"""What a student cannot learn from the flow: tone and noise, from training images of the target, unpaired.
 
     tone    the histogram of each pyramid band, then of the pixels, is brought to the target's
     grain   fine bands get the strength of noise that the target has, by grey level
 
-A median does not outvote a teacher that is wrong in the same way on every head, but histograms show it. And a
-median is smooth, while strong noise of the source passes through a local network.
+Where the flow is wrong in the same way on every head, so is the median of its translations, but histograms
+show it. And a median is smooth, while strong noise of the source passes through a local network.
 """
 
+import itertools
 import math
+import time
+import zlib
 from dataclasses import dataclass
-from functools import partial
 
 import torch
+import torch.nn.functional as F
 
-from minimedshift.bands import (BandCurves, Curve, erode, fit_bands, fit_histogram, flat_region, gaussians,
-    inside, join, laplacian, smooth)
+from minimedshift.bands import BandCurves, Curve, blur, erode, fit_bands, fit_histogram, flat_region, inside
+from minimedshift.support.log import progress
+from minimedshift.support.machine import autocast
 
-IMAGES = 1000  # of each domain are looked at; of a histogram, too few images pull the tone off
-NOISY = 250   # of them, about, are enough for the noise
-WIDTHS = (1, 2)  # pixels: bands finer than the first, and between the two, are grain
-LEVELS = 16   # of grey
-ENOUGH = 100  # pixels of a grey level
-NORMAL = 0.6745  # median of |N(0, 1)|
+IMAGES = 1000    # Tone is fitted to so many images of a domain; with fewer, histograms pull it off.
+NOISY = 250      # About so many images of a domain are enough for its noise.
+LEVELS = 16      # Noise is measured at so many levels of grey.
+ENOUGH = 100     # A level of grey with fewer pixels takes the noise of the nearest.
+NORMAL = 0.6745  # This is the median of |N(0, 1)|.
+UNIT = (0.87252, 0.18928)  # White noise of variance 1 has these deviations in its bands of grain.
 
 
 # ---------------------------------------------------------------- grain
 
-def grain(images, robust):
-    """The noise of images (N, C, H, W): for each fine band a Curve, grey level -> standard deviation.
+def smooth(x, width):
+    """Gaussian blur of `width` pixels over what lies inside the frame.
 
-    Measured in flat places inside heads and in the air around. robust: from the median of |band|, which a bit
-    of fine texture does not move; else from its mean square.
+    `low_pass` mirrors noise at the frame, where it counts twice: that moved noise ratios by up to 3 %.
     """
-    *bands, coarse = gaussians(images, WIDTHS)
+    radius = math.ceil(4 * width)
+    total = lambda z: blur(F.pad(z, (radius,) * 4), width, radius)
+    return total(x) / total(torch.ones_like(x[:1]))
+
+
+def fine_bands(x):
+    """Three images whose sum is x (B, C, H, W): two bands of grain and the rest.
+
+    The first band is what a blur of 1 pixel takes away, the second what a blur of 2 takes beyond that.
+    """
+    narrow, wide = smooth(x, 1), smooth(x, 2)
+    return x - narrow, narrow - wide, wide
+
+
+def grain(images, robust):
+    """The noise of images (N, C, H, W): for each band of grain a Curve, grey level -> standard deviation.
+
+    It is measured in flat places inside heads and in the air around. robust: from the median of |band|, which
+    a bit of fine texture does not move; else from its mean square.
+    """
+    *bands, coarse = fine_bands(images)
     flat = (flat_region(images) | erode(~inside(images), 3)).expand_as(images)
     ends = torch.linspace(-1, 1, LEVELS + 1)[1:-1].to(images)
     level = torch.bucketize(coarse[flat].clamp(-1, 1), ends)
@@ -41,9 +64,9 @@ def grain(images, robust):
         size = band[flat].abs()
         deviations = torch.full((LEVELS,), torch.nan)
         for i in range(LEVELS):
-            mine = size[level == i]
-            if len(mine) >= ENOUGH:
-                deviations[i] = mine.median() / NORMAL if robust else mine.square().mean().sqrt()
+            here = size[level == i]
+            if len(here) >= ENOUGH:
+                deviations[i] = here.median() / NORMAL if robust else here.square().mean().sqrt()
         curves.append(through_levels(deviations))
     return curves
 
@@ -59,31 +82,32 @@ def through_levels(values):
 
 
 def regrain(x, own, wanted, noise):
-    """x (B, C, H, W) with the grain `wanted` instead of `own`, Curves of each band; noise: white, like x.
+    """x (B, C, H, W) with the grain `wanted` instead of `own`, a Curve for each band; noise: white, like x.
 
         band <- gain band + sqrt(max(0, w^2 - o^2)) e        o, w: own and wanted deviation at the grey level
         gain^2 = 1 - max(0, o^2 - w^2) / P                   P: the band's power around; gain at least w / o
 
     e is noise in this band, of variance 1. The gain is a Wiener filter's: 1 near edges, far above the noise.
     """
-    *bands, coarse = gaussians(x, WIDTHS)
-    *fresh, _ = gaussians(noise, WIDTHS)
-    *unit, _ = gaussian_deviations(x.shape[-2:])
-    parts = []
-    for band, e, deviation, o, w in zip(bands, fresh, unit, own, wanted):
-        o, w = o(coarse), w(coarse)
+    *bands, coarse = fine_bands(x)
+    *fresh, _ = fine_bands(noise)
+    out = coarse
+    for i, band in enumerate(bands):
+        o, w, e = own[i](coarse), wanted[i](coarse), fresh[i] / UNIT[i]
         power = smooth(band.square(), 1.5).clamp(min=1e-9)
         gain = (1 - (o**2 - w**2).clamp(min=0) / power).clamp(min=0).sqrt()
         gain = torch.maximum(gain, (w / o.clamp(min=1e-6)).clamp(max=1))
-        parts.append(gain * band + (w**2 - o**2).clamp(min=0).sqrt() * e / deviation)
-    return join(parts + [coarse])
+        out = out + gain * band + (w**2 - o**2).clamp(min=0).sqrt() * e
+    return out
 
 
-def gaussian_deviations(sides):
-    """The deviation of each band of white noise of variance 1: from the bands of one bright pixel."""
-    point = torch.zeros(1, 1, *sides)
-    point[..., sides[0] // 2, sides[1] // 2] = 1
-    return [band.square().sum().sqrt().item() for band in gaussians(point, WIDTHS)]
+def fresh_noise(x, seed=0):
+    """White noise like images x (B, C, H, W), a function of the seed and of each image alone."""
+    noise = []
+    for image in x.float().cpu().contiguous():
+        generator = torch.Generator().manual_seed(zlib.crc32(image.numpy().tobytes(), seed) + seed)
+        noise.append(torch.randn(image.shape, generator=generator))
+    return torch.stack(noise).to(x.device)
 
 
 # ---------------------------------------------------------------- both
@@ -102,47 +126,47 @@ class Finish:
 
     def state(self):
         """As plain types and tensors."""
-        plain = lambda curve: (curve.low, curve.high, curve.values)
-        groups = dict(bands=self.bands.curves, pixels=[self.pixels], own=self.own, wanted=self.wanted)
-        return {name: [plain(curve) for curve in curves] for name, curves in groups.items()}
+        plain = lambda curves: [(curve.low, curve.high, curve.values) for curve in curves]
+        return dict(bands=plain(self.bands.curves), pixels=plain([self.pixels]), own=plain(self.own),
+                    wanted=plain(self.wanted))
 
 
 def restore(state):
-    """The Finish of Finish.state(). Raises ValueError, or what else a damaged one makes Python raise."""
-    curves = {name: [Curve(*plain) for plain in group] for name, group in state.items()}
-    for curve in sum(curves.values(), []):
-        finite = -math.inf < curve.low < curve.high < math.inf and curve.values.isfinite().all()
-        if not finite or curve.values.ndim != 1 or len(curve.values) < 2:
-            raise ValueError("no curve")
-    if not 0 < len(curves["bands"]) < 16:
+    """The Finish of Finish.state(). Raises ValueError, KeyError or TypeError for a damaged one."""
+    groups = {}
+    for name, curves in state.items():
+        groups[name] = [Curve(*curve) for curve in curves]
+        for curve in groups[name]:
+            finite = -math.inf < curve.low < curve.high < math.inf and curve.values.isfinite().all()
+            if not finite or curve.values.ndim != 1 or len(curve.values) < 2:
+                raise ValueError("no curve")
+    if not 0 < len(groups["bands"]) < 16:
         raise ValueError("no pyramid")
-    split = partial(laplacian, levels=len(curves["bands"]) - 1)
-    bands = BandCurves(split, tuple(curves["bands"]))
-    return Finish(bands, curves["pixels"][0], curves["own"], curves["wanted"])
+    return Finish(BandCurves(tuple(groups["bands"])), groups["pixels"][0], groups["own"], groups["wanted"])
 
 
 @torch.inference_mode()
-def fit(student, images, dtype=torch.float32, say=lambda done, total: None, batch=64):
-    """{(s, t): Finish} of a Student, from training images (D, N, C, H, W). dtype: of its arithmetic."""
-    D = len(images)
-    device = next(student.parameters()).device
+def fit(net, images, dtype=torch.float32, batch=64):
+    """{(s, t): Finish} of a student's LocalNet, from training images (D, N, C, H, W).
+
+    dtype: of the network's arithmetic.
+    """
+    start, device = time.time(), next(net.parameters()).device
+    pairs = list(itertools.permutations(range(len(images)), 2))
     some = slice(None, None, max(1, images.shape[1] // NOISY))  # files in order may be alike
     wanted = [grain(target[some].float(), robust=True) for target in images]
     finishes = {}
-    for s in range(D):
-        for t in range(D):
-            if s == t:
-                continue
-            answers, target = [], images[t].float()
-            for x in images[s].float().split(batch):
-                labels = (torch.full((len(x),), y, device=device) for y in (s, t))
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    answers.append(student(x.to(device), *labels).float().cpu())
-            x = torch.cat(answers)
-            bands = fit_bands(laplacian, x, target)
-            x = bands(x)
-            pixels = fit_histogram(x, target)
-            own = grain(pixels(x[some]), robust=False)
-            finishes[s, t] = Finish(bands, pixels, own, wanted[t])
-            say(len(finishes), D * (D - 1))
+    for s, t in pairs:
+        answers, target = [], images[t].float()
+        for x in images[s].float().split(batch):
+            labels = (torch.full((len(x),), y, device=device) for y in (s, t))
+            with autocast(device, dtype):
+                answers.append(net(x.to(device), *labels).float().cpu())
+        x = torch.cat(answers)
+        bands = fit_bands(x, target)
+        x = bands(x)
+        pixels = fit_histogram(x, target)
+        own = grain(pixels(x[some]), robust=False)
+        finishes[s, t] = Finish(bands, pixels, own, wanted[t])
+        progress(len(finishes), len(pairs), start, "its finish", "pairs")
     return finishes

@@ -1,4 +1,4 @@
-"""Balanced populations: a head is known again in every domain, weights undo a shift, images are drawn by them."""
+"""A head is known again in every domain, weights undo a shift of population, images are drawn by them."""
 
 from dataclasses import replace
 from itertools import permutations
@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from minimedshift import balance
-from minimedshift.phantom import sets
-from minimedshift.coupling import Semidiscrete, learn_potentials
 from minimedshift.data import Dataset
+from minimedshift.phantom import sets
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +19,7 @@ def pairs(tmp_path_factory):
 
 def test_a_head_is_known_again_in_another_domain(pairs):
     """The nearest neighbour of a head among the same heads in another domain is itself."""
-    found = [balance.features(pairs.images[:, d]) for d in range(5)]
+    found = [balance.contrast_thumbnails(pairs.images[:, d]) for d in range(5)]
     for a, b in permutations(found, 2):
         assert (torch.cdist(a, b).argmin(1) == torch.arange(len(a))).float().mean() > .9
 
@@ -36,8 +35,8 @@ def blobs(x, seed):
 
 @pytest.mark.parametrize("count", [3000, 400])
 def test_weights_undo_a_known_shift(count):
-    """Spots at x with density 1 in one domain and 2x in the other: both become the harmonic mean 2 / (1 + 1 / 2x),
-    however many images the other has. (Of 400 a histogram is too rough.)"""
+    """Spots at x have density 1 in one domain and 2x in the other. Both become the harmonic mean
+    2 / (1 + 1 / 2x), however many images the other has. (Of 400 a histogram is too rough.)"""
     g = np.random.default_rng(0)
     a, b = g.random(3000), np.sqrt(g.random(count))
     weights = balance.weights([blobs(a, 1), .9 * blobs(b, 2) - .05])
@@ -65,34 +64,14 @@ def test_images_are_drawn_by_their_weights():
     images = np.arange(4, dtype=np.float16).reshape(4, 1, 1, 1)
     weights = [np.array([0, 1, 1, 2], np.float32), np.ones(4, np.float32)]
     dataset = Dataset(("a", "b"), 1, 1, [images, images], [images[:0]] * 2, weights=weights)
+    plain = replace(dataset, weights=None)
     for label, wanted in ((0, [0, .25, .25, .5]), (1, [.25] * 4)):
         x1 = dataset.batch(torch.full((20000,), label), torch.Generator().manual_seed(0)).flatten().long()
         share = torch.bincount(x1, minlength=4) / len(x1)
         torch.testing.assert_close(share, torch.tensor(wanted), atol=.02, rtol=0)
-    torch.manual_seed(0)
-    drawn = lambda weights: replace(dataset, weights=weights).batch(torch.tensor([0, 1, 1]),
-                                                                    torch.Generator().manual_seed(1))
-    assert torch.equal(drawn(None), drawn([np.ones(4, np.float32)] * 2))
-
-
-def test_images_as_often_as_they_are_drawn():
-    images = np.arange(4, dtype=np.float16).reshape(4, 1, 1, 1)
-    weights = [np.array([0, 1, 1, 2], np.float32), np.ones(4, np.float32)]
-    dataset = Dataset(("a", "b"), 1, 1, [images, images], [images[:0]] * 2, weights=weights)
+    assert torch.equal(x1, plain.batch(torch.full((20000,), 1), torch.Generator().manual_seed(0)).flatten().long())
     assert dataset.drawn(0).flatten().tolist() == [1, 2, 3, 3]
-    assert dataset.drawn(1).flatten().tolist() == [0, 1, 2, 3]
-    assert replace(dataset, weights=None).drawn(0) is images
-
-
-def test_potentials_give_each_image_its_weight():
-    x = torch.randn(60, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    weight = torch.linspace(.2, 1.8, 60)
-    g = learn_potentials(x, weight)
-    y = torch.zeros(60000, dtype=torch.long)
-    x0 = torch.randn(60000, 1, 4, 4, generator=torch.Generator().manual_seed(1))
-    picked = Semidiscrete([x], [g]).pick(x0, y)[2].index
-    counted = torch.bincount(picked, minlength=60) / 1000
-    assert ((counted - weight).abs() / weight).mean() < .12
+    assert dataset.drawn(1).flatten().tolist() == [0, 1, 2, 3] and plain.drawn(0) is images
 
 
 def test_a_domain_apart_is_warned_of(capsys, tmp_path):

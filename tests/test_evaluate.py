@@ -216,7 +216,7 @@ def test_the_command_leaves_a_table_results_and_pictures(network, tmp_path):
     assert set(results["main_pair"]) == set(results["all_pairs"]) == {"shared", "own"}
     for population in ("shared", "own"):
         rows = results["main_pair"][population]
-        assert {"untouched", "histogram", "bands (DoG)", "curve", "second exposure", "MedShift", "DDIB"} <= set(rows)
+        assert {"untouched", "histogram", "curve", "second exposure", "MedShift", "DDIB"} <= set(rows)
         assert rows["second exposure"]["gap_closed"] == pytest.approx(1, abs=1e-6)
         assert len(rows["MedShift"]["E_heads"]) == 4
         for name in rows:

@@ -1,10 +1,13 @@
 """Tone and grain against known answers."""
 
+import math
+
 import pytest
 import torch
 
 from minimedshift import finish, student
-from minimedshift.bands import Curve, gaussians
+from minimedshift.bands import Curve
+from test_bands import noise, wave
 
 
 def blobs(count, side=64, seed=0):
@@ -17,42 +20,61 @@ def blobs(count, side=64, seed=0):
 
 
 def noisy(images, deviation, seed=1):
-    return images + deviation * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    return images + deviation * noise(*images.shape, seed=seed)
 
 
 def flat(value, count=1):
     return [Curve(-1.0, 1.0, torch.full((4,), float(value)))] * count
 
 
+def test_fine_bands_sum_to_the_image_and_pass_what_two_gaussians_tell_apart():
+    x = wave(8, 1.0, n=2, size=64)
+    *bands, coarse = finish.fine_bands(x)
+    torch.testing.assert_close(sum(bands) + coarse, x, atol=1e-6, rtol=0)
+    w = 2 * math.pi * 8 / 64  # radians per pixel: a Gaussian keeps exp(-w^2 width^2 / 2)
+    for narrow, wide, band in zip((0, 1), (1, 2), bands):
+        share = math.exp(-(w * narrow)**2 / 2) - math.exp(-(w * wide)**2 / 2)
+        torch.testing.assert_close(band[..., 24:40], share * x[..., 24:40], atol=.003, rtol=0)
+    *bands, coarse = finish.fine_bands(torch.full((1, 3, 17, 20), .4))  # the frame leaves no trace
+    assert all(band.abs().max() < 1e-6 for band in bands) and (coarse - .4).abs().max() < 1e-6
+
+
+def test_white_noise_of_variance_1_has_its_share_in_each_band():
+    bands = finish.fine_bands(noise(40, 1, 64, 64))
+    for band, share in zip(bands, finish.UNIT):
+        assert band[..., 8:-8, 8:-8].std() == pytest.approx(share, rel=.02)
+
+
 @pytest.mark.parametrize("robust", [True, False])
 def test_the_grain_of_white_noise_is_its_share_of_each_band(robust):
     curves = finish.grain(noisy(blobs(20, 128), .05), robust)
-    for curve, share in zip(curves, finish.gaussian_deviations((128, 128))):
+    for curve, share in zip(curves, finish.UNIT, strict=True):
         for level in (-.15, 1.0)[:1 + robust]:  # in the disc; in the air some of the edge moves a mean square
             found = curve(torch.tensor(level))
             assert found == pytest.approx(.05 * share, rel=.25)  # flat places are picked: a little less
 
 
-def test_the_share_of_a_band_is_that_of_drawn_noise():
-    *bands, _ = gaussians(torch.randn(20, 1, 64, 64, generator=torch.Generator().manual_seed(0)), finish.WIDTHS)
-    for band, share in zip(bands, finish.gaussian_deviations((64, 64))):
-        assert band[..., 8:-8, 8:-8].std() == pytest.approx(share, rel=.03)
-
-
 @pytest.mark.parametrize("has, wants", [(0.0, .06), (.03, .06), (.06, .06), (.08, .03)])
 def test_regrain_brings_noise_to_the_strength_wanted(has, wants):
-    shares = finish.gaussian_deviations((64, 64))
-    own, wanted = ([flat(size * share)[0] for share in shares[:2]] for size in (has, wants))
+    own, wanted = ([flat(size * share)[0] for share in finish.UNIT] for size in (has, wants))
     x = noisy(torch.zeros(20, 1, 64, 64), has)
-    y = finish.regrain(x, own, wanted, noisy(torch.zeros(20, 1, 64, 64), 1, seed=2))
+    y = finish.regrain(x, own, wanted, noise(20, 1, 64, 64, seed=2))
     if has == wants:
         torch.testing.assert_close(y, x, atol=1e-5, rtol=0)
-    for band, share in zip(gaussians(y, finish.WIDTHS), shares[:2]):
+    for band, share in zip(finish.fine_bands(y), finish.UNIT):
         found = band[..., 8:-8, 8:-8].std() / share
         if has <= wants:
             assert found == pytest.approx(wants, rel=.15)  # bands overlap, and the coarse one gets no noise
         else:  # the gain is 1 wherever noise is as strong as an edge
             assert wants * .95 < found < .65 * has
+
+
+def test_noise_belongs_to_the_image_whatever_stands_beside_it():
+    x = torch.randn(3, 1, 8, 8)
+    noise = finish.fresh_noise(x, 1)
+    assert torch.equal(finish.fresh_noise(x[1:2], 1), noise[1:2])
+    assert not torch.equal(noise[0], noise[1]) and not torch.equal(finish.fresh_noise(x, 2), noise)
+    assert finish.fresh_noise(torch.zeros(1, 1, 99, 99)).std() == pytest.approx(1, abs=.03)
 
 
 def test_the_gain_is_a_wiener_filters():
@@ -81,19 +103,16 @@ def fitted():
     """A student that changes nothing, between two domains of other grey levels and noise."""
     net = student.LocalNet(student.LocalShape(2, width=8, dilations=(1,))).requires_grad_(False)
     a, b = noisy(blobs(60), .02), noisy(.6 * blobs(60, seed=5) - .3, .05, seed=3)
-    told = []
-    finishes = finish.fit(net, torch.stack([a, b]), say=lambda *count: told.append(count))
-    assert told == [(1, 2), (2, 2)]
-    return finishes, a, b
+    return finish.fit(net, torch.stack([a, b])), a, b
 
 
 def test_tone_and_noise_become_the_targets(fitted):
     finishes, a, b = fitted
     x = noisy(blobs(40, seed=9), .02, seed=8)
-    y = finishes[0, 1](x, noisy(torch.zeros_like(x), 1, seed=7))
+    y = finishes[0, 1](x, noise(*x.shape, seed=7))
     for share in (.1, .3, .5, .8):
         assert y.quantile(share) == pytest.approx(b.quantile(share).item(), abs=.05)
-    for band, want in zip(gaussians(y, finish.WIDTHS), gaussians(b, finish.WIDTHS)[:2]):
+    for band, want in zip(finish.fine_bands(y)[:2], finish.fine_bands(b)):
         assert band[..., 28:36, 28:36].std() == pytest.approx(want[..., 28:36, 28:36].std().item(), rel=.25)
 
 
@@ -109,18 +128,13 @@ def test_grain_is_measured_once_the_tone_is_right(fitted):
     assert (part.own[0].values - raw.values).abs().max() > .1 * raw.values.max()
 
 
-def test_a_finish_goes_through_plain_types(fitted):
-    finishes, a, _ = fitted
-    again = finish.restore(finishes[0, 1].state())
-    noise = torch.randn(3, 1, 64, 64)
-    assert torch.equal(again(a[:3], noise), finishes[0, 1](a[:3], noise))
-
-
-def test_a_finish_keeps_its_number_of_bands_and_without_any_is_refused(fitted):
+def test_a_finish_goes_through_plain_types_or_is_refused(fitted):
     finishes, a, _ = fitted
     state = finishes[0, 1].state()
-    large = torch.nn.functional.interpolate(a[:2], 128, mode="bilinear")
-    assert [len(finish.restore(state).bands.split(x)) for x in (a, large)] == [5, 5]
-    for bands in ([], 16 * state["bands"][:1]):
+    e = noise(3, 1, 64, 64)
+    assert torch.equal(finish.restore(state)(a[:3], e), finishes[0, 1](a[:3], e))
+    low, high, values = state["pixels"][0]
+    for broken in (dict(bands=[]), dict(bands=16 * state["bands"][:1]), dict(pixels=[(low, high, values * torch.nan)]),
+                   dict(pixels=[(high, low, values)]), dict(pixels=[(low, high, values[:1])])):
         with pytest.raises(ValueError):
-            finish.restore(dict(state, bands=bands))
+            finish.restore(state | broken)

@@ -1,23 +1,21 @@
-"""Save, load, resume, and the running mean of the weights (EMA).
+"""Checkpoints: save, load, and the checks that keep a damaged or a stranger's file from doing harm.
 
 A checkpoint is one file of plain types and tensors. All randomness of a run is a function of (seed, step), so
-weights, EMA, optimizer and step are the whole state: a stopped run that goes on ends in the same bytes.
+weights, their mean, the optimizers and the step are its whole state.
 """
 
 import io
-import os
-import warnings
 import zipfile
 from pathlib import Path
 
 import torch
 
-from minimedshift.support.command import UserError
+from minimedshift.support.command import UserError, refuse
 from minimedshift.support.files import explain_os_error, write_whole
 
 FORMAT = 5  # changes with what a checkpoint holds
+PARTS = ("config", "shape", "domains", "image", "translate", "step", "machine")  # what describes a network
 
-# ---------------------------------------------------------------- the file
 
 def save(path, state):
     """Write `state` (plain types and tensors) whole or not at all. Raises UserError if it cannot."""
@@ -26,49 +24,56 @@ def save(path, state):
         path.parent.mkdir(parents=True, exist_ok=True)
     data = io.BytesIO()  # first to memory: torch does not pass on what a full disk says
     torch.save({"format": FORMAT, **state}, data)
-    with write_whole(path) as work, open(work, "wb") as file:
-        file.write(data.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
+    with write_whole(path) as work:
+        work.write_bytes(data.getbuffer())
 
 
 def load(path, device="cpu"):
-    """The dict of a checkpoint (see `save` in train.py). Raises UserError if it is none of ours.
+    """The dict of a checkpoint. Raises UserError if it is none of ours.
 
-    Of a stranger's file nothing is run (weights_only), and it takes no more memory than its size.
+    Nothing in the file is run (weights_only), and it takes no more memory than its size.
     """
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}: train one with `python train.py`")
     try:
-        if zipfile.is_zipfile(path):  # as torch.save writes them, without compression
-            with zipfile.ZipFile(path) as archive:
-                claimed = sum(entry.file_size for entry in archive.infolist())
-            if claimed > Path(path).stat().st_size:
-                raise ValueError("compressed")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles that are not torch's own
-            state = torch.load(path, map_location=device, weights_only=True)
+        with zipfile.ZipFile(path) as archive:  # as torch.save writes it, without compression
+            claimed = sum(entry.file_size for entry in archive.infolist())
+        if claimed > Path(path).stat().st_size:
+            raise ValueError("compressed")
+        state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
     found = state.get("format") if isinstance(state, dict) else None
-    if found != FORMAT:
-        raise UserError(f"{path} is not a minimedshift checkpoint of format {FORMAT} (found {found})")
+    refuse(found != FORMAT, f"{path} is not a minimedshift checkpoint of format {FORMAT} (found {found})")
     return state
 
 
 def check_settings(state, path):
-    """Raises UserError unless the checkpoint describes a network in sane bounds."""
+    """Raises UserError unless a checkpoint says all that describes a network, of a size that can be meant."""
+    missing = [part for part in PARTS if part not in state]
+    refuse(missing, f"{path} does not describe a network of ours: {', '.join(missing)} is missing")
+    shape = state["shape"]
+    try:
+        sizes = [*shape["widths"], *shape["blocks"], shape["stem"], shape["num_domains"], shape["head_width"]]
+        right = len(sizes) < 20 and all(type(n) is int and 0 < n <= 4096 for n in sizes)
+        right = right and len(state["domains"]) == shape["num_domains"]
+        right = right and 0 <= state["translate"]["tau"] < state["translate"]["t_image"] <= 1
+    except (TypeError, KeyError):
+        right = False
+    refuse(not right, f"{path} does not describe a network of ours: see its shape, domains and translate")
 
 
 def fill(module, weights, path):
-    """Put a dict of tensors into the module. Raises UserError naming the first tensor that does not fit."""
-    own = module.state_dict()
-    for name in sorted(own.keys() | set(weights or {}), key=str):
-        have, want = (tuple(z[name].shape) if name in z else "nothing" for z in (weights or {}, own))
-        if have != want:
-            raise UserError(f"{path} holds another network: {name} is {have}, this one needs {want}")
-        if not weights[name].isfinite().all():
-            raise UserError(f"{path} is spoilt: in {name} is not a finite number")
+    """Put a dict of tensors into the module, which may be on torch's "meta" device: it moves to theirs.
+
+    Raises UserError naming the first tensor that is missing, of another shape, or not finite.
+    """
+    shape = lambda x: tuple(x.shape) if torch.is_tensor(x) else "nothing"
+    own, weights = module.state_dict(), weights if isinstance(weights, dict) else {}
+    for name in sorted(own.keys() | weights.keys(), key=str):
+        have, want = shape(weights.get(name)), shape(own.get(name))
+        refuse(have != want, f"{path} holds another network: {name} is {have}, this one needs {want}")
+        refuse(not weights[name].isfinite().all(), f"{path} is spoilt: {name} has a number that is not finite")
     if any(p.is_meta for p in module.parameters()):
         module.to_empty(device=next(iter(weights.values())).device)
     module.load_state_dict(weights)

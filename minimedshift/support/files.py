@@ -76,15 +76,15 @@ def lock_folder(folder):
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder} is in use by another run: wait for its end, or choose another") from None
+            raise UserError(f"{folder} is in use by another run: wait for it, or choose another") from None
         except OSError:  # a file system without locks: nobody is refused
             pass
         yield
 
 
 def cache_root():
-    """Where caches are: $MINIMEDSHIFT_CACHE, or ~/.cache/minimedshift. A user without a home has them among the
-    system's temporary files."""
+    """Where caches are: $MINIMEDSHIFT_CACHE, or ~/.cache/minimedshift; without a home, the system's temporary
+    folder."""
     try:
         home = Path.home() / ".cache"
     except RuntimeError:  # an unknown user, as in a container

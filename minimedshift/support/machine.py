@@ -1,4 +1,4 @@
-"""What this machine is and does best: device, number format, memory format, and how to fit its memory."""
+"""What this machine is and does best: device, number format, memory format, compiler, and its memory."""
 
 import ctypes
 import math
@@ -31,7 +31,7 @@ def pick_device(name):
 def pick_formats(dtype, device):
     """The number format of arithmetic and the memory format of weights with which a convolution is fastest.
 
-    On a CPU they are measured, in about a second. dtype: "auto", or the name of the one to use.
+    On a CPU they are measured, in about a second. dtype: "auto", or the name of the one to take.
     """
     wanted = [torch.float32, torch.bfloat16] if dtype == "auto" else [getattr(torch, dtype)]
     if device.type == "cuda":
@@ -41,13 +41,13 @@ def pick_formats(dtype, device):
         return wanted[0], torch.contiguous_format
     seconds = dict.fromkeys(product(wanted, (torch.contiguous_format, torch.channels_last)), math.inf)
     end = time.perf_counter() + 1.2
-    for turn in range(10):  # in turns, so that what else runs here disturbs all alike
+    for turn in range(10):  # taking turns, so that other programs disturb all formats alike
         for number, memory in seconds:
             if turn > 1 and time.perf_counter() > end:
                 break
             spent = time_convolution(number, memory)
             if number == torch.bfloat16:
-                spent = spent / .7  # less exact: it must be clearly faster
+                spent = spent / .7  # it is less exact, so it must be clearly faster
             seconds[number, memory] = min(seconds[number, memory], spent)
     return min(seconds, key=seconds.get)
 
@@ -87,7 +87,7 @@ def try_compile(model, x, dtype):
     t, y = torch.zeros(len(x), device=device), torch.zeros(len(x), dtype=torch.int64, device=device)
     model.compile_blocks(dynamic=False)
     try:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             model(x.to(device), t, y).square().mean().backward()
     except torch.OutOfMemoryError:
         raise
@@ -110,6 +110,11 @@ def keep_memory():
         pass
 
 
+def autocast(device, dtype):
+    """In this block arithmetic has the number format `dtype`."""
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+
+
 def to_float(array, device):
     """A stored float16 array (or a slice of one) as float32 on the device."""
     return torch.from_numpy(np.array(array, np.float32)).to(device)
@@ -129,8 +134,13 @@ def in_batches(function, x, batch=64):
             batch //= 2
 
 
+def name_of(torch_constant):
+    """torch.float32 -> "float32"."""
+    return str(torch_constant).removeprefix("torch.")
+
+
 def machine_name(device):
-    """The name of the processor or GPU, for the report."""
+    """The name of the processor or GPU, for a report."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     try:
@@ -138,13 +148,3 @@ def machine_name(device):
         return f"{len(lines)} x {lines[0].split(':')[1].strip()}"
     except (OSError, IndexError):
         return platform.processor() or platform.machine()
-
-
-def autocast(device, dtype):
-    """The number format of arithmetic in this block."""
-    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
-
-
-def name_of(torch_constant):
-    """torch.float32 -> "float32"."""
-    return str(torch_constant).removeprefix("torch.")

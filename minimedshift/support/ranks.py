@@ -1,5 +1,5 @@
 """`torchrun --nproc_per_node=N train.py`: one run over N processes, by torch's DistributedDataParallel.
-Every process draws and pairs the whole batch of a step, and trains on its part. Rank 0 alone speaks and writes.
+Every process draws and pairs a step's whole batch, and trains on its part. Rank 0 alone speaks and writes.
 """
 
 import os

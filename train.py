@@ -169,7 +169,7 @@ def train(config, dataset, device, dtype, memory, file, before=None):
 
 
 def any_rank(flag):
-    """Whether the flag is set in any process, as far as it is now."""
+    """Whether the flag is set in any process."""
     return ranks.mean(torch.tensor(float(bool(flag)))).item() > 0
 
 

@@ -1,9 +1,5 @@
 """What a training step sees: noise, images and labels, paired by the coupling.
 
-    load_dataset    images of each domain, from a folder or simulated (data.py, phantom/), and how often each
-                    is drawn (balance.py)
-    batches         for every step x0, x1, y, t, e
-
 All of it is a function of (seed, step): nothing has to be saved, and a resumed run sees what the stopped one
 would have seen. Pairs may be made for several steps at once (--ot-batch); a resumed run makes them again.
 """
@@ -27,10 +23,8 @@ MOST_OF_A_LABEL = dict(cpu=1e4, mps=1e4, cuda=1e5)  # images; learning potential
 
 
 def load_dataset(config):
-    """The Dataset that a config (of train.py, or in a checkpoint) names: a folder's, or the simulated one.
-
-    Raises UserError for a folder that cannot be used, or an unknown domain.
-    """
+    """The Dataset that a config of train.py names, of a folder (data.py) or simulated (phantom/), with weights
+    that say how often each image is drawn (balance.py). Raises UserError."""
     if config.data:
         dataset = data.folder_set(config.data, config.size, config.seed)
     else:
@@ -62,7 +56,7 @@ def to_device(x, device):
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-def draw(dataset, config, step, device):
+def draw_step(dataset, config, step, device):
     """What is random in a step: x0 on the device, y and which labels are hidden on the host, t, e."""
     # two seeds: with one, a CPU's numbers for the device would be those for the host again
     host, there = randomness(config.seed, step), randomness(~config.seed, step, device)
@@ -78,15 +72,14 @@ def draw(dataset, config, step, device):
 def batches(dataset, config, device, first=0, dtype=torch.float32, rank=0, processes=1):
     """The Steps `first` to config.steps, as an iterator. Potentials are learned before it is returned.
 
-    dtype: number format of the network's arithmetic. Every process pairs the whole batch; a Step holds the part
-    of this one, `rank` of `processes` (support/ranks.py).
+    dtype: of the network's arithmetic. A Step holds the part of the batch that process `rank` trains on.
     """
     couple = make_coupling(dataset, config, device, dtype)
     n, size = config.ot_batch, config.batch_size // processes
 
     def make():
         for start in range(first - first % n, config.steps, n):
-            window = [draw(dataset, config, step, device) for step in range(start, start + n)]
+            window = [draw_step(dataset, config, step, device) for step in range(start, start + n)]
             x0, y, hidden, t, e = map(torch.cat, zip(*window))
             begun = now(device, n)
             x0, x1, plan = couple(x0, y, randomness(config.seed, ~start))
@@ -115,8 +108,8 @@ def make_coupling(dataset, config, device, dtype):
     size = sum(counts) * dataset.channels * dataset.size**2 * 4  # bytes, in float32
     name = config.coupling
     if name == "semidiscrete" and (size > MOST or max(counts) > MOST_OF_A_LABEL[device.type]):
-        print(f"the semidiscrete coupling would keep {sum(counts)} images ({size / 1e9:.1f} GB) in memory, too "
-              f"much here: taking --coupling exact over {config.ot_batch} batches", flush=True)
+        print(f"the semidiscrete coupling would keep {sum(counts)} images ({size / 1e9:.1f} GB) in memory, "
+              f"too much here: taking --coupling exact over {config.ot_batch} batches", flush=True)
         name = "exact"
     if name == "semidiscrete":
         g = learned_potentials(dataset, config, device)

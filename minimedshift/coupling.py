@@ -6,8 +6,7 @@ by entropic optimal transport (arXiv:2302.00482, Prop. 3.4):
 
     pi = argmin <C, pi> + eps sum pi log pi,    C_ij = ||x1_i - x0_j||^2,    eps = 2 sigma^2
 
-pi_ij is the share of image i that goes to noise j; all rows and columns have equal weight. (For
-C = 1/2 ||.||^2 it would be eps = sigma^2.) The couplings:
+pi_ij is the share of image i that goes to noise j. (For C = 1/2 ||.||^2 it would be eps = sigma^2.)
 
     independent   eps to infinity: any noise with any image
     sinkhorn      eps between: pi from a batch, then a noise for each image drawn from pi(. | image)
@@ -128,10 +127,7 @@ PAIRINGS = {"independent": independent, "sinkhorn": sinkhorn, "exact": exact}
 
 
 class Minibatch:
-    """A coupling that draws as many images as there are noises, and pairs them by one of PAIRINGS.
-
-    draw_images(y, generator) -> x1, a training image of each label. eps: for sinkhorn.
-    """
+    """Draws an image for each noise, draw_images(y, generator), and pairs them by one of PAIRINGS."""
 
     def __init__(self, name, draw_images, eps=0.0):
         self.pair, self.draw_images, self.eps = PAIRINGS[name], draw_images, eps
@@ -150,8 +146,7 @@ class Semidiscrete:
     (arXiv:2509.25519; there the potential is g_j + ||x_j||^2 / 2).
 
     images: one (N, ...) array or tensor a label; g: the potentials (N,) of each, from `learn_potentials`.
-    dtype: number format of a first look at all images. After a look in bfloat16 the best CLOSEST images are
-    compared again in float32.
+    dtype: of a first look at all images. After one in bfloat16 the CLOSEST are compared again in float32.
     """
 
     def __init__(self, images, g, device="cpu", dtype=torch.float32):

@@ -1,14 +1,13 @@
 """The student: what the flow usually does, learned by a small local network in one evaluation.
 
-Why is it better than the flow? The flow's errors are rare and large (RESULTS.md, section 3): it redraws
-an outline some pixels off, here in one head and there in another. A small network without attention hardly
-learns where. What remains is the median of all its lessons, which rare errors do not move:
+Why is it better than the flow? The flow's errors are rare and large: it redraws an outline some pixels off,
+here in one head and there in another. A small network without attention hardly learns where. What remains is
+the median of all its lessons, which rare errors do not move (an L2 loss would give the mean, which they do):
 
     student(x, s, t) = argmin_f  E | f(x) - flow(x, s, t) |          over training images x of domain s
 
-The L2 loss would give the mean, which they do move. What differs between two domains is local, so the student
-may be. (A view of 16 pixels each way is too narrow; one as wide as the image does not hurt.) A median has no
-noise of its own, and a tone that is wrong in all lessons stays wrong: finish.py mends both.
+What differs between two domains is local, so the student may be. A median has no noise of its own, and a tone
+that is wrong in all lessons stays wrong: finish.py mends both.
 """
 
 import itertools
@@ -39,13 +38,6 @@ class LocalShape:
     width: int = 64
     stem: int = 2  # pixels of a side that become channels
     dilations: tuple = (1,) * 6  # of each block's first convolution: 1 keeps the view narrow
-
-
-def shape_for(size, num_domains, channels):
-    """The LocalShape for images of `size` pixels: its view is the same share of 64, 128 and 256 pixels."""
-    if size >= 256:
-        return LocalShape(num_domains, channels, width=128, stem=8)
-    return LocalShape(num_domains, channels, width=64, stem=2 if size < 128 else 4)
 
 
 def view(shape):
@@ -172,7 +164,7 @@ def learn(shape, images, answers, steps, batch=32, lr=1.5e-3, seed=0, dtype=torc
     return ema.model
 
 
-# ---------------------------------------------------------------- the student: the network and its finish
+# ---------------------------------------------------------------- the student
 
 class Student:
     """A LocalNet with the `finish.Finish` of every ordered pair: translates x (B, C, H, W), not clipped.
@@ -229,7 +221,9 @@ def teach(model, dataset, count, steps, dtype, device, seed=0):
     images = spread_out(dataset, count)
     with autocast(device, dtype):
         answers = lessons(model, images, **LESSONS)
-    shape = shape_for(dataset.size, len(dataset.domains), dataset.channels)
+    stem = 2 ** (1 + (dataset.size >= 128) + (dataset.size >= 256))  # the view is the same share of any size
+    width = 128 if dataset.size >= 256 else 64
+    shape = LocalShape(len(dataset.domains), dataset.channels, width, stem)
     net = learn(shape, images, answers, steps, seed=seed, dtype=dtype, device=device)
     enough = min(finish.IMAGES, max(map(len, dataset.train_images)))
     return Student(net, finish.fit(net, spread_out(dataset, enough), dtype))

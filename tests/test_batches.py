@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minimedshift.batches import batches, draw, make_coupling, randomness
+from minimedshift.batches import batches, draw_step, make_coupling, randomness
 from minimedshift.coupling import Minibatch, Semidiscrete
 from minimedshift.data import Dataset
 from minimedshift.flow import draw_noise
@@ -33,7 +33,7 @@ def test_labels_hidden_and_noise_come_from_two_streams():
     """On a CPU both generators are of one kind: seeded alike, the noise would tell which labels are hidden."""
     dataset = SimpleNamespace(domains=range(5), channels=1, size=16)
     config = SimpleNamespace(seed=0, batch_size=8, drop_label=.5, colour=0.)
-    drawn = [draw(dataset, config, step, torch.device("cpu")) for step in range(300)]
+    drawn = [draw_step(dataset, config, step, torch.device("cpu")) for step in range(300)]
     hidden = torch.stack([each[2] for each in drawn]).double()  # (300, 8)
     noise = torch.stack([each[0][0].flatten() for each in drawn]).double()  # (300, 256)
     table = torch.corrcoef(torch.cat([hidden, noise.abs(), noise], 1).T)[:8, 8:]
@@ -68,7 +68,7 @@ def test_noise_comes_with_the_image_of_its_plan():
 
 def test_the_bridge_of_width_sigma_is_paired_with_eps_of_2_sigma_squared():
     dataset, config = three_domains(), settings(coupling="sinkhorn", sigma=.5, ot_batch=1)
-    x0, y = draw(dataset, config, 0, CPU)[:2]
+    x0, y = draw_step(dataset, config, 0, CPU)[:2]
     entropy = lambda eps: Minibatch("sinkhorn", dataset.batch, eps)(x0, y, randomness(0, -1))[2].entropy
     found = next(batches(dataset, config, CPU)).plan.entropy
     assert found == entropy(2 * .5**2) and entropy(.5**2) < .9 * found

@@ -1,4 +1,4 @@
-"""Which domain an image is from, and whether from any: `--source auto`.
+"""Which domain an image is from, and whether it is from any: `--source auto`.
 
 A little noise is laid over the image. The label under which the network predicts that noise best is its
 domain.
@@ -12,8 +12,8 @@ import torch
 from minimedshift.flow import draw_noise, tint
 from minimedshift.support.machine import in_batches
 
-NEAR = (0.9, 0.99)  # between which noise is laid over the image: so little that its own stays visible
-CLOSE = 0.005  # labels are close where what they leave unexplained differs by less than half a percent
+NEAR = (0.9, 0.99)  # the t of the noisy image: there is so little noise that the image's own stays visible
+CLOSE = 0.005  # two labels are close if what they leave unexplained differs by less than half a percent
 FAR = 2.0      # an image is far from a domain that leaves more than this unexplained in some octave
 
 
@@ -22,8 +22,7 @@ def octaves(H, W, device="cpu"):
     k = torch.hypot(*torch.meshgrid(torch.fft.fftfreq(H, 1 / H), torch.fft.fftfreq(W, 1 / W), indexing="ij"))
     nyquist = min(H, W) / 2
     octave = k.clamp(min=1).log2().floor().clamp(max=math.floor(math.log2(nyquist)) - 1)
-    masks = [(octave == o) & (k <= nyquist) for o in range(int(octave.max()) + 1)]
-    return torch.stack(masks).to(device)
+    return torch.stack([(octave == o) & (k <= nyquist) for o in range(int(octave.max()) + 1)]).to(device)
 
 
 @torch.inference_mode()
@@ -32,8 +31,9 @@ def unexplained(model, x1, labels, seed=0, colour=0.0, draws=8):
 
         mean over an octave of  |F[v(xt, t, y) - (x1 - x0)]|^2 / E |F[x0]|^2        F: Fourier, in space
 
-    and over `draws` pairs of t and x0 (a diffusion classifier, arXiv:2303.16203). In images of its domain a
-    right network leaves less than 1 / t^2. colour: of the training."""
+    It is a mean over `draws` pairs of t and x0 (a diffusion classifier, arXiv:2303.16203); colour is that of
+    the training. In images of its own domain a perfect network leaves less than 1 / t^2.
+    """
     B, C, H, W = x1.shape
     masks, generator = octaves(H, W, x1.device), torch.Generator().manual_seed(seed)
     impulse = torch.zeros(1, 1, H, W)
@@ -45,18 +45,20 @@ def unexplained(model, x1, labels, seed=0, colour=0.0, draws=8):
         x0 = draw_noise((C, H, W), generator, colour).to(x1.device)
         xt, times, share = (1 - t) * x0 + t * x1, torch.full((B,), t, device=x1.device), []
         for y in labels:
-            vt = model(xt, times, torch.full((B,), y, device=x1.device))[:, :C].float()
+            vt = model(xt, times, torch.full((B,), y, device=x1.device)).float()
             power = (torch.fft.fft2(vt - (x1 - x0)) / gain).abs().square().mean(1) / (H * W)  # (B, H, W)
             share.append(torch.stack([power[:, mask].mean(1) for mask in masks], 1))
         shares = shares + torch.stack(share, 1) / draws
     return shares
 
 
-def judge(shares, H, W):
-    """Label, runner-up and whether the two are close, each (B,), from `unexplained` shares (B, L, O).
+def label_of(shares, H, W):
+    """The label, the runner-up and whether the two are close, each (B,), from `unexplained` (B, L, O).
 
-    The label has the smallest sum over octaves of n log(share), n frequencies each: the likelihood of a
-    Gaussian error of unknown variance. (The errors' own sum is that of coarse detail: it tells no doses.)"""
+    The label has the smallest sum over octaves of n log(share), n being the octave's number of frequencies.
+    That is the likelihood of a Gaussian error of unknown variance. (The sum of the errors themselves is
+    mostly coarse detail, and does not tell two doses apart.)
+    """
     n = octaves(H, W, shares.device).sum((1, 2))
     score = (n / n.sum() * shares.log()).sum(-1)  # (B, L)
     best, labels = score.topk(2, largest=False)
@@ -68,19 +70,21 @@ def far(shares):
     return shares.amax(2).amin(1) > FAR
 
 
-def sources(x1, names, model, state, source, target, seed):
-    """Source labels (B,) of images x1 (B, C, H, W): `source`, or if that is "auto" inferred and told.
+def source_labels(x1, names, model, state, source, target, seed):
+    """Labels (B,) of images x1 (B, C, H, W): that of the domain `source`; if it is "auto", the inferred ones.
 
-    Warns of what looks like no domain. A given label costs two evaluations an image, "auto" 8 a domain."""
-    domains, colour = state["domains"], state["config"].get("colour", 0.0)
-    every, suspects = range(len(domains)), torch.arange(len(x1), device=x1.device)
+    Prints what was inferred, and warns of an image that is far from every domain. Eight evaluations for each
+    domain infer a label; a given label takes two, and an image that is far from it is looked at in full.
+    """
+    domains, colour = state["domains"], state["config"]["colour"]
 
     def look(x, labels, draws):
         return in_batches(lambda part: unexplained(model, part, labels, seed, colour, draws), x, len(x))
 
     if source == "auto":
-        shares = look(x1, every, 8)
-        labels, second, close = judge(shares, *x1.shape[-2:])
+        suspects = torch.arange(len(x1), device=x1.device)
+        shares = look(x1, range(len(domains)), 8)
+        labels, second, close = label_of(shares, *x1.shape[-2:])
         for name, y, other, in_doubt in zip(names, labels.tolist(), second.tolist(), close.tolist()):
             doubt = f" ({domains[other]} is close)" if in_doubt else ""
             same = ", the target itself: nothing to change" if domains[y] == target else ""
@@ -88,13 +92,11 @@ def sources(x1, names, model, state, source, target, seed):
     else:
         y = domains.index(source)
         labels = torch.full((len(x1),), y, device=x1.device)
-        if state["translate"]["x0"] == "image":  # such a network has seen no noise
-            return labels
-        suspects = far(look(x1, [y], 2)).nonzero()[:, 0]  # at a glance; these under all labels again
+        suspects = far(look(x1, [y], 2)).nonzero()[:, 0]
         if not len(suspects):
             return labels
-        shares = look(x1[suspects], every, 8)
+        shares = look(x1[suspects], range(len(domains)), 8)
     for i in suspects[far(shares)].tolist():
-        says = "looks like no domain of this network: its translation means little"
-        print(f"warning: {names[i]} {says}", file=sys.stderr)
+        print(f"warning: {names[i]} looks like no domain of this network: its translation means little",
+              file=sys.stderr)
     return labels

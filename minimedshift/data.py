@@ -1,7 +1,7 @@
-"""Images in: what a data set is, and how your own folders become one.
+"""What a data set is, and how your own folders of images become one.
 
-A data set has training images of each domain, unpaired, and where it can some pairs to validate and test on.
-A folder is read once: the images, at the size of training, lie in the cache from then on.
+A data set has training images of each domain, unpaired. Where it can, it has pairs to validate and test on.
+A folder is read once: from then on its images lie in the cache, at the size of training.
 """
 
 import inspect
@@ -16,16 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from minimedshift.support.command import UserError
 from minimedshift.support.files import cached
 from minimedshift.support.images import decode, figure, image_files, read_image
 from minimedshift.support.log import progress
+from minimedshift.support.sizes import crop_to_square
 
-LABELS = {"truth", "mask", "masks", "label", "labels", "annotation", "annotations", "segmentation"}
-FEW = 50  # images of a domain: with fewer `check` warns
-OPPOSITE = -0.5  # correlation of mean images below which two domains are negatives of each other
+FEW = 50  # `check` warns of a domain with fewer images
+OPPOSITE = -0.5  # two domains are negatives of each other if their mean images correlate less than this
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Pairs:
     decoys: np.ndarray | None = None       # (N, K, D, C, H, W) noise-free, of K other people in the same view
 
     def only(self, keep):
-        """The domains of index `keep` alone."""
+        """The same heads in the domains of index `keep` alone."""
         some = lambda array: None if array is None else array[:, keep]
         decoys = None if self.decoys is None else self.decoys[:, :, keep]
         return Pairs(some(self.images), some(self.truth), some(self.second), self.materials, decoys)
@@ -51,7 +50,7 @@ class Dataset:
     size: int
     channels: int
     train_images: list
-    test_images: list                      # per domain: images never trained on
+    test_images: list                   # per domain: images never trained on
     valid_pairs: Pairs | None = None
     test_pairs: Pairs | None = None
     weights: list | None = None         # per domain (N_d,): how often an image is drawn, mean 1; None: alike
@@ -62,12 +61,12 @@ class Dataset:
         y = y.numpy()
         x1 = np.empty((len(y), self.channels, self.size, self.size), np.float16)
         for d in np.unique(y):
-            mine = np.flatnonzero(y == d)
-            x1[mine] = self.train_images[d][self.pick(d, u[mine])]
+            places = np.flatnonzero(y == d)
+            x1[places] = self.train_images[d][self.pick(d, u[places])]
         return torch.from_numpy(x1).float()
 
     def pick(self, d, u):
-        """The training images of domain d, int64, that uniform numbers u (n,) in [0, 1) stand for."""
+        """The indices, int64, of the training images of domain d that numbers u (n,) in [0, 1) stand for."""
         count = len(self.train_images[d])
         if self.weights is None:
             return (u * count).astype(np.int64)
@@ -75,7 +74,10 @@ class Dataset:
         return np.searchsorted(until, u * until[-1], side="right").clip(max=count - 1)
 
     def drawn(self, d):
-        """The training images of domain d, each as often as it is drawn in training: of N again N."""
+        """As many images of domain d as there are to train on, each as often as training draws it.
+
+        An image of weight 2 is there twice, one of weight 0 is left out. Without weights each is there once.
+        """
         if self.weights is None:
             return self.train_images[d]
         count = len(self.train_images[d])
@@ -88,69 +90,13 @@ def select_domains(dataset, names):
     if len(set(keep)) < max(2, len(names)):
         raise UserError(f"--domains needs two or more different names of {', '.join(dataset.domains)}")
     some = lambda per_domain: per_domain and [per_domain[d] for d in keep]
+    valid, test = (pairs and pairs.only(keep) for pairs in (dataset.valid_pairs, dataset.test_pairs))
     return replace(dataset, domains=tuple(names), train_images=some(dataset.train_images),
-                   test_images=some(dataset.test_images),
-                   weights=some(dataset.weights), valid_pairs=dataset.valid_pairs and dataset.valid_pairs.only(keep),
-                   test_pairs=dataset.test_pairs and dataset.test_pairs.only(keep))
+                   test_images=some(dataset.test_images), weights=some(dataset.weights),
+                   valid_pairs=valid, test_pairs=test)
 
 
 # ---------------------------------------------------------------- your own folders
-
-def find_files(root):
-    """{domain: its image files}, to train on and to test on, of a folder as `folder_set` takes it.
-
-    Raises UserError for a missing folder, fewer than two domains, or test images of another domain.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"--data {root}: there is no such folder")
-    train_files = by_domain(root / "train") or by_domain(root, skip="test")
-    test_files = by_domain(root / "test")
-    domains = tuple(train_files)
-    if len(domains) < 2:
-        raise UserError(f"--data {root}: two or more sub-folders with images are needed, "
-                        f"found: {', '.join(domains) or 'none'}")
-    if unknown := test_files.keys() - domains:
-        raise UserError(f"--data {root}: test has {', '.join(unknown)}, without training images")
-    return train_files, test_files
-
-
-def folder_set(root, size, seed=0, cache=None, progress=True):
-    """The Dataset of ROOT/DOMAIN, a tenth held out by `seed`, or of ROOT/train/DOMAIN and ROOT/test/DOMAIN.
-
-    Raises UserError for a missing folder, fewer than two domains, or a domain without a readable image.
-    """
-    train_files, test_files = find_files(root)
-    domains = tuple(train_files)
-    files = {}
-    for d, domain in enumerate(domains):
-        mine, kept = train_files[domain], test_files.get(domain, [])
-        if not test_files:  # a tenth is kept apart
-            count = len(mine) // 10 or int(len(mine) >= 5)
-            order = np.random.default_rng([seed, d]).permutation(len(mine))
-            mine, kept = ([mine[i] for i in sorted(some)] for some in (order[count:], order[:count]))
-        files[f"train-{d}"], files[f"test-{d}"] = mine, kept
-    stamps = []  # they tell that a file has changed
-    for key, paths in files.items():
-        for path in paths:
-            file = path.stat()
-            stamps.append((key, str(path.absolute()), file.st_size, file.st_mtime_ns))
-    code = [inspect.getsource(part) for part in (decode, read_image, fit, read_files)]
-    content = [code, torch.__version__, size, stamps]
-    folder = cached(cache, f"folder-{size}", content, lambda work: read_files(work, files, size, progress))
-
-    found = json.loads((folder / "found.json").read_text())
-    if found["bad"]:
-        print(*found["bad"], f"skipped {len(found['bad'])} unreadable files", sep="\n", file=sys.stderr)
-    on_disk = lambda key: np.load(folder / f"{key}.npy", mmap_mode="r")
-    train = [on_disk(f"train-{d}") for d in range(len(domains))]
-    test = [on_disk(f"test-{d}") for d in range(len(domains))]
-    for domain, images in zip(domains, train):
-        if not len(images):
-            raise UserError(f"--data {root}: the domain {domain} has no image that can be read")
-    valid, paired = paired_by_name(test, [found[f"test-{d}"] for d in range(len(domains))])
-    return Dataset(domains, size, train[0].shape[1], train, test, valid, paired)
-
 
 def by_domain(base, skip=None):
     """{domain: its image files}; the folders on the way to an image, joined with "-", name its domain."""
@@ -162,55 +108,95 @@ def by_domain(base, skip=None):
     return dict(sorted(found.items()))
 
 
-def strays(domains):
-    """The domains whose name says that they hold what was drawn into images, and not images."""
-    return [name for name in domains if LABELS & set(name.lower().split("-"))]
+def find_files(root, seed):
+    """The domains of a folder, and {"train-0": the first domain's image files, "test-0": ..., "train-1": ...}.
+
+    Raises UserError for a missing folder, fewer than two domains, or test images of another domain.
+    """
+    root, files = Path(root), {}
+    if not root.is_dir():
+        raise UserError(f"--data {root}: there is no such folder")
+    train, test = by_domain(root / "train") or by_domain(root, skip="test"), by_domain(root / "test")
+    if len(train) < 2:
+        raise UserError(f"--data {root}: two or more sub-folders with images are needed, "
+                        f"found: {', '.join(train) or 'none'}")
+    if unknown := test.keys() - train:
+        raise UserError(f"--data {root}: test has {', '.join(unknown)}, without training images")
+    for d, (domain, paths) in enumerate(train.items()):
+        held_out = test.get(domain, [])
+        if not test:  # a tenth of the images, at least one of five
+            count = len(paths) // 10 or int(len(paths) >= 5)
+            order = np.random.default_rng([seed, d]).permutation(len(paths))
+            held_out = [paths[i] for i in sorted(order[:count])]
+            paths = [paths[i] for i in sorted(order[count:])]
+        files[f"train-{d}"], files[f"test-{d}"] = paths, held_out
+    return tuple(train), files
+
+
+def folder_set(root, size, seed=0, cache=None, progress=True):
+    """The Dataset of ROOT/DOMAIN, a tenth held out by `seed`, or of ROOT/train/DOMAIN and ROOT/test/DOMAIN.
+
+    Raises UserError for a missing folder, fewer than two domains, or a domain without a readable image.
+    """
+    domains, files = find_files(root, seed)
+    stamps = []  # they tell that a file has changed
+    for key, paths in files.items():
+        for path in paths:
+            file = path.stat()
+            stamps.append((key, str(path.absolute()), file.st_size, file.st_mtime_ns))
+    code = [inspect.getsource(part) for part in (decode, read_image, crop_to_square, read_files)]
+    content = [code, torch.__version__, size, stamps]
+    folder = cached(cache, f"folder-{size}", content, lambda work: read_files(work, files, size, progress))
+
+    names = json.loads((folder / "names.json").read_text())
+    if names["unreadable"]:
+        skipped = f"skipped {len(names['unreadable'])} unreadable files"
+        print(*names["unreadable"], skipped, sep="\n", file=sys.stderr)
+    images = {key: np.load(folder / f"{key}.npy", mmap_mode="r") for key in files}
+    train = [images[f"train-{d}"] for d in range(len(domains))]
+    test = [images[f"test-{d}"] for d in range(len(domains))]
+    for domain, stack in zip(domains, train):
+        if not len(stack):
+            raise UserError(f"--data {root}: the domain {domain} has no image that can be read")
+    valid, paired = paired_by_name(test, [names[f"test-{d}"] for d in range(len(domains))])
+    return Dataset(domains, size, train[0].shape[1], train, test, valid, paired)
 
 
 def read_files(folder, files, size, show):
-    """Read {key: paths}: images (N, C, size, size) into KEY.npy, their names into found.json.
-    Memory does not grow with their number: each is written as it comes, grey as one channel."""
+    """Read {key: paths}: images (N, C, size, size) into KEY.npy, their names into names.json.
+
+    C is 1 if all images are grey, else 3. Each image is written as it comes: memory does not grow with them.
+    """
     def read(path):
         try:
-            return fit(read_image(path)[0], size).half().numpy(), path.stem
+            return crop_to_square(read_image(path)[0], size).half().numpy(), path.stem
         except UserError as error:
             return None, str(error)
 
-    found = {key: [] for key in ("bad", *files)}
-    grey = {key: [] for key in files}  # of each image, whether it has one channel
+    names = {key: [] for key in ("unreadable", *files)}
+    channels = {key: [] for key in files}  # of each image
     start, done, total = time.time(), 0, sum(map(len, files.values()))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for key, paths in files.items():
             with open(folder / f"{key}.raw", "wb") as raw:
-                for some in range(0, len(paths), 100):  # so that no more are read ahead
-                    for x, name in pool.map(read, paths[some:some + 100]):
+                for first in range(0, len(paths), 100):  # so that no more are read ahead
+                    for x, name in pool.map(read, paths[first:first + 100]):
                         done += 1
                         if show:
                             progress(done, total, start, "reading images, once")
-                        found["bad" if x is None else key].append(name)
+                        names["unreadable" if x is None else key].append(name)
                         if x is not None:
-                            grey[key].append(len(x) == 1)
+                            channels[key].append(len(x))
                             x.tofile(raw)
-    channels = 1 if all(map(all, grey.values())) else 3
-    for key, single in grey.items():
-        header = dict(descr="<f2", fortran_order=False, shape=(len(single), channels, size, size))
+    most = max(sum(channels.values(), []), default=1)
+    for key, counts in channels.items():
+        header = dict(descr="<f2", fortran_order=False, shape=(len(counts), most, size, size))
         with open(folder / f"{key}.raw", "rb") as raw, open(folder / f"{key}.npy", "wb") as stack:
             np.lib.format.write_array_header_1_0(stack, header)
-            for one in single:
-                x = raw.read((1 if one else 3) * size**2 * 2)
-                stack.write(x * (3 if one and channels == 3 else 1))  # grey is repeated in every channel
+            for count in counts:
+                stack.write(raw.read(count * size**2 * 2) * (most // count))  # grey goes into every channel
         (folder / f"{key}.raw").unlink()
-    (folder / "found.json").write_text(json.dumps(found))
-
-
-def fit(x, size):
-    """x (C, H, W) -> (C, size, size): the shorter side resized, antialiased, to `size`; the centre kept."""
-    shorter = min(x.shape[1:])
-    h, w = (max(size, round(n * size / shorter)) for n in x.shape[1:])
-    if (h, w) != x.shape[1:]:
-        x = F.interpolate(x[None], (h, w), mode="bilinear", antialias=True)[0]
-    top, left = (h - size) // 2, (w - size) // 2
-    return x[:, top:top + size, left:left + size]
+    (folder / "names.json").write_text(json.dumps(names))
 
 
 def paired_by_name(images, names, fewest=8):
@@ -223,17 +209,26 @@ def paired_by_name(images, names, fewest=8):
         return None, None
     stacks = []
     for stack, some in zip(images, names):
-        place = {name: i for i, name in reversed(list(enumerate(some)))}  # the first of a name
+        place = {}
+        for i, name in enumerate(some):
+            place.setdefault(name, i)  # the first of a name
         stacks.append(stack[[place[name] for name in common]])
     pairs = np.stack(stacks, 1)  # (N, D, C, H, W)
     return Pairs(pairs[::2]), Pairs(pairs[1::2])
 
 
+# ---------------------------------------------------------------- a look at what was found
+
+def sample(images):
+    """At most 500 of the images, evenly spread, float32."""
+    return np.asarray(images[:: math.ceil(len(images) / 500)], np.float32)
+
+
 def check(dataset, path, each=6):
-    """A grid of examples to `path`; print and return a line per domain: count and values."""
+    """Draw a grid of examples to `path`. Prints and returns a line per domain: its count and values."""
     rows, lines = [], []
     for domain, images, kept in zip(dataset.domains, dataset.train_images, dataset.test_images):
-        some = np.asarray(images[:: math.ceil(len(images) / 500)], np.float32)
+        some = sample(images)
         few = "; few: what they happen to share will be taken for the domain" if len(images) < FEW else ""
         lines.append(f"{domain}: {len(images)} to train, {len(kept)} held out; "
                      f"values {some.min():.2f} to {some.max():.2f}, mean {some.mean():.2f}{few}")
@@ -252,10 +247,8 @@ def opposite(dataset):
 
     Coarse contrast is what noise remembers of an image, so a translation keeps it: dark stays dark.
     """
-    means = []
-    for images in dataset.train_images:
-        some = np.asarray(images[:: math.ceil(len(images) / 500)], np.float32)
-        means.append(some.mean((0, 1)).ravel())
-    alike = np.corrcoef(np.stack(means) + 1e-6 * np.random.default_rng(0).standard_normal(means[0].size))
+    means = np.stack([sample(images).mean((0, 1)).ravel() for images in dataset.train_images])
+    noise = np.random.default_rng(0).standard_normal(means[0].size)  # for images without any contrast
+    alike = np.corrcoef(means + 1e-6 * noise)
     names = dataset.domains
     return [(names[i], names[j]) for i, j in zip(*np.nonzero(np.triu(alike < OPPOSITE, 1)))]

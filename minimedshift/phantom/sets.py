@@ -16,7 +16,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from minimedshift.support.files import cached
 
 BLOCK, BIG = 16, 500  # heads rendered at once; images worth starting processes for
 KINDS = {"images": {}, "truth": dict(noise=False), "second": dict(exposure=1)}  # pictures of a paired head
-# first head seed of each split in millions; below 1.5 lay the tests of version 1
+# the first head seed of each split, in millions
 FIRST_SEED = {"valid": 0, "train": 2, "test": 7, "valid decoys": 8, "test decoys": 9, "supervised": 1.5}
 DECOYS = 7
 
@@ -68,62 +68,55 @@ def in_all_domains(heads, size, **how):
     return torch.stack(images, 1).half().numpy()
 
 
-def worker():
-    """How a process that renders begins: Ctrl-C is for its parent, and it ends when its parent is killed."""
-    def follow():
+def begin_worker():
+    """Leave Ctrl-C to the parent process, and end when the parent is killed."""
+    def end_with_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-@contextmanager
-def without_script():
-    """Processes that start in this block do not run the user's own script again: they need nothing of it."""
-    main = sys.modules["__main__"]
-    kept = {name: vars(main).get(name) for name in ("__file__", "__spec__")}
-    main.__file__ = main.__spec__ = None
-    try:
-        yield
-    finally:
-        vars(main).update(kept)
+def render_in_processes(render, jobs):
+    """Yield render(*job), job after job, made by one process a core: threads take twice as long.
 
-
-def simulate(render, jobs, images, name, what, cache, progress):
-    """All that render(*job) returns, job after job, as a dict of arrays on disk; `images` in all.
-
-    Many are made by one process a core (threads are half as fast); the bytes do not depend on how many.
-    The cache's key is all that determines the arrays: this room's sources, torch, the jobs.
+    The bytes do not depend on the number of processes. Raises UserError if one of them is killed.
     """
-    def build(folder):
-        start, blocks = time.time(), []
-        workers = dict(max_workers=min(os.cpu_count(), 16), mp_context=multiprocessing.get_context("spawn"),
-                       initializer=worker)
+    script, spawn = sys.modules["__main__"], multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(os.cpu_count(), 16), spawn, begin_worker) as pool:
+        sys.modules["__main__"] = ModuleType("__main__")  # else each new process would run the user's script
         try:
-            with ProcessPoolExecutor(**workers) as pool:  # starts no process before there is work
-                found = map(render, *zip(*jobs))
-                if images > BIG:  # pool.map would hang where a process is killed (CPython 3.11)
-                    with without_script():
-                        futures = [pool.submit(render, *job) for job in jobs]
-                    found = (future.result() for future in futures)
-                try:
-                    for block in found:
-                        blocks.append(block)
-                        if progress:
-                            done = images * len(blocks) // len(jobs)
-                            log.progress(done, images, start, f"simulating {what} heads, once")
-                except KeyboardInterrupt:
-                    pool.shutdown(cancel_futures=True)
-                    raise
+            blocks = [pool.submit(render, *job) for job in jobs]
+        finally:
+            sys.modules["__main__"] = script
+        try:
+            for block in blocks:  # pool.map hangs where a process is killed (CPython 3.11)
+                yield block.result()
         except BrokenProcessPool:
             raise UserError("a process that simulates was killed: is there too little memory?") from None
-        for kind in blocks[0]:
-            np.save(folder / f"{kind}.npy", np.concatenate([block[kind] for block in blocks]))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def load_or_render(render, jobs, images, name, cache, progress):
+    """All that render(*job) returns for `jobs`, one after the other, as a dict of arrays on disk.
+
+    There are `images` in all. Code of the simulator, torch and the jobs determine them, and are the key.
+    """
+    def save_blocks(folder):
+        start, done = time.time(), []
+        blocks = render_in_processes(render, jobs) if images > BIG else (render(*job) for job in jobs)
+        for block in blocks:
+            done.append(block)
+            if progress:
+                log.progress(images * len(done) // len(jobs), images, start, f"simulating {name}, once")
+        for kind in done[0]:
+            np.save(folder / f"{kind}.npy", np.concatenate([block[kind] for block in done]))
 
     modules = (phantom.anatomy, phantom.rays, phantom.xray, phantom.sets)
-    key = [[inspect.getsource(module) for module in modules], torch.__version__, jobs]
-    folder = cached(cache, name, key, build)
+    content = [[inspect.getsource(module) for module in modules], torch.__version__, jobs]
+    folder = cached(cache, name, content, save_blocks)
     return {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
 
 
@@ -135,7 +128,7 @@ def training_images(size, per_domain, seed=0, shift=.1, cache=None, progress=Tru
             first = first_seed(seed, "train", d) + start
             jobs.append((size, domain, first, min(BLOCK, per_domain - start), shift))
     D = len(phantom.DOMAINS)
-    arrays = simulate(render_training, jobs, D * per_domain, f"train-{size}", "training", cache, progress)
+    arrays = load_or_render(render_training, jobs, D * per_domain, f"train-{size}", cache, progress)
     return arrays["train"].reshape(D, per_domain, 1, size, size)
 
 
@@ -147,7 +140,7 @@ def paired_heads(size, count, split, seed=0, prior=None, decoys=0, cache=None, p
         person = first_seed(seed, f"{split} decoys") + start * decoys
         jobs.append((size, first, min(BLOCK, count - start), prior, person, decoys))
     images = count * len(phantom.DOMAINS) * (len(KINDS) + decoys)
-    return Pairs(**simulate(render_pairs, jobs, images, f"{split}-{size}", split, cache, progress))
+    return Pairs(**load_or_render(render_pairs, jobs, images, f"{split}-{size}", cache, progress))
 
 
 def phantom_set(size, train_images=5000, valid_heads=64, test_heads=128, seed=0, shift=.1, cache=None,
@@ -159,8 +152,8 @@ def phantom_set(size, train_images=5000, valid_heads=64, test_heads=128, seed=0,
     """
     D = len(phantom.DOMAINS)
     if train_images < D or valid_heads < 1 or test_heads < 1 or size < 8:
-        raise UserError(f"a phantom set needs at least {D} training images, 1 validation head, 1 test head "
-                        "and size 8")
+        raise UserError(f"a phantom set needs at least {D} training images, 1 head to validate and 1 to test "
+                        "on, and size 8")
     train = training_images(size, train_images // D, seed, float(shift), cache, progress)
     valid = paired_heads(size, valid_heads, "valid", seed, decoys=DECOYS, cache=cache, progress=progress)
     test = paired_heads(size, test_heads, "test", seed, decoys=DECOYS, cache=cache, progress=progress)
@@ -169,6 +162,6 @@ def phantom_set(size, train_images=5000, valid_heads=64, test_heads=128, seed=0,
 
 
 def own_heads(dataset, source, heads, seed=0, cache=None, progress=True):
-    """`Pairs` of test heads from `source`'s own population: a user's case, his synthetic heads made real."""
+    """`Pairs` of test heads from `source`'s own population, as in use: synthetic heads are to become real."""
     prior = source if source in phantom.PRIORS else None
     return paired_heads(dataset.size, heads, "test", seed, prior, DECOYS, cache, progress)

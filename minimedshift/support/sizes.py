@@ -14,6 +14,16 @@ def working_shape(h, w, size, stride):
     return tuple(max(size, round(n * size / min(h, w) / stride) * stride) for n in (h, w))
 
 
+def crop_to_square(x, size):
+    """x (C, H, W) -> (C, size, size): the shorter side resized, antialiased, to `size`; the centre kept."""
+    shorter = min(x.shape[1:])
+    h, w = (max(size, round(n * size / shorter)) for n in x.shape[1:])
+    if (h, w) != x.shape[1:]:
+        x = F.interpolate(x[None], (h, w), mode="bilinear", antialias=True)[0]
+    top, left = (h - size) // 2, (w - size) // 2
+    return x[:, top:top + size, left:left + size]
+
+
 def resize(x, shape):
     """x (B, C, H, W) -> (B, C, *shape), antialiased."""
     return x if x.shape[-2:] == shape else F.interpolate(x, shape, mode="bicubic", antialias=True)

@@ -6,13 +6,11 @@ The same head can be drawn in every domain, so a translation has a ground truth.
     rays.py      how many centimetres of bone, soft tissue and brain each ray crosses
     xray.py      what a picture is: attenuation, scatter, blur, noise, enhancement, grey levels
     sets.py      which heads are drawn in which domains; the cache
-
-    python -m minimedshift.phantom FILE.png    draws each domain's own heads, and one head in all domains
 """
 
 from minimedshift.phantom.anatomy import PRIORS, Head, population
 from minimedshift.phantom.rays import project
 from minimedshift.phantom.xray import DOMAINS, PHYSICS, picture, render
 
-# Version of anatomy, priors and physics. They change only together with it; older measurements are then void.
+# The version changes with anatomy, priors and physics. Numbers measured with another version do not count.
 VERSION = 2

@@ -13,28 +13,27 @@ import math
 import numpy as np
 
 # ---------------------------------------------------------------- the parts
-# Overlaps add: the density of a material at a point is the sum over all parts that contain the point, so a
+# Overlaps add: the density of a material at a point is the sum over all parts that contain the point. So a
 # hollow is a part with negative density. Each kind of part adds (bone, soft tissue, brain), 1 = full density.
-
 FILLS = {
     "flesh": (0., 1., 0.), "fat": (0., -.4, 0.), "air": (0., -1., 0.),
     "skull": (1., -1., 0.), "diploe": (-.7, 0., 0.), "table": (.7, 0., 0.), "brain": (-1., 0., 1.),
     "bone": (.8, -.7, 0.), "hollow": (-.8, .7, 0.), "cortex": (1.15, -1., 0.),
     "sinus": (-.8, -.3, 0.), "void": (-.6, 0., 0.),
     "petrous": (.9, 0., -.9), "root": (.5, -.4, 0.), "enamel": (.9, -.1, 0.),
-    "suture": (-.55, 0., 0.), "groove": (-.4, 0., 0.),      # fine lines, in the real domains only
+    "suture": (-.55, 0., 0.), "groove": (-.4, 0., 0.),      # these fine lines are in the real domains only
 }
 FILL_NAMES = tuple(FILLS)
 
 # Four planes hinged on one axis slice the head like a cake, so that flesh is never counted twice:
-# vault front | face | neck | vault back.
+# vault front | face | neck | vault back. Directions from the hinge, in degrees, lead to the skull base, from
+# chin to throat, and from occiput to nape.
 HINGE = (-1.0, -6.6)
-# directions from the hinge in degrees: to the skull base, from chin to throat, from occiput to nape
 BASE, THROAT, NAPE = 31.0, -46.0, 178.0
 
 
 def plane(degrees, side):
-    """Half-space n.x <= h as (nx, ny, nz, h), from the hinge on; side +1 keeps what is clockwise of it."""
+    """Half-space n.x <= h as (nx, ny, nz, h) that begins at the hinge; side +1 keeps what is clockwise of it."""
     a = math.radians(degrees)
     ny, nz = -side * math.sin(a), side * math.cos(a)
     return (0., ny, nz, ny * HINGE[0] + nz * HINGE[1])
@@ -53,12 +52,12 @@ OCCIPUT, NUCHAL = plane(NAPE, +1), plane(NAPE, -1)
 NO_CUT = (0., 0., 0., 1.)
 
 # The vault is two half ellipsoids, long in front, short behind, widest at the parietal bones where they meet.
+# A layer is a fill and its depth, a share of the bone's thickness.
 VAULT_CENTRE, VAULT_FRONT, VAULT_BACK = (0., -1., 0.), (7.1, 9.5, 7.0), (7.1, 8.3, 7.0)
-# fill, depth as a share of the bone's thickness
 VAULT_LAYERS = (("skull", 0.), ("diploe", .27), ("table", .75), ("brain", 1.))
 
-# group, fill, centre, semi-axes, tilt in degrees about x, y, z, and up to two vectors: what lies beyond
-# centre + vector is cut off. A part with x > 0 comes with its mirror image.
+# An ellipsoid is group, fill, centre, semi-axes, tilt in degrees about x, y, z, and up to two vectors: what
+# lies beyond centre + vector is cut off. A part with x > 0 comes with its mirror image.
 ELLIPSOIDS = [
     # orbit: wall and rim, hollow, fat; roof and floor slope
     ("face", "bone",   (3.2, 6.4, -3.0), (2.1, 2.7, 1.98), (8, 0, -20), (.45, -.1, 1.62), (-.5, .15, -1.66)),
@@ -92,7 +91,7 @@ ELLIPSOIDS = [
     ("skin", "flesh",  (0, 9.4, -4.7), (1.2, 1.2, 1.7), (-20, 0, 0)),       # nose
 ]
 
-# group, fill, one end, other end, radii (sideways, across)
+# A capsule is group, fill, one end, other end, radii (sideways, across).
 CAPSULES = [
     ("face", "bone", (5.5, 5.0, -4.9), (6.1, .8, -4.6), (.2, .38)),        # zygomatic arch
     ("face", "bone", (5.0, 6.1, -4.3), (4.9, 6.3, -1.5), (.35, .35)),    # orbital rims: lateral, upper, lower
@@ -117,7 +116,7 @@ for i in range(5):  # the neck's vertebrae: body, lateral mass, lamina, spinous 
                  ("neck", "bone", (0, y - 2.8, z - .3), (0, y - 4.3, z - .9), (.22, .35)),
                  ("neck", "bone", (1.5, y - .5, z), (2.5, y - .6, z - .1), (.3, .3))]
 
-# 28 teeth along the dental arch, each a root and an enamel crown: x, y, half width
+# 28 teeth along the dental arch, each a root and an enamel crown, at x, y, with this half width
 ARCH = ((.42, 8.0, .40), (1.15, 7.75, .33), (1.75, 7.25, .36), (2.2, 6.6, .33),
         (2.55, 5.9, .34), (2.85, 5.0, .48), (3.05, 3.9, .46))
 for x, y, w in ARCH:
@@ -164,7 +163,7 @@ def euler(x, y, z):
 
 
 def build_parts():
-    """All K parts as a dict of arrays (K, ...): what `Head` varies and poses.
+    """All K parts as a dict of arrays (K, ...), which `Head` varies and poses.
 
     Part k is {x : y = axes^-1 rotation^T (x - centre) is within distance 1 of the segment |y_z| <= length},
     cut by up to two half-spaces n.x <= h. length 0 is an ellipsoid.
@@ -211,7 +210,7 @@ CUTS = (PARTS["cuts"][:, :, :3] != 0).any(2).sum(1)     # (K,) how many half-spa
 FINE = PARTS["fill"] >= FILL_NAMES.index("suture")      # (K,) fine lines
 
 # ---------------------------------------------------------------- the priors
-# Angles in degrees, lengths in cm; (mean, spread) unless said otherwise.
+# Angles are in degrees, lengths in cm. A pair is (mean, spread) unless said otherwise.
 
 @dataclasses.dataclass(frozen=True)
 class Prior:
@@ -233,7 +232,7 @@ SYNTHETIC = Prior(
 REAL = Prior(
     turns=((.7, -58, 17), (.3, 58, 17)), tilt=(3, 9), roll=(14, 14),
     field=(9.8, 11.5), shift=1., skin=(.3, .8), ears=.2, spread=.7)
-PRIORS = {  # a domain that is not here has the population that all share
+PRIORS = {  # a domain without a line has the population that all share
     None: Prior(),
     "synthetic-low": SYNTHETIC,
     "synthetic-high": dataclasses.replace(SYNTHETIC, roll=(-6, 10), tilt=(-6, 8)),
@@ -253,7 +252,7 @@ def derive_seed(*keys):
 
 
 def population(seed, domain, shift):
-    """`domain` for a share `shift` of the training heads' seeds, else None, the population that all share."""
+    """A training head's population: its domain for a share `shift` of all seeds, else None, the shared one."""
     own = derive_seed(seed, "population") < shift * 2**63
     return domain if own and domain in PRIORS else None
 
@@ -261,14 +260,13 @@ def population(seed, domain, shift):
 # ---------------------------------------------------------------- a head
 
 class Head:
-    """One anatomy, pose and frame, deterministic in (seed, prior, anatomy).
+    """One anatomy, pose and frame, a function of (seed, prior, anatomy).
 
     prior: a domain, for its own population, or None for the one that all domains share.
-    anatomy: the seed of the body, if not the head's own.
+    anatomy: the seed of the body, if it is another person's in this head's view.
     matrix (K, 3, 3) takes camera space to each part's own space, centre (K, 3), cuts (K, 2, 4).
-    field: half the frame's side. view: turn, tilt, roll in degrees.
-    Camera coordinates in cm: (u, v) is the pixel's place in the isocentre plane; the third axis points away
-    from the source.
+    field: half the frame's side. view: turn, tilt, roll in degrees. Camera coordinates are in cm: (u, v) is
+    the pixel's place in the isocentre plane, and the third axis points away from the source.
     """
 
     def __init__(self, seed, prior=None, anatomy=None):
@@ -295,7 +293,7 @@ def vary(rng, prior):
 
     mirror = np.stack([p["side"], np.ones(count), np.ones(count)], 1)
     shift = .07 * spread * normal(pairs, 3)[p["pair"]] * mirror
-    shift[p["centre"][:, 0] == 0, 0] = 0  # a part in the middle stays there but for what follows
+    shift[p["centre"][:, 0] == 0, 0] = 0  # only the next line moves a part in the middle to a side
     shift = shift + .02 * spread * normal(count, 3)
     axes = p["axes"] * np.exp(.06 * spread * normal(pairs, 3)[p["pair"]] * ~rigid)
     centre = p["centre"] + shift * ~rigid
@@ -315,7 +313,7 @@ def vary(rng, prior):
         centre[mine] = (centre[mine] - pivot) @ turn.T + pivot
         rotation = np.where(mine[:, None, None], turn @ rotation, rotation)
 
-    # long and short, broad and narrow faces; the cuts of the face move with their part
+    # Faces are long or short, broad or narrow. The cuts of the face move with their part.
     face = np.isin(p["group"], ("face", "jaw", "teeth"))[:, None]
     stretch = 1 + (np.array([.03, 0., .09]) + spread * np.array([.04, .0, .05]) * normal(3)) * face
     centre = (centre - (0, 0, -2.)) * stretch + (0, 0, -2.)

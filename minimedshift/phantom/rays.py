@@ -1,8 +1,8 @@
 """How many centimetres of bone, soft tissue and brain each ray crosses: exact chords, cone beam.
 
 A ray is x(t) = (u, v, 0) + t d, d = (u, v, D): it starts at the source, (0, 0, -D), and passes pixel (u, v).
-In a part's own space it is y0 + t w, w = M d, M the part's matrix. The point of the ray level with the part's
-centre gives y0 = k (M_u du + M_v dv): linear in the distance (du, dv) from the projected centre.
+In a part's own space it is y0 + t w, with w = M d and the part's matrix M. Where the ray is level with the
+part's centre, y0 = k (M_u du + M_v dv) is linear in the distance (du, dv) from the projected centre.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ def outline(mu, mv, mw, centre):
 
 
 def geometry(heads):
-    """Everything about the parts that does not depend on the pixel, float64: a dict of arrays (..., B, K)."""
+    """All that is known of the parts before a pixel is chosen, float64: a dict of arrays (..., B, K)."""
     last = lambda x: np.moveaxis(x, (0, 1), (-2, -1))
     matrix = np.stack([head.matrix for head in heads])
     mu, mv, mw = last(matrix.swapaxes(2, 3))
@@ -49,14 +49,13 @@ def geometry(heads):
 
 
 def boxes(g, field, size):
-    """The pixels round the parts: the first (row, column) and the last, exclusive, each (2, B, K)."""
+    """The box of pixels round each part: first (row, column) and last, exclusive, each (2, B, K)."""
     lows, highs = [], []
     for end in (-1., 1.):  # the balls at both ends of the segment
         ball = outline(g["mu"], g["mv"], g["mw"], g["centre"] + end * g["axis"])
         a0, a1, a2, a3, a4, a5 = ball["A"]
         q0, q1, q2 = ball["Q"]
-        # A - Q >= 0 is an ellipse, x^T H x - 2 n.x <= A_0
-        h11, h12, h22 = q0 - a3, (q1 - a4) / 2, q2 - a5
+        h11, h12, h22 = q0 - a3, (q1 - a4) / 2, q2 - a5  # A - Q >= 0 is an ellipse, x^T H x - 2 n.x <= A_0
         n1, n2 = a1 / 2, a2 / 2
         det = h11 * h22 - h12 * h12
         x, y = (h22 * n1 - h12 * n2) / det, (h11 * n2 - h12 * n1) / det
@@ -76,7 +75,7 @@ def polynomial(c, du, dv):
 
 
 def ellipsoid_spans(part, u, v, du, dv, cuts):
-    """Length in units of t of each ray inside ellipsoids: (-y0.w +- sqrt(A - Q)) / A are its ends.
+    """The length of each ray inside ellipsoids, in units of t, between (-y0.w +- sqrt(A - Q)) / A.
 
     part: tensors (..., n, 1, 1) of n parts; u, du (n, 1, columns); v, dv (n, rows, 1).
     """
@@ -92,7 +91,7 @@ def ellipsoid_spans(part, u, v, du, dv, cuts):
 
 
 def capsule_spans(part, u, v, du, dv, cuts):
-    """Length in units of t of each ray inside capsules: two balls each and the cylinder between them."""
+    """The length of each ray inside capsules, in units of t: two balls and the cylinder between them."""
     move = part["mu"] * du + part["mv"] * dv
     y1, y2, y3 = part["k"] * move  # the ray in own space: y + t w
     w1, w2, w3 = move + part["wc"]
@@ -118,7 +117,7 @@ def capsule_spans(part, u, v, du, dv, cuts):
 
 
 def cut_spans(part, enter, leave, u, v, cuts):
-    """What is left of spans [enter, leave] in the first `cuts` half-spaces n.x <= h, in units of t."""
+    """The length, in units of t, of the spans [enter, leave] within the first `cuts` half-spaces n.x <= h."""
     k, depth = part["k"], part["depth"]
     for nu, nv, nw, h in part["cuts"][:cuts]:
         speed = nu * u + (nv * v + nw * SOURCE_DISTANCE)  # n.d
@@ -130,7 +129,7 @@ def cut_spans(part, enter, leave, u, v, cuts):
 
 @contextlib.contextmanager
 def one_thread():
-    """Run on one CPU thread: more slow these many small operations down, and would change the bytes."""
+    """Run a block on one CPU thread. More threads make many small operations slower, and change the bytes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -143,9 +142,9 @@ def one_thread():
 def project(heads, size, fine=False):
     """Line integrals through bone, soft tissue and brain, (B, 3, size, size), in cm of full density.
 
-    fine adds sutures and grooves. Parts of a kind and of similar size in the picture are worked out together
-    as small patches, then added in an order that depends on the head alone: a head gets the same bytes in any
-    company.
+    fine: with sutures and grooves. Parts of a kind and of similar size in the picture are computed together
+    as small patches, which are added in an order that depends on the head alone. So the bytes of a head do
+    not depend on which other heads are drawn with it.
     """
     single = lambda x: torch.from_numpy(x.astype(np.float32))
     g = geometry(heads)

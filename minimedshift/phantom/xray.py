@@ -2,7 +2,7 @@
 
     attenuate -> add_scatter -> blur -> add_quantum_noise -> log_image -> enhance -> lookup
 
-`picture` is the chain, `render` draws heads with it. Images are (B, 1, H, W). A signal is 1 in air.
+`picture` is the chain, and `render` draws heads with it. Images are (B, 1, H, W). A signal is 1 in air.
 The log image p = -ln(signal) is 0 in air and about 4 behind a head.
 """
 
@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from minimedshift.phantom.anatomy import Head, derive_seed
 from minimedshift.phantom.rays import one_thread, project
 
-# Five energy bins for 90 kV, 4 mm Al, a 600 um CsI detector: 30, 40, 49.6, 60.6 and 74.7 keV.
+# Shares of five energy bins, 30, 40, 49.6, 60.6 and 74.7 keV, for 90 kV, 4 mm Al and a 600 um CsI detector,
+# and the attenuation per cm of bone, soft tissue and brain at each energy.
 SPECTRUM = (.118, .227, .239, .285, .131)
-# attenuation per cm: bone, soft tissue, brain
 MU = ((2.81, 1.32, .840, .605, .468), (.432, .290, .243, .217, .199), (.425, .286, .239, .214, .196))
-MU_60 = ((.605,), (.217,), (.217,))             # one energy, brain like soft tissue, as in a simple simulator
+MU_60 = ((.605,), (.217,), (.217,))  # a simple simulator has one energy, and brain is like soft tissue
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ DOMAINS = tuple(PHYSICS)
 
 
 def each(function, x):
-    """function(x) image by image: exp and log round differently at the end of an array."""
+    """function(x), image by image, since exp and log round differently at the end of an array."""
     return torch.stack([function(image) for image in x])
 
 
@@ -68,14 +68,14 @@ def attenuate(materials, mu=MU, spectrum=SPECTRUM):
 
 
 def add_scatter(p, amount):
-    """Primary plus scatter, P + G * (k P (-ln P)), on a coarse grid; G is 3 cm wide: an eighth of a frame."""
+    """Primary plus scatter, P + G * (k P (-ln P)), on a coarse grid. G is 3 cm wide, an eighth of a frame."""
     source = p * log_image(p.clamp(min=1e-6)) * amount
     coarse = smaller(source, max(1, p.shape[-1] // 16))
     return p + larger(blur(coarse, 1.8), p)
 
 
 def blur(x, width):
-    """Gaussian blur of (B, 1, H, W), its standard deviation `width` in pixels: a sum of shifted images."""
+    """Gaussian blur of (B, 1, H, W) of standard deviation `width`, in pixels, as a sum of shifted images."""
     if width == 0:
         return x
     reach = max(1, math.ceil(2.5 * width))
@@ -92,15 +92,15 @@ def blur(x, width):
 def add_quantum_noise(rate, dose, white, electronic=0., hiss=0.):
     """Detected signal per incident quantum, (N + sqrt(N) z + e z') / dose with N = dose rate.
 
-    That is the Gaussian limit of Poisson counts; counts stay above 2, for the log.
-    white z and hiss z' are standard normal fields like rate (B, 1, H, W); electronic noise e in quanta.
+    That is the Gaussian limit of Poisson counts. Counts stay above 2, for the log. white z and hiss z' are
+    standard normal fields like rate (B, 1, H, W); the electronic noise e is in quanta.
     """
     counts = rate * dose
     return (counts + counts.sqrt() * white + electronic * hiss).clamp(min=2.) / dose
 
 
 def log_image(signal):
-    """p = -ln(signal): path-like again, 0 in air."""
+    """p = -ln(signal), which is like a path again, and 0 in air."""
     return -each(torch.log, signal)
 
 
@@ -117,7 +117,7 @@ def larger(x, like):
 def enhance(p, coarse, fine, rest):
     """Multi-scale enhancement of the log image.
 
-    The bands x of a Laplacian pyramid become gain x (x^2 + e^2)^((q-1)/2), q = .7. That is the compression
+    Each band x of a Laplacian pyramid becomes gain x (x^2 + e^2)^((q-1)/2), q = .7. That is the compression
     sign(x) |x|^q made smooth at 0. Gains rise from `coarse` (an eighth of the frame) to `fine` (one pixel).
     What is left is multiplied by `rest`, which flattens the brain and leaves the halo round the skin.
     """
@@ -149,7 +149,7 @@ def lookup(p, slope, air):
 def fine_bone(bone, heads, exposure=0):
     """Bone path (B, 1, H, W) with trabeculae at two scales and thin curved channels, set per rendered pixel.
 
-    A local mean is taken off: their power is at high frequencies, and a low-pass hardly sees another seed.
+    A local mean is taken off. Their power is at high frequencies, so a low-pass hardly sees another seed.
     """
     size = bone.shape[-1]
     grain = randn(heads, size, "grain", exposure)
@@ -164,7 +164,7 @@ def fine_bone(bone, heads, exposure=0):
 
 @one_thread()
 def picture(materials, heads, domain, noise=True, exposure=0):
-    """The physics of one domain: line integrals (B, 3, H, W) of these heads to grey levels (B, 1, H, W)."""
+    """Grey levels (B, 1, H, W) of the heads with these line integrals (B, 3, H, W), in one domain."""
     physics, size = PHYSICS[domain], materials.shape[-1]
     white = noise * randn(heads, size, "quanta", domain, exposure)
     hiss = noise * randn(heads, size, "hiss", domain, exposure)
@@ -184,8 +184,8 @@ def picture(materials, heads, domain, noise=True, exposure=0):
 def render(heads, domain, size, noise=True, exposure=0):
     """The picture of each head in a domain, float32 in [-1, 1], air white.
 
-    (1, size, size) for one Head, (B, 1, size, size) for a list. noise=False is the truth;
-    exposure > 0 is another exposure, with fresh noise and fresh fine texture.
+    (1, size, size) for one Head, (B, 1, size, size) for a list. noise=False is the truth. exposure > 0 is
+    another exposure, with fresh noise and fresh fine texture.
     """
     if isinstance(heads, Head):
         return render([heads], domain, size, noise, exposure)[0]

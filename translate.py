@@ -24,7 +24,7 @@ from minimedshift.phantom import DOMAINS, sets
 from minimedshift.student import restore
 from minimedshift.support import images
 from minimedshift.support.command import UserError, flag, parse, refuse, run
-from minimedshift.support.files import clear_unfinished, explain_os_error
+from minimedshift.support.files import explain_os_error
 from minimedshift.support.log import progress
 from minimedshift.support.machine import can_compile, in_batches, keep_memory, pick_device
 from minimedshift.support.sizes import carry, resize, working_shape
@@ -103,7 +103,6 @@ def plan_files(c):
     for folder in {path.parent for path in outputs}:
         with explain_os_error(f"the folder {folder}", "cannot be made"):
             folder.mkdir(parents=True, exist_ok=True)
-        clear_unfinished(folder)
     return files
 
 

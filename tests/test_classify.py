@@ -22,7 +22,7 @@ def test_octaves_hold_every_frequency_up_to_nyquist_once(H, W, count):
 def single_images(c):
     """A network that knows that domain y is the one image c_y: its velocity is (c_y - x) / (1 - t)."""
     model = lambda x, t, y: (c[y] - x) / (1 - t).view(-1, 1, 1, 1)
-    model.shape = SimpleNamespace(num_domains=len(c), score=0.0)
+    model.shape = SimpleNamespace(num_domains=len(c))
     return model
 
 
@@ -31,7 +31,7 @@ def test_the_domain_is_found_and_every_other_image_is_far():
     model, wanted = single_images(c), torch.tensor([2, 0, 3, 1, 1])
     x1 = c[wanted] + 0.01 * draw_noise((5, 1, 32, 32), torch.Generator().manual_seed(1), 1.0)
     shares = classify.unexplained(model, x1, range(4), colour=1.0)
-    label, second, close = classify.judge(shares, 32, 32)
+    label, second, close = classify.label_of(shares, 32, 32)
     assert torch.equal(label, wanted) and not close.any() and not (second == label).any()
     assert not classify.far(shares).any()
     assert classify.far(classify.unexplained(model, -x1, range(4), colour=1.0)).all()
@@ -49,9 +49,9 @@ def test_domains_that_differ_in_the_power_of_their_noise_alone():
     noise = draw_noise((12, 1, 32, 32), torch.Generator().manual_seed(0), 1.0)
     quiet = classify.unexplained(model, 0.01**0.5 * noise, range(3), colour=1.0)
     loud = classify.unexplained(model, 0.04**0.5 * noise, range(3), colour=1.0)
-    label, _, close = classify.judge(quiet, 32, 32)
+    label, _, close = classify.label_of(quiet, 32, 32)
     assert (label == 0).all() and not close.any()
-    label, second, close = classify.judge(loud, 32, 32)
+    label, second, close = classify.label_of(loud, 32, 32)
     assert (label > 0).all() and (second > 0).all() and close.all()
     assert not classify.far(quiet).any() and not classify.far(loud).any()
     assert classify.far(classify.unexplained(model, 5 * noise, range(3), colour=1.0)).all()
@@ -73,7 +73,7 @@ def test_a_simulated_head_is_known_and_its_negative_and_a_texture_are_far():
     draw = torch.Generator().manual_seed(0)
     x1 = c + noise.view(-1, 1, 1, 1) * torch.randn(c.shape, generator=draw)
     shares = classify.unexplained(model, x1, range(5), colour=1.0)
-    assert classify.judge(shares, 32, 32)[0].tolist() == [0, 1, 2, 3, 4] and not classify.far(shares).any()
+    assert classify.label_of(shares, 32, 32)[0].tolist() == [0, 1, 2, 3, 4] and not classify.far(shares).any()
     for strange in (-x1, torch.rand(5, 1, 32, 32, generator=draw) * 2 - 1):
         assert classify.far(classify.unexplained(model, strange, range(5), colour=1.0)).all()
 

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,34 +11,24 @@ from PIL import Image
 
 import translate
 from disk import full_disk
-from minimedshift import phantom, sampler, student
-from minimedshift import classify
-from minimedshift.support import checkpoint, files, film
-from minimedshift.support.command import run
+from networks import save_network
+from minimedshift import classify, finish, metrics, phantom, sampler, student
 from minimedshift.model import Shape, UNet
+from minimedshift.support import checkpoint
+from minimedshift.support.command import run
+from minimedshift.support.sizes import carry, resize, working_shape
 
 ROOT = Path(translate.__file__).parent
 SIZE = 16
 
 
-def save_checkpoint(path, **config):
-    """A tiny untrained network: its output is zero, so that every translation is the source itself."""
-    torch.manual_seed(0)
-    shape = Shape(widths=(32, 32), blocks=(1, 1))
-    weights = UNet(shape).state_dict()
-    sizes = dict(train_images=5, valid_heads=1, test_heads=2, seed=0, shift=True)
-    config = dict(data=None, coupling="independent", sigma=0.0, **sizes, **config)
-    image = dict(size=SIZE, channels=1, range=[-1., 1.])
-    how = dict(tau=.5, guidance=2., steps=2, solver="heun", end=1.0, colour=0.0, x0="noise")
-    state = dict(config=config, shape=asdict(shape), domains=list(phantom.DOMAINS), step=3, image=image)
-    machine = dict(dtype="float32", memory_format="channels_last")
-    checkpoint.save(path, dict(state, translate=how, model=weights, ema=weights, machine=machine))
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def net(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("net") / "checkpoint.pt")
+    """An untrained network: its output is zero, so that every translation is the source itself."""
+    path = tmp_path_factory.mktemp("net") / "checkpoint.pt"
+    how = dict(tau=.5, guidance=2., steps=2, solver="heun", t_image=1.0)
+    save_network(path, UNet(Shape(widths=(32, 32), blocks=(1, 1))), SIZE, translate=how)
+    return str(path)
 
 
 def picture(*shape, top=255, seed=0):
@@ -98,7 +87,7 @@ def test_a_mixed_folder_by_the_users_own_command(tmp_path, net):
 
 def test_compare_names_the_folders_of_its_images(tmp_path, net, monkeypatch):
     named = []
-    monkeypatch.setattr(film.images, "figure", lambda path, rows, titles, names: named.extend(names))
+    monkeypatch.setattr(translate.images, "figure", lambda path, rows, titles, names: named.extend(names))
     for name in ("a", "b"):
         (tmp_path / "in" / name).mkdir(parents=True)
         Image.fromarray(picture(16, 16)).save(tmp_path / "in" / name / "x.png")
@@ -138,21 +127,21 @@ def test_colours_become_their_luminance_for_a_grey_network(tmp_path, net):
 # ---------------------------------------------------------------- the student
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory):
+def net_with_student(net, tmp_path_factory):
     """A checkpoint with a student that has learned nothing, between domains of other tone and noise."""
-    net = save_checkpoint(tmp_path_factory.mktemp("taught") / "checkpoint.pt")
+    path = str(tmp_path_factory.mktemp("student") / "checkpoint.pt")
     torch.manual_seed(0)
     domains = len(phantom.DOMAINS)
     images = torch.rand(domains, 30, 1, SIZE, SIZE) * torch.linspace(.2, 1, domains).view(-1, 1, 1, 1, 1)
-    pupil = student.LocalNet(student.LocalShape(width=8, dilations=(1,)))
-    translator = student.Student(pupil, student.finish.fit(pupil, images))
-    checkpoint.save(net, {**checkpoint.load(net), "student": translator.state()})
-    return net
+    network = student.LocalNet(student.LocalShape(width=8, dilations=(1,)))
+    whole = student.Student(network, finish.fit(network, images))
+    checkpoint.save(path, {**checkpoint.load(net), "student": whole.state()})
+    return path
 
 
-def test_the_student_translates_unless_the_flow_is_asked_for(tmp_path, taught, monkeypatch, capsys):
+def test_the_student_translates_unless_the_flow_is_asked_for(tmp_path, net_with_student, monkeypatch, capsys):
     Image.fromarray(picture(SIZE, SIZE)).save(tmp_path / "a.png")
-    files = (tmp_path / "a.png", tmp_path / "b.png", *way("real-low", "real-normal", taught), "--overwrite")
+    files = (tmp_path / "a.png", tmp_path / "b.png", *way("real-low", "real-normal", net_with_student), "--overwrite")
     evaluated = []
     monkeypatch.setattr(sampler, "translate", lambda model, x1, *_, **__: evaluated.append(1) or x1)
     cases = (([], 0), (["--method", "student"], 0), (["--method", "flow"], 1), (["--tau", .4], 1),
@@ -163,30 +152,27 @@ def test_the_student_translates_unless_the_flow_is_asked_for(tmp_path, taught, m
         assert len(evaluated) == flow and ("its student, 1 evaluation" in capsys.readouterr().out) == (not flow)
 
 
-def test_a_students_translation_is_the_translators_in_any_company(tmp_path, taught):
+def test_a_students_translation_does_not_depend_on_what_else_is_translated(tmp_path, net_with_student):
     (tmp_path / "in").mkdir()
     for i in range(3):
         Image.fromarray(picture(SIZE, SIZE, top=65535, seed=i)).save(tmp_path / "in" / f"{i}.png")
-    rest = (*way("synthetic-low", "real-exposure", taught), "--seed", 5)
+    rest = (*way("synthetic-low", "real-exposure", net_with_student), "--seed", 5)
     assert here(tmp_path / "in", tmp_path / "out", *rest, "--batch-size", 2) == 0
-    translator = student.restore(checkpoint.load(taught)["student"])
+    alone = student.restore(checkpoint.load(net_with_student)["student"])
     for i in range(3):
         x = np.asarray(Image.open(tmp_path / "in" / f"{i}.png")).astype(np.float32)
         x = torch.from_numpy(x)[None, None] / 32767.5 - 1
-        want = (translator(x, 0, 4, seed=5).clamp(-1, 1) + 1) * 32767.5
+        want = (alone(x, 0, 4, seed=5).clamp(-1, 1) + 1) * 32767.5
         got = np.asarray(Image.open(tmp_path / "out" / f"{i}.png")).astype(int)
         np.testing.assert_allclose(got, want[0, 0].numpy(), atol=3)
 
 
-@pytest.mark.parametrize("flags, says", [(["--tau", ".3"], "--tau is a flag of the flow"),
-                                         (["--trajectory", "t.png"], "--trajectory is a flag of the flow")])
-def test_a_student_has_no_use_for_the_flows_flags(tmp_path, taught, capsys, monkeypatch, flags, says):
-    monkeypatch.chdir(tmp_path)
-    Image.fromarray(picture(SIZE, SIZE)).save("a.png")
-    files = ("a.png", "b.png", *way("real-low", "real-normal", taught), "--method", "student")
-    assert here(*files, *flags) == 2
+def test_a_student_has_no_use_for_the_flows_flags(tmp_path, net_with_student, capsys):
+    Image.fromarray(picture(SIZE, SIZE)).save(tmp_path / "a.png")
+    files = (tmp_path / "a.png", tmp_path / "b.png", *way("real-low", "real-normal", net_with_student))
+    assert here(*files, "--method", "student", "--tau", ".3") == 2
     err = capsys.readouterr().err
-    assert says in err and err.count("\n") == 1 and not Path("b.png").exists()
+    assert "--tau is a flag of the flow" in err and err.count("\n") == 1 and not (tmp_path / "b.png").exists()
 
 
 def test_a_student_that_is_not_there_is_not_asked(tmp_path, net, capsys):
@@ -200,8 +186,7 @@ def test_a_student_that_is_not_there_is_not_asked(tmp_path, net, capsys):
 @pytest.mark.parametrize("change, word", [
     (dict(source="real"), "synthetic-low, synthetic-high"), (dict(target="auto"), "choose from"),
     (dict(source=None), "--source"),
-    (dict(tau="1"), "below 1"), (dict(tau="nan"), "--tau"), (dict(tau="x"), "--tau"), (dict(end=".4"), "below end"),
-    (dict(end="2"), "--end"), (dict(steps="0"), "--steps"), (dict(batch_size="-1"), "--batch-size"),
+    (dict(tau="1"), "below 1"), (dict(tau="nan"), "--tau"), (dict(tau="x"), "--tau"), (dict(steps="0"), "--steps"), (dict(batch_size="-1"), "--batch-size"),
     (dict(guidance="inf"), "--guidance"), (dict(solver="rk9"), "--solver"), (dict(device="tpu"), "--device"),
     (dict(checkpoint="none.pt"), "none.pt"),
     (dict(checkpoint="a.png"), "a.png"), (dict(input="none.png"), "no such file"),
@@ -211,10 +196,7 @@ def test_a_student_that_is_not_there_is_not_asked(tmp_path, net, capsys):
     (dict(input="folder", output="folder/sub"), "inside"),
     (dict(input="empty", output="new"), "no image files"),
     (dict(input="folder", output="folder"), "would be replaced"),
-    (dict(compare="there.png"), "would be replaced"), (dict(trajectory="there.png"), "would be replaced"),
-    (dict(trajectory="c.png", uncertainty="c.png"), "choose another"),
-    (dict(samples="1", uncertainty="c.png"), "--samples"), (dict(samples="4"), "--uncertainty"),
-    (dict(compare="b.png"), "choose another"),
+    (dict(compare="there.png"), "would be replaced"), (dict(compare="b.png"), "choose another"),
     (dict(output="a.png/b.png"), "cannot be made"),
     (dict(input="deep.png", output="deep.jpg"), "JPEG cannot hold"),
     (dict(output=None), "OUTPUT"), (dict(wrong="1"), "--wrong")])
@@ -253,12 +235,6 @@ def test_a_full_disk_is_a_sentence_and_the_old_translation_stays(tmp_path, net, 
     assert "b.png cannot be written (" in errors and errors.count("\n") == 1
     assert (tmp_path / "b.png").read_bytes() == b"old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    (tmp_path / f"{files.UNFINISHED}{dead.pid}-b.png").write_bytes(b"half")
-    assert here(*argv) == 0
-    same(tmp_path / "a.png", tmp_path / "b.png")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
 
 
 def test_interrupted_files_stay_whole(tmp_path, net, monkeypatch, capsys):
@@ -282,24 +258,24 @@ def test_interrupted_files_stay_whole(tmp_path, net, monkeypatch, capsys):
 # ---------------------------------------------------------------- the parts, against known answers
 
 def test_the_working_shape_frames_as_in_training():
-    assert translate.working_shape(780, 780, 64, 4) == (64, 64)
-    assert translate.working_shape(1841, 1955, 64, 4) == (64, 68)
-    assert translate.working_shape(300, 40, 64, 8) == (480, 64)
-    assert translate.working_shape(16, 31, 16, 4) == (16, 32) and translate.working_shape(5, 5, 16, 4) == (16, 16)
+    assert working_shape(780, 780, 64, 4) == (64, 64)
+    assert working_shape(1841, 1955, 64, 4) == (64, 68)
+    assert working_shape(300, 40, 64, 8) == (480, 64)
+    assert working_shape(16, 31, 16, 4) == (16, 32) and working_shape(5, 5, 16, 4) == (16, 16)
 
 
 def test_a_change_of_contrast_reaches_the_finest_detail_without_seams():
     """If the translation is a line in the source's grey values, so is the full image, in every pixel."""
     full = torch.from_numpy(picture(160, 160, top=65535).astype(np.float32))[None, None] / 32767.5 - 1
-    x1 = translate.resize(full, (40, 40))
-    out = translate.carry(full, x1, .5 * x1 + .2, eps=1e-8)
+    x1 = resize(full, (40, 40))
+    out = carry(full, x1, .5 * x1 + .2, eps=1e-8)
     torch.testing.assert_close(out, .5 * full + .2, atol=2e-3, rtol=0)
     detail = lambda x: (x - torch.nn.functional.avg_pool2d(x, 3, 1, 1)).std()
-    bright_side = translate.carry(full, x1, x1 + torch.linspace(-.5, .5, 40))
+    bright_side = carry(full, x1, x1 + torch.linspace(-.5, .5, 40))
     kept = detail(bright_side) / detail(full)  # nothing is smoothed away
     assert .97 < kept < 1.05
     flat, ramp = torch.zeros(1, 1, 160, 160), torch.linspace(-.4, .4, 40).expand(1, 1, 40, 40)
-    steps = translate.carry(flat, torch.zeros(1, 1, 40, 40), ramp).diff(dim=-1)
+    steps = carry(flat, torch.zeros(1, 1, 40, 40), ramp).diff(dim=-1)
     assert steps.max() < 1.5 * .8 / 156 and steps.min() >= -1e-6
 
 
@@ -307,9 +283,9 @@ def test_carrying_beats_adding_an_enlarged_difference():
     """A translator that knows the truth at a quarter of the size gets nearer to it than by plain addition."""
     heads = [phantom.Head(seed) for seed in (900, 901)]
     full, truth = phantom.render(heads, "synthetic-high", 128), phantom.render(heads, "real-normal", 128, noise=False)
-    x1, out = (translate.resize(x, (32, 32)) for x in (full, truth))
-    error = lambda x: translate.metrics.structure(x, truth).mean()
-    assert error(translate.carry(full, x1, out)) > error(full + translate.resize(out - x1, (128, 128))) + 1
+    x1, out = (resize(x, (32, 32)) for x in (full, truth))
+    error = lambda x: metrics.structure(x, truth).mean()
+    assert error(carry(full, x1, out)) > error(full + resize(out - x1, (128, 128))) + 1
 
 
 def test_an_image_of_the_training_size_is_the_translation_itself(tmp_path, net, monkeypatch):
@@ -320,7 +296,7 @@ def test_an_image_of_the_training_size_is_the_translation_itself(tmp_path, net, 
     np.testing.assert_allclose(np.asarray(Image.open(tmp_path / "b.tif")).astype(int), 65535 - x.astype(int), atol=1)
 
 
-def test_a_file_is_translated_the_same_in_any_company(tmp_path, net, monkeypatch):
+def test_a_translation_does_not_depend_on_which_other_files_there_are(tmp_path, net, monkeypatch):
     shapes = [(20, 20), (16, 16), (40, 20), (64, 64), (20, 20), (16, 33)]
     (tmp_path / "in").mkdir()
     for i, shape in enumerate(shapes):
@@ -335,7 +311,7 @@ def test_a_file_is_translated_the_same_in_any_company(tmp_path, net, monkeypatch
 
 def test_auto_says_what_it_took_and_uses_it(tmp_path, net, monkeypatch, capsys):
     used, labels = [], iter([[3, 2, False], [3, 1, True]])
-    monkeypatch.setattr(classify, "judge", lambda shares, H, W: [torch.tensor([value]) for value in next(labels)])
+    monkeypatch.setattr(classify, "label_of", lambda shares, H, W: [torch.tensor([value]) for value in next(labels)])
 
     def record(model, x1, y_source, y_target, **how):
         used.append((y_source.tolist(), y_target, how))
@@ -346,8 +322,7 @@ def test_auto_says_what_it_took_and_uses_it(tmp_path, net, monkeypatch, capsys):
     line = (tmp_path / "a.png", tmp_path / "b.png", *way("auto", "real-low", net), "--tau", 0.25, "--steps", 7)
     assert here(*line) == 0
     assert "a.png: taken for real-normal\n" in capsys.readouterr().out
-    used[0][2].pop("generator")
-    assert used == [([3], 2, dict(tau=.25, guidance=2., steps=7, solver="heun", end=1.0, colour=0.0, x0="noise"))]
+    assert used == [([3], 2, dict(tau=.25, guidance=2., steps=7, solver="heun", t_image=1.0))]
     assert here(*line, "--overwrite") == 0
     assert "a.png: taken for real-normal (synthetic-high is close)\n" in capsys.readouterr().out
 
@@ -371,38 +346,13 @@ def test_a_picture_far_from_every_domain_is_warned_of(tmp_path, net, monkeypatch
     assert asked == {"auto": [[0, 1, 2, 3, 4]], "real-normal": [[3], [0, 1, 2, 3, 4]][:1 + off_domain]}[source]
 
 
-def test_a_film_and_an_uncertainty_are_drawn_by_the_users_own_command(tmp_path, net):
-    (tmp_path / "in").mkdir()
-    for i, shape in enumerate([(20, 20), (16, 40), (20, 20)]):
-        Image.fromarray(picture(*shape, seed=i)).save(tmp_path / "in" / f"{i}.png")
-    done = command(tmp_path / "in", tmp_path / "out", *way("auto", "real-low", net), "--steps", 3,
-                   "--solver", "fireflow", "--trajectory", tmp_path / "film.png",
-                   "--uncertainty", tmp_path / "spread.png", "--samples", 3)
-    assert done.returncode == 0 and done.stdout.count("taken for") == 3 and "3 fireflow steps" in done.stdout
-    film, spread = Image.open(tmp_path / "film.png"), Image.open(tmp_path / "spread.png")
-    assert film.width > 1.8 * film.height and spread.size > (5 * 160, 3 * 160)  # 7 states and 5 pictures, 3 rows
-
-
-def test_evaluations_are_those_the_sampler_makes(net):
-    model, _ = checkpoint.load_model(net)
-    calls = []
-    # a label for each evaluation of the one image
-    model.register_forward_hook(lambda module, args, out: calls.extend(args[2].tolist()))
-    for solver in sampler.SOLVERS:
-        for guidance, x0 in ((1., "noise"), (2., "noise"), (2., "image")):
-            calls.clear()
-            how = dict(tau=.4, guidance=guidance, steps=3, solver=solver, end=1.0, colour=0.0, x0=x0)
-            sampler.translate(model, torch.zeros(1, 1, 8, 8), 0, 1, **how)
-            assert sampler.evaluations(solver, 3, guidance, x0) == len(calls)
-
-
-def test_without_arguments_held_out_heads_become_a_figure(tmp_path, monkeypatch, capsys):
+def test_without_arguments_held_out_heads_become_a_figure(tmp_path, net, monkeypatch, capsys):
     monkeypatch.setenv("MINIMEDSHIFT_CACHE", str(tmp_path / "cache"))
-    net = save_checkpoint(tmp_path / "out" / "checkpoint.pt")
-    assert here("--checkpoint", net) == 0
-    assert "simulated" in capsys.readouterr().out
-    assert Image.open(tmp_path / "out" / "translate.png").size[0] > 6 * 160
     own = checkpoint.load(net)
-    checkpoint.save(net, {**own, "config": {**own["config"], "data": "photos"}})
-    assert here("--checkpoint", net) == 2
+    checkpoint.save(tmp_path / "checkpoint.pt", own)
+    assert here("--checkpoint", tmp_path / "checkpoint.pt") == 0
+    assert "simulated" in capsys.readouterr().out
+    assert Image.open(tmp_path / "translate.png").size[0] > 6 * 160
+    checkpoint.save(tmp_path / "checkpoint.pt", {**own, "config": {**own["config"], "data": "photos"}})
+    assert here("--checkpoint", tmp_path / "checkpoint.pt") == 2
     assert "your own images" in capsys.readouterr().err

@@ -33,7 +33,7 @@ BASE, THROAT, NAPE = 31.0, -46.0, 178.0
 
 
 def plane(degrees, side):
-    """Half-space n.x <= h as (nx, ny, nz, h) that begins at the hinge; side +1 keeps what is clockwise of it."""
+    """Half-space n.x <= h as (nx, ny, nz, h) from the hinge on; side +1 keeps what is clockwise of it."""
     a = math.radians(degrees)
     ny, nz = -side * math.sin(a), side * math.cos(a)
     return (0., ny, nz, ny * HINGE[0] + nz * HINGE[1])
@@ -252,7 +252,7 @@ def derive_seed(*keys):
 
 
 def population(seed, domain, shift):
-    """A training head's population: its domain for a share `shift` of all seeds, else None, the shared one."""
+    """The population of a training head: the domain for a share `shift` of seeds, else None."""
     own = derive_seed(seed, "population") < shift * 2**63
     return domain if own and domain in PRIORS else None
 

@@ -1,7 +1,5 @@
 """Which domain an image is from, where that is known: domains of one image each, or of noise alone."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -17,24 +15,6 @@ def test_octaves_hold_every_frequency_up_to_nyquist_once(H, W, count):
     k = torch.hypot(ky, kx)
     assert len(masks) == count and torch.equal(masks.sum(0), (k <= min(H, W) / 2).long())
     assert all(k[mask].max() < 2 * k[mask].clamp(min=1).min() + 1e-3 for mask in masks[:-1])
-
-
-def single_images(c):
-    """A network that knows that domain y is the one image c_y: its velocity is (c_y - x) / (1 - t)."""
-    model = lambda x, t, y: (c[y] - x) / (1 - t).view(-1, 1, 1, 1)
-    model.shape = SimpleNamespace(num_domains=len(c))
-    return model
-
-
-def test_the_domain_is_found_and_every_other_image_is_far():
-    c = draw_noise((4, 1, 32, 32), torch.Generator().manual_seed(0), 1.0)
-    model, wanted = single_images(c), torch.tensor([2, 0, 3, 1, 1])
-    x1 = c[wanted] + 0.01 * draw_noise((5, 1, 32, 32), torch.Generator().manual_seed(1), 1.0)
-    shares = classify.unexplained(model, x1, range(4), colour=1.0)
-    label, second, close = classify.label_of(shares, 32, 32)
-    assert torch.equal(label, wanted) and not close.any() and not (second == label).any()
-    assert not classify.far(shares).any()
-    assert classify.far(classify.unexplained(model, -x1, range(4), colour=1.0)).all()
 
 
 def test_domains_that_differ_in_the_power_of_their_noise_alone():

@@ -10,13 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-import train
 from minimedshift import data, phantom
-from minimedshift import batches
 from minimedshift.support.command import UserError
+from minimedshift.support.sizes import crop_to_square
 
-rng = np.random.default_rng(0)
-noise = lambda *shape: rng.integers(0, 256, shape, dtype=np.uint8)
+noise = lambda *shape: np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 # ---------------------------------------------------------------- batches
 
@@ -128,20 +126,6 @@ def test_reading_more_images_takes_no_more_memory(tmp_path):
     assert peaks[1] - peaks[0] < 40_000  # KB; 200 images are 100 MB
 
 
-@pytest.mark.parametrize("bytes_, images, fits", [(25600, 50, True), (25599, 50, False), (1e9, 49, False)])
-def test_too_many_images_for_the_semidiscrete_coupling_take_another(monkeypatch, capsys, bytes_, images, fits):
-    config, cpu = train.Config(ot_batch=16), torch.device("cpu")
-    monkeypatch.setattr(batches, "MOST", bytes_)
-    monkeypatch.setitem(batches.MOST_OF_A_LABEL, "cpu", images)
-    train_images = [np.zeros((50, 1, 8, 8), np.float16)] * 2
-    dataset = data.Dataset(("a", "b"), 8, 1, train_images, train_images)
-    found = batches.affordable(config, dataset, cpu)
-    assert found == (config if fits else replace(config, coupling="exact"))
-    assert ("keeps 100 images" in capsys.readouterr().out) != fits
-    other = replace(config, coupling="sinkhorn")
-    assert batches.affordable(other, dataset, cpu) == other
-
-
 def test_domains_of_opposite_polarity_are_warned_of(tmp_path, capsys):
     """Five domains of heads are not; heads and their negatives are. Noise without a shape is not."""
     heads = [phantom.Head(seed) for seed in range(12)]
@@ -158,12 +142,12 @@ def test_domains_of_opposite_polarity_are_warned_of(tmp_path, capsys):
 
 def test_the_centre_of_the_shorter_side_is_kept():
     wide = torch.arange(12.).expand(1, 6, 12)
-    torch.testing.assert_close(data.fit(wide, 6), wide[:, :, 3:9])
+    torch.testing.assert_close(crop_to_square(wide, 6), wide[:, :, 3:9])
     ramp = torch.linspace(0, 1, 300).expand(1, 100, 300)
-    torch.testing.assert_close(data.fit(ramp, 10)[0].mean(), ramp[:, :, 100:200].mean())
-    assert data.fit(torch.zeros(1, 331, 97), 16).shape == (1, 16, 16)
+    torch.testing.assert_close(crop_to_square(ramp, 10)[0].mean(), ramp[:, :, 100:200].mean())
+    assert crop_to_square(torch.zeros(1, 331, 97), 16).shape == (1, 16, 16)
     white = torch.randn(1, 256, 256, generator=torch.Generator().manual_seed(0))
-    assert data.fit(white, 32).std() < .2  # antialiased: an 8 x 8 mean would leave 1/8, single pixels up to 1
+    assert crop_to_square(white, 32).std() < .2  # antialiased: an 8 x 8 mean would leave 1/8, single pixels up to 1
 
 
 def test_bad_files_are_named_and_skipped_and_empty_folders_are_sentences(tmp_path, capsys):

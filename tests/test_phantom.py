@@ -3,7 +3,6 @@
 import hashlib
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -11,11 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from minimedshift import phantom
-from minimedshift.phantom import DOMAINS, Head, __main__, anatomy, rays, render, xray
-from minimedshift.support.command import UserError
+from minimedshift.phantom import DOMAINS, Head, anatomy, rays, render, xray
 
 SYNTHETIC, REAL = DOMAINS[:2], DOMAINS[2:]
-PAIRS = [(s, r) for s in SYNTHETIC for r in REAL]
 
 
 def low_pass(x, width=1.5):
@@ -111,17 +108,6 @@ def test_a_box_contains_its_part(monkeypatch):
     torch.testing.assert_close(phantom.project([head], size, fine=True), cropped, rtol=1e-5, atol=1e-4)
 
 
-def test_heads_have_human_sizes_and_vary():
-    def extent(head):  # of the outer table, along its own axes: matrix rows are 1 / semi-axis
-        vault = (anatomy.PARTS["group"] == "vault") & (anatomy.PARTS["depth"] == 0)
-        k = np.flatnonzero(vault & (anatomy.CUTS == 2))[0]
-        return 1 / np.linalg.norm(head.matrix[k], axis=1)
-
-    sizes = np.array([extent(Head(seed)) for seed in range(64)])
-    assert (sizes.min(0) > (5.8, 8., 5.8)).all() and (sizes.max(0) < (8.4, 11., 8.4)).all()
-    assert (sizes.std(0) / sizes.mean(0) > .02).all()
-
-
 # ---------------------------------------------------------------- physics
 
 def test_beam_hardening_matches_the_full_spectrum():
@@ -159,14 +145,6 @@ def test_noise_follows_dose_and_only_real_noise_is_correlated(pictures):
     assert correlation["real-low"] > .1 and correlation["real-normal"] > .1
 
 
-def test_scatter_lowers_contrast_where_the_head_is_thick():
-    materials = phantom.project([Head(1)], 64)
-    primary = xray.attenuate(materials)
-    share = xray.add_scatter(primary, phantom.PHYSICS["real-normal"].scatter) / primary - 1
-    assert (share >= 0).all() and .1 < share[materials[:, 2:] > 9].median() < 1.
-    assert share[materials.sum(1, keepdim=True) == 0].median() < .05
-
-
 def test_blur_keeps_the_mean_and_spreads_a_point():
     point = torch.zeros(1, 1, 33, 33)
     point[..., 16, 16] = 1
@@ -179,7 +157,7 @@ def test_blur_keeps_the_mean_and_spreads_a_point():
 # ---------------------------------------------------------------- the contract
 
 @pytest.mark.parametrize("size", [64, 50])
-def test_a_head_has_the_same_bytes_in_any_company(size):
+def test_the_bytes_of_a_head_do_not_depend_on_other_heads(size):
     heads = [Head(i) for i in range(7)]
     for domain in DOMAINS:
         together = render(heads, domain, size)
@@ -218,28 +196,6 @@ def test_a_second_exposure_differs_in_noise_and_fine_texture_alone(pictures):
         else:
             assert not torch.equal(first, again) and structure(again, first) > 45
         assert structure(pictures[d][2], pictures[d][1]) > 42
-
-
-def best_curve(x, y, bins=400):
-    """The best non-decreasing function of grey level from x to y: pooled adjacent violators on binned values."""
-    index = np.clip(((x + 1) / 2 * bins).astype(int), 0, bins - 1)
-    blocks = []  # [mean, weight, bins]
-    for i in np.unique(index):
-        blocks.append([y[index == i].mean(), (index == i).sum(), [i]])
-        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
-            (m2, w2, i2), (m1, w1, i1) = blocks.pop(), blocks.pop()
-            blocks.append([(m1 * w1 + m2 * w2) / (w1 + w2), w1 + w2, i1 + i2])
-    knots, values = zip(*[((i + .5) / bins * 2 - 1, mean) for mean, _, members in blocks for i in members])
-    return lambda z: np.interp(z, knots, values)
-
-
-@pytest.mark.parametrize("source, target", PAIRS)
-def test_the_gap_is_not_a_grey_value_curve(source, target, pictures):
-    fit, score = slice(0, 16), slice(16, 48)
-    curve = best_curve(pictures[source][0][fit].numpy().ravel(), pictures[target][1][fit].numpy().ravel())
-    truth = pictures[target][1][score]
-    curved = torch.from_numpy(curve(pictures[source][0][score].numpy())).float()
-    assert structure(pictures[target][2][score], truth) > structure(curved, truth) + 8
 
 
 def test_populations_differ_by_domain():
@@ -286,31 +242,3 @@ def test_the_simulator_is_frozen():
 def test_a_name_that_is_no_domain_is_named(mistake):
     with pytest.raises(KeyError, match="'ct'"):
         mistake()
-
-
-@pytest.mark.slow
-def test_speed():
-    for size, count, wanted in ((64, 128, 60), (256, 16, 5)):
-        start = time.perf_counter()
-        for d in ("synthetic-low", "real-exposure"):
-            render([Head(i) for i in range(count)], d, size)
-        assert 2 * count / (time.perf_counter() - start) > wanted
-
-
-@pytest.mark.parametrize("argv, says", [([], "usage"), (["--size"], "usage"), (["a.xyz"], "cannot be written"),
-                                        (["/no/such/folder/a.png"], "cannot be written")])
-def test_the_drawing_command_ends_in_a_sentence(argv, says):
-    with pytest.raises(UserError, match=says) as error:
-        __main__.main(argv)
-    assert "\n" not in str(error.value)
-
-
-def test_the_drawing_command_helps(capsys):
-    assert __main__.main(["--help"]) == 0 and "FILE.png" in capsys.readouterr().out
-
-
-def test_the_drawing_command_draws(tmp_path):
-    file = tmp_path / "heads.png"
-    command = [sys.executable, "-m", "minimedshift.phantom", str(file)]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == f"{file} written\n"
-    assert file.stat().st_size > 50_000

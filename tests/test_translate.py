@@ -91,7 +91,7 @@ def test_help_in_a_process():
 
 @pytest.mark.parametrize("shape, top", [((780, 780, 3), 255), ((1841, 1955), 65535), ((16, 16), 255),
                                         ((9, 11), 65535), ((16, 31), 255), ((40, 300, 4), 255)])
-def test_a_translator_that_changes_nothing_changes_no_pixel(tmp_path, net, shape, top):
+def test_a_network_that_changes_nothing_changes_no_pixel(tmp_path, net, shape, top):
     x = picture(*shape, top=top)
     if len(shape) == 3:  # colour files of grey pictures
         x = np.concatenate([np.repeat(x[..., :1], 3, 2), x[..., 3:]], 2)
@@ -240,7 +240,7 @@ def test_a_change_of_contrast_reaches_the_finest_detail_without_seams():
 
 
 def test_carrying_beats_adding_an_enlarged_difference():
-    """A translator that knows the truth at a quarter of the size gets nearer to it than by plain addition."""
+    """A method that knows the truth at a quarter of the size gets nearer to it than by plain addition."""
     heads = [phantom.Head(seed) for seed in (900, 901)]
     full, truth = phantom.render(heads, "synthetic-high", 128), phantom.render(heads, "real-normal", 128, noise=False)
     x1, out = (resize(x, (32, 32)) for x in (full, truth))

@@ -11,21 +11,18 @@ import inspect
 import multiprocessing
 import os
 import signal
-import sys
-import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from types import ModuleType
 
 import numpy as np
 import torch
 
 from minimedshift import phantom
 from minimedshift.data import Dataset, Pairs
-from minimedshift.support import log
 from minimedshift.support.command import UserError
 from minimedshift.support.files import cached
+from minimedshift.support.log import progress
 
 BLOCK, BIG = 16, 500  # heads rendered at once; images worth starting processes for
 KINDS = {"images": {}, "truth": dict(noise=False), "second": dict(exposure=1)}  # pictures of a paired head
@@ -46,15 +43,15 @@ def render_training(size, domain, first, count, shift):
     return dict(train=phantom.render(heads, domain, size).half().numpy())
 
 
-def render_pairs(size, first, count, prior, person, decoys):
+def render_pairs(size, first, count, prior, person):
     """A block of paired heads from seed `first` on, decoys from `person` on: a dict of what `Pairs` holds."""
     seeds = range(first, first + count)
     heads = [phantom.Head(seed, prior) for seed in seeds]
     block = {kind: in_all_domains(heads, size, **how) for kind, how in KINDS.items()}
     block["materials"] = phantom.project(heads, size).half().numpy()
-    block["decoys"] = np.empty((count, decoys, len(phantom.DOMAINS), 1, size, size), np.float16)
-    for k in range(decoys):
-        others = [phantom.Head(seed, prior, person + i * decoys + k) for i, seed in enumerate(seeds)]
+    block["decoys"] = np.empty((count, DECOYS, len(phantom.DOMAINS), 1, size, size), np.float16)
+    for k in range(DECOYS):
+        others = [phantom.Head(seed, prior, person + i * DECOYS + k) for i, seed in enumerate(seeds)]
         block["decoys"][:, k] = in_all_domains(others, size, noise=False)
     return block
 
@@ -68,30 +65,16 @@ def in_all_domains(heads, size, **how):
     return torch.stack(images, 1).half().numpy()
 
 
-def begin_worker():
-    """Leave Ctrl-C to the parent process, and end when the parent is killed."""
-    def end_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
 def render_in_processes(render, jobs):
     """Yield render(*job), job after job, made by one process a core: threads take twice as long.
 
     The bytes do not depend on the number of processes. Raises UserError if one of them is killed.
     """
-    script, spawn = sys.modules["__main__"], multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(os.cpu_count(), 16), spawn, begin_worker) as pool:
-        sys.modules["__main__"] = ModuleType("__main__")  # else each new process would run the user's script
+    spawn = multiprocessing.get_context("spawn")
+    no_ctrl_c = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with ProcessPoolExecutor(min(os.cpu_count(), 16), spawn, **no_ctrl_c) as pool:
         try:
-            blocks = [pool.submit(render, *job) for job in jobs]
-        finally:
-            sys.modules["__main__"] = script
-        try:
-            for block in blocks:  # pool.map hangs where a process is killed (CPython 3.11)
+            for block in [pool.submit(render, *job) for job in jobs]:
                 yield block.result()
         except BrokenProcessPool:
             raise UserError("a process that simulates was killed: is there too little memory?") from None
@@ -99,7 +82,7 @@ def render_in_processes(render, jobs):
             pool.shutdown(cancel_futures=True)
 
 
-def load_or_render(render, jobs, images, name, cache, progress):
+def load_or_render(render, jobs, images, name, cache):
     """All that render(*job) returns for `jobs`, one after the other, as a dict of arrays on disk.
 
     There are `images` in all. Code of the simulator, torch and the jobs determine them, and are the key.
@@ -109,8 +92,7 @@ def load_or_render(render, jobs, images, name, cache, progress):
         blocks = render_in_processes(render, jobs) if images > BIG else (render(*job) for job in jobs)
         for block in blocks:
             done.append(block)
-            if progress:
-                log.progress(images * len(done) // len(jobs), images, start, f"simulating {name}, once")
+            progress(images * len(done) // len(jobs), images, start, f"simulating {name}, once")
         for kind in done[0]:
             np.save(folder / f"{kind}.npy", np.concatenate([block[kind] for block in done]))
 
@@ -120,7 +102,7 @@ def load_or_render(render, jobs, images, name, cache, progress):
     return {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
 
 
-def training_images(size, per_domain, seed=0, shift=.1, cache=None, progress=True):
+def training_images(size, per_domain, seed=0, shift=.1, cache=None):
     """(D, N, 1, H, W) float16 on disk: N unpaired training images of each domain."""
     jobs = []
     for d, domain in enumerate(phantom.DOMAINS):
@@ -128,23 +110,22 @@ def training_images(size, per_domain, seed=0, shift=.1, cache=None, progress=Tru
             first = first_seed(seed, "train", d) + start
             jobs.append((size, domain, first, min(BLOCK, per_domain - start), shift))
     D = len(phantom.DOMAINS)
-    arrays = load_or_render(render_training, jobs, D * per_domain, f"train-{size}", cache, progress)
+    arrays = load_or_render(render_training, jobs, D * per_domain, f"train-{size}", cache)
     return arrays["train"].reshape(D, per_domain, 1, size, size)
 
 
-def paired_heads(size, count, split, seed=0, prior=None, decoys=0, cache=None, progress=True):
+def paired_heads(size, count, split, seed=0, prior=None, cache=None):
     """`Pairs` of `count` heads of a split. prior: a domain's own population, None: the shared one."""
     jobs = []
     for start in range(0, count, BLOCK):
         first = first_seed(seed, split) + start
-        person = first_seed(seed, f"{split} decoys") + start * decoys
-        jobs.append((size, first, min(BLOCK, count - start), prior, person, decoys))
-    images = count * len(phantom.DOMAINS) * (len(KINDS) + decoys)
-    return Pairs(**load_or_render(render_pairs, jobs, images, f"{split}-{size}", cache, progress))
+        person = first_seed(seed, f"{split} decoys") + start * DECOYS
+        jobs.append((size, first, min(BLOCK, count - start), prior, person))
+    images = count * len(phantom.DOMAINS) * (len(KINDS) + DECOYS)
+    return Pairs(**load_or_render(render_pairs, jobs, images, f"{split}-{size}", cache))
 
 
-def phantom_set(size, train_images=5000, valid_heads=64, test_heads=128, seed=0, shift=.1, cache=None,
-                progress=True):
+def phantom_set(size, train_images=5000, valid_heads=64, test_heads=128, seed=0, shift=.1, cache=None):
     """The simulated five-domain set. No training head appears twice; other heads appear in every domain.
 
     shift: the share of each domain's training heads that comes from its own population, in [0, 1].
@@ -154,14 +135,8 @@ def phantom_set(size, train_images=5000, valid_heads=64, test_heads=128, seed=0,
     if train_images < D or valid_heads < 1 or test_heads < 1 or size < 8:
         raise UserError(f"a phantom set needs at least {D} training images, 1 head to validate and 1 to test "
                         "on, and size 8")
-    train = training_images(size, train_images // D, seed, float(shift), cache, progress)
-    valid = paired_heads(size, valid_heads, "valid", seed, decoys=DECOYS, cache=cache, progress=progress)
-    test = paired_heads(size, test_heads, "test", seed, decoys=DECOYS, cache=cache, progress=progress)
+    train = training_images(size, train_images // D, seed, float(shift), cache)
+    valid = paired_heads(size, valid_heads, "valid", seed, cache=cache)
+    test = paired_heads(size, test_heads, "test", seed, cache=cache)
     held_out = [test.images[:, d] for d in range(D)]
     return Dataset(phantom.DOMAINS, size, 1, list(train), held_out, valid, test)
-
-
-def own_heads(dataset, source, heads, seed=0, cache=None, progress=True):
-    """`Pairs` of test heads from `source`'s own population, as in use: synthetic heads are to become real."""
-    prior = source if source in phantom.PRIORS else None
-    return paired_heads(dataset.size, heads, "test", seed, prior, DECOYS, cache, progress)

@@ -55,9 +55,8 @@ def unexplained(model, x1, labels, seed=0, colour=0.0, draws=8):
 def label_of(shares, H, W):
     """The label, the runner-up and whether the two are close, each (B,), from `unexplained` (B, L, O).
 
-    The label has the smallest sum over octaves of n log(share), n being the octave's number of frequencies.
-    That is the likelihood of a Gaussian error of unknown variance. (The sum of the errors themselves is
-    mostly coarse detail, and does not tell two doses apart.)
+    The label has the smallest sum over octaves of n log(share), for n frequencies each: the likelihood of a
+    Gaussian error of unknown variance. (The sum of the errors is that of coarse detail, and tells no doses.)
     """
     n = octaves(H, W, shares.device).sum((1, 2))
     score = (n / n.sum() * shares.log()).sum(-1)  # (B, L)

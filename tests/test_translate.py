@@ -11,7 +11,7 @@ from PIL import Image
 
 import translate
 from networks import save_network
-from minimedshift import classify, finish, metrics, phantom, sampler, student
+from minimedshift import classify, finish, phantom, sampler, student
 from minimedshift.model import Shape, UNet
 from minimedshift.support import checkpoint
 from minimedshift.support.command import run
@@ -151,21 +151,14 @@ def test_a_students_translation_does_not_depend_on_what_else_is_translated(tmp_p
         np.testing.assert_allclose(got, want[0, 0].numpy(), atol=3)
 
 
-def test_a_student_has_no_use_for_the_flows_flags(tmp_path, net_with_student, capsys):
-    Image.fromarray(picture(SIZE, SIZE)).save(tmp_path / "a.png")
-    files = (tmp_path / "a.png", tmp_path / "b.png", *way("real-low", "real-normal", net_with_student))
-    assert here(*files, "--method", "student", "--tau", ".3") == 2
-    err = capsys.readouterr().err
-    assert "--tau is a flag of the flow" in err and err.count("\n") == 1 and not (tmp_path / "b.png").exists()
-
-
 # ---------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize("change, word", [
     (dict(source="real"), "synthetic-low, synthetic-high"), (dict(target="auto"), "choose from"),
     (dict(source=None), "--source"), (dict(output=None), "OUTPUT"), (dict(wrong="1"), "--wrong"),
     (dict(tau="1"), "below 1"), (dict(steps="0"), "--steps"), (dict(guidance="inf"), "--guidance"),
-    (dict(solver="rk9"), "--solver"), (dict(method="student"), "has no student"), (dict(checkpoint="none.pt"), "none.pt"),
+    (dict(solver="rk9"), "--solver"), (dict(method="student"), "has no student"),
+    (dict(method="student", tau=".3"), "--tau is a flag of the flow"), (dict(checkpoint="none.pt"), "none.pt"),
     (dict(input="none.png"), "no such file"), (dict(input="empty", output="new"), "no image files"),
     (dict(input="folder"), "is a file"), (dict(input="folder", output="folder/sub"), "inside"),
     (dict(input="folder", output="folder"), "would be replaced"), (dict(output="there.png"), "--overwrite"),
@@ -237,15 +230,6 @@ def test_a_change_of_contrast_reaches_the_finest_detail_without_seams():
     flat, ramp = torch.zeros(1, 1, 160, 160), torch.linspace(-.4, .4, 40).expand(1, 1, 40, 40)
     steps = carry(flat, torch.zeros(1, 1, 40, 40), ramp).diff(dim=-1)
     assert steps.max() < 1.5 * .8 / 156 and steps.min() >= -1e-6
-
-
-def test_carrying_beats_adding_an_enlarged_difference():
-    """A method that knows the truth at a quarter of the size gets nearer to it than by plain addition."""
-    heads = [phantom.Head(seed) for seed in (900, 901)]
-    full, truth = phantom.render(heads, "synthetic-high", 128), phantom.render(heads, "real-normal", 128, noise=False)
-    x1, out = (resize(x, (32, 32)) for x in (full, truth))
-    error = lambda x: metrics.structure(x, truth).mean()
-    assert error(carry(full, x1, out)) > error(full + resize(out - x1, (128, 128))) + 1
 
 
 def test_an_image_of_the_training_size_is_the_translation_itself(tmp_path, net, monkeypatch):

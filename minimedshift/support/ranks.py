@@ -4,6 +4,7 @@ Every process draws and pairs a step's whole batch, and trains on its part. Rank
 
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -13,13 +14,14 @@ RANK, COUNT = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 def join(device):
     """Meet the other processes. Returns this one's device."""
+    backend = "gloo"
     if RANK:
         sys.stdout = open(os.devnull, "w")
     if COUNT > 1 and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     if COUNT > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # rank 0 may simulate the data first
     return device
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from minimedshift.support.command import UserError, refuse
-from minimedshift.support.files import explain_os_error, write_whole
+from minimedshift.support.files import write_whole
 
 FORMAT = 5  # changes with what a checkpoint holds
 PARTS = ("config", "shape", "domains", "image", "translate", "step", "machine")  # what describes a network
@@ -19,9 +19,6 @@ PARTS = ("config", "shape", "domains", "image", "translate", "step", "machine") 
 
 def save(path, state):
     """Write `state` (plain types and tensors) whole or not at all. Raises UserError if it cannot."""
-    path = Path(path)
-    with explain_os_error(path.parent, "cannot be made"):
-        path.parent.mkdir(parents=True, exist_ok=True)
     data = io.BytesIO()  # first to memory: torch does not pass on what a full disk says
     torch.save({"format": FORMAT, **state}, data)
     with write_whole(path) as work:

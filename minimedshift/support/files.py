@@ -35,12 +35,13 @@ def explain_os_error(path, does="cannot be written", advice=""):
 def write_whole(path):
     """A hidden name beside `path` to write to, which replaces it at the end: the file is whole or not there.
 
-    What a killed process leaves under the hidden name is written over the next time.
+    The folder is made. What a killed process leaves under the hidden name is written over the next time.
     Raises UserError if the file cannot be written.
     """
     path = Path(path)
     work = path.with_name(f".unfinished-{path.name}")
     with explain_os_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield work
             with open(work, "r+b") as file:

@@ -120,6 +120,7 @@ def test_the_images_of_a_folder_are_found_below_it_too_and_hidden_ones_are_not(t
     for name in ("b.PNG", "a/c.tif", ".d.png", ".e/f.png", "g.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
+    (tmp_path / "a" / "back").symlink_to(tmp_path)
     assert images.image_files(tmp_path) == [tmp_path / "a" / "c.tif", tmp_path / "b.PNG"]
 
 

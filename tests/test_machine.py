@@ -1,16 +1,10 @@
 """What a machine is given: formats by measurement on a CPU, by what the hardware can do on a GPU."""
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
-from pretend import pretended
-from test_train import folder_of_images
 
-import train
-
-from minimedshift.methods import scorer
 from minimedshift.model import Shape, UNet
 from minimedshift.support import machine
 from minimedshift.support.command import UserError
@@ -66,10 +60,6 @@ def test_blocks_are_compiled_where_that_is_possible(monkeypatch, capsys):
     assert not can_compile(CUDA) and "not compiling" in capsys.readouterr().out
 
 
-def test_scores_are_computed_where_there_is_float64():
-    assert scorer(MPS) == "cpu" and scorer(CUDA) == CUDA and scorer("cpu") == "cpu"
-
-
 def test_a_batch_that_does_not_fit_is_halved():
     sizes = []
 
@@ -97,7 +87,7 @@ def test_where_the_compiler_fails_the_network_runs_as_it_is(monkeypatch, capsys,
 
     calls = []
     monkeypatch.setattr(torch, "compile", compiled)
-    net = UNet(Shape(stem=2, widths=(16,), blocks=(1,), head=16))
+    net = UNet(Shape(stem=2, widths=(16,), blocks=(1,), head_width=16))
     x, t, y = torch.randn(2, 1, 8, 8), torch.rand(2), torch.zeros(2, dtype=torch.int64)
     expected = net(x, t, y)
     machine.try_compile(net, torch.zeros(2, 1, 8, 8), torch.float32)
@@ -106,32 +96,3 @@ def test_where_the_compiler_fails_the_network_runs_as_it_is(monkeypatch, capsys,
     assert all(p.grad is None for p in net.parameters())
     said = "" if works else "not compiling the network: no code for this GPU\n"
     assert capsys.readouterr().out == said
-
-
-@pytest.mark.parametrize("flags", ["", "--coupling exact --no-student", "--coupling sinkhorn --sigma 1 --score"])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_dry_run_tells_what_a_run_takes_and_writes_nothing(tmp_path, monkeypatch, capsys, flags, device):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MINIMEDSHIFT_CACHE", str(tmp_path / "cache"))
-    tiny = "--dry-run --preset cpu --size 16 --train-images 60 --batch-size 4 --student-images 2".split()
-    with pretended("cuda") if device == "cuda" else nullcontext():
-        assert train.main([*tiny, *flags.split()]) == 0
-    said = capsys.readouterr().out
-    wanted = ["peak memory", "simulating, once", "1400 steps of 4 images", "scoring", "all, in minutes"]
-    wanted += ["the student's lessons", "the student's steps", "the student's tone"] if "--no-student" not in flags else []
-    assert all(phase in said for phase in wanted) and ("potentials" in said) == (flags == "")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_dry_run_of_a_folder_counts_its_images(tmp_path, capsys):
-    folder_of_images(tmp_path / "images", "a", "b", count=3)
-    assert train.main(["--data", str(tmp_path / "images"), "--dry-run", "--size", "16", "--preset", "cpu"]) == 0
-    said = capsys.readouterr().out
-    assert "2 domains, 6 images" in said and "simulating" not in said and "scoring" not in said
-
-
-def test_a_dry_run_refuses_what_a_run_refuses(tmp_path):
-    folder_of_images(tmp_path / "images", "a", count=3)
-    for folder, said in ((tmp_path / "none", "no such folder"), (tmp_path / "images", "two or more sub-folders")):
-        with pytest.raises(UserError, match=said):
-            train.main(["--data", str(folder), "--dry-run"])

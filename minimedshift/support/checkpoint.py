@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from minimedshift.support.command import UserError, refuse
-from minimedshift.support.files import explain_os_error, write_whole
+from minimedshift.support.files import write_whole
 
 FORMAT = 5  # changes with what a checkpoint holds
 PARTS = ("config", "shape", "domains", "image", "translate", "step", "machine")  # what describes a network
@@ -19,9 +19,6 @@ PARTS = ("config", "shape", "domains", "image", "translate", "step", "machine") 
 
 def save(path, state):
     """Write `state` (plain types and tensors) whole or not at all. Raises UserError if it cannot."""
-    path = Path(path)
-    with explain_os_error(path.parent, "cannot be made"):
-        path.parent.mkdir(parents=True, exist_ok=True)
     data = io.BytesIO()  # first to memory: torch does not pass on what a full disk says
     torch.save({"format": FORMAT, **state}, data)
     with write_whole(path) as work:
@@ -72,7 +69,7 @@ def fill(module, weights, path):
     own, weights = module.state_dict(), weights if isinstance(weights, dict) else {}
     for name in sorted(own.keys() | weights.keys(), key=str):
         have, want = shape(weights.get(name)), shape(own.get(name))
-        refuse(have != want, f"{path} holds another network: {name} is {have}, this one needs {want}")
+        refuse(name not in own or have != want, f"{path} holds another network: {name} is {have}, this one needs {want}")
         refuse(not weights[name].isfinite().all(), f"{path} is spoilt: {name} has a number that is not finite")
     if any(p.is_meta for p in module.parameters()):
         module.to_empty(device=next(iter(weights.values())).device)

@@ -13,12 +13,8 @@ from functools import partial
 
 import torch
 
-LIMITS = {  # name -> the test, how it is said
-    "low": (operator.ge, "at least"),
-    "high": (operator.le, "at most"),
-    "above": (operator.gt, "above"),
-    "below": (operator.lt, "below"),
-}
+LIMITS = dict(low=(operator.ge, "at least"), high=(operator.le, "at most"),
+              above=(operator.gt, "above"), below=(operator.lt, "below"))  # the test, and how it is said
 
 
 class UserError(ValueError):
@@ -47,19 +43,23 @@ def flag(default, text, group="options", choices=None, kind=None, **limits):
     return field(default=default, metadata=metadata)
 
 
+def name_of(f):
+    """A field of a config as the user types it."""
+    return f.name.upper() if f.metadata["group"] == "positional" else "--" + f.name.replace("_", "-")
+
+
 def check(config):
     """The config, if every number lies where its flag allows it (NaN never does). Raises UserError."""
     for f in fields(config):
-        value, limits = getattr(config, f.name), f.metadata["limits"]
-        name = f.name.upper() if f.metadata["group"] == "positional" else "--" + f.name.replace("_", "-")
-        refuse(value in ("", []) and f.default != "", f"{name} is empty: give it a value, or leave it out")
+        value, limits, name = getattr(config, f.name), f.metadata["limits"], name_of(f)
+        refuse(value == "" and f.default != "", f"{name} is empty: give it a value, or leave it out")
         if value is None or isinstance(value, str):
             continue
         refuse(abs(value) >= 2**31 or not math.isfinite(value),
                f"{name} {str(value)[:20]} is not allowed: it must be a number below 2^31")
-        if not all(LIMITS[which][0](value, limit) for which, limit in limits.items()):
-            allowed = " and ".join(f"{LIMITS[which][1]} {limit:g}" for which, limit in limits.items())
-            raise UserError(f"{name} {value} is not allowed: it must be {allowed}")
+        allowed = " and ".join(f"{LIMITS[which][1]} {limit:g}" for which, limit in limits.items())
+        refuse(not all(LIMITS[which][0](value, limit) for which, limit in limits.items()),
+               f"{name} {value} is not allowed: it must be {allowed}")
     return config
 
 
@@ -69,45 +69,40 @@ def parse(config, description, argv=None):
     layout = partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=34)
     parser = Parser(prog=module and f"python -m {module.name}", description=description, allow_abbrev=False,
                     formatter_class=layout)
-    groups = {}
+    groups = {"positional": parser}
     for f in fields(config):
-        m = f.metadata
-        options = dict(default=f.default, help=m["text"])
-        default = f.default
-        if m["kind"] is bool:
+        name, kind, default = name_of(f), f.metadata["kind"], f.default
+        options = dict(default=default, help=f.metadata["text"])
+        if kind is bool:
             default = "yes" if default else "no"
+            options["action"] = argparse.BooleanOptionalAction
+        elif f.metadata["choices"]:
+            options |= dict(type=kind, choices=f.metadata["choices"])
+        else:
+            options |= dict(type=kind, metavar=name.split("-")[-1].upper())
+        if f.metadata["group"] == "positional":
+            name, options["nargs"] = f.name, "?"
         if default not in (None, ""):
             options["help"] += f" (default: {default})"
-        if m["group"] == "positional":
-            parser.add_argument(f.name, nargs="?", metavar=f.name.upper(), **options)
-            continue
-        if m["group"] not in groups:
-            groups[m["group"]] = parser.add_argument_group(m["group"])
-        add = groups[m["group"]].add_argument
-        name = "--" + f.name.replace("_", "-")
-        if m["kind"] is bool:
-            add(name, action=argparse.BooleanOptionalAction, **options)
-        elif m["choices"]:
-            add(name, type=m["kind"], choices=m["choices"], **options)
-        else:
-            add(name, type=m["kind"], metavar=name.split("-")[-1].upper(), **options)
+        if f.metadata["group"] not in groups:
+            groups[f.metadata["group"]] = parser.add_argument_group(f.metadata["group"])
+        groups[f.metadata["group"]].add_argument(name, **options)
     return check(config(**vars(parser.parse_args(argv))))
 
 
 def run(main):
     """Run a command and exit: 0 done, 2 a user's mistake or a machine too small, 130 interrupted."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name of a file can hold any bytes
     try:
         sys.exit(main())
     except UserError as error:
         status, says = 2, f"error: {error}"
-    except OSError as error:  # of a file that no sentence was foreseen for: no right to read it, a full disk
-        place = f"{error.filename}: " if error.filename else ""
-        status, says = 2, f"error: {place}{error.strerror or error}"
+    except OSError as error:  # no right to read a file, or a full disk
+        status, says = 2, f"error: {error.filename or 'this machine'}: {error.strerror or error}"
     except torch.OutOfMemoryError:
         status, says = 2, "error: too little memory on the GPU: try a smaller --batch-size, or --preset cpu"
     except KeyboardInterrupt:
         status, says = 130, "\ninterrupted"
-    if os.environ.get("RANK", "0") == "0":  # of several processes (ranks.py) one speaks
+    if os.environ.get("RANK", "0") == "0":  # one of several processes (ranks.py) speaks
         print(says, file=sys.stderr)
     sys.exit(status)

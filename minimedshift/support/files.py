@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -35,15 +35,16 @@ def explain_os_error(path, does="cannot be written", advice=""):
 def write_whole(path):
     """A hidden name beside `path` to write to, which replaces it at the end: the file is whole or not there.
 
-    What a killed process leaves under the hidden name is written over the next time.
+    The folder is made. What a killed process leaves under the hidden name is written over the next time.
     Raises UserError if the file cannot be written.
     """
     path = Path(path)
     work = path.with_name(f".unfinished-{path.name}")
     with explain_os_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield work
-            with open(work, "rb") as file:
+            with open(work, "r+b") as file:
                 os.fsync(file.fileno())
             os.replace(work, path)
         except BaseException:
@@ -104,9 +105,10 @@ def cached(root, name, content, make):
         if final.is_dir():
             return final
         root.mkdir(parents=True, exist_ok=True)
-        for left in root.glob(".unfinished-*"):  # by a killed process
-            if time.time() - left.stat().st_mtime > DAY:
-                shutil.rmtree(left, ignore_errors=True)
+        for left in root.glob(".unfinished-*"):  # by a killed process, or still in use by another
+            with suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > DAY:
+                    shutil.rmtree(left, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=root))
         try:
             make(work)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from minimedshift.support.command import UserError
-from minimedshift.support.files import explain_os_error, write_whole
+from minimedshift.support.command import UserError, refuse
+from minimedshift.support.files import write_whole
 
 MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")  # Pillow's names
 COLOURED = ("P", "RGB", "RGBA")
@@ -20,12 +20,12 @@ FORMATS = {  # extension -> format, the modes it can hold, how it is saved witho
     ".bmp": ("BMP", ("1", "L", "P", "RGB"), {}),
     ".webp": ("WEBP", ("RGB", "RGBA"), dict(lossless=True, exact=True)),
 }
-READ = tuple({name for name, _, _ in FORMATS.values()})  # of all formats that Pillow knows: some run programs
-PIXELS = 64_000_000  # at most: 8000 x 8000; an image in colour then takes 2 GB
-LONG = 16            # times as long as it is wide, at most: translated, it is that many squares
+READ = tuple({name for name, _, _ in FORMATS.values()})  # some others that Pillow knows run programs
+PIXELS = 64_000_000  # the most in an image, 8000 x 8000; in colour it then takes 2 GB
+LONG = 16            # the most that an image is longer than wide: it is translated as that many squares
 FORMATS |= {".tiff": FORMATS[".tif"], ".jpeg": FORMATS[".jpg"]}
 LUMINANCE = (.299, .587, .114)  # ITU-R BT.601
-warnings.filterwarnings("ignore", module="PIL")  # what it doubts in a header is kept or dropped
+warnings.filterwarnings("ignore", module="PIL")  # a doubtful part of a header is kept or dropped
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ def read_image(path):
     16-bit grey keeps its depth. Alpha is put aside: colours count as stored, and so does the way up: a tag
     that turns the image is kept. Raises UserError if unreadable.
     """
-    if not Path(path).is_file():  # to read from a pipe may take for ever
-        raise UserError(f"{path}: there is no such file")
+    refuse(not Path(path).is_file(), f"{path}: there is no such file")  # a pipe may never end
     try:
         mode, pixels, extra = decode(path)
     except UserError:
@@ -68,25 +67,18 @@ def decode(path):
     """A file's mode, pixels (H, W) or (H, W, channels), and what is kept of its header."""
     with Image.open(path, formats=READ) as image:
         width, height = image.size
-        if width * height > PIXELS:
-            raise UserError(f"{path}: {width} x {height} pixels are too many: make it smaller")
-        if max(width, height) > LONG * min(width, height):
-            raise UserError(f"{path}: {width} x {height} pixels is more than {LONG} times as long as wide: "
-                            "cut out what matters")
+        refuse(width * height > PIXELS, f"{path}: {width} x {height} pixels are too many: make it smaller")
+        refuse(max(width, height) > LONG * min(width, height),
+               f"{path}: {width} x {height} pixels is more than {LONG} times as long as wide: "
+               "cut out what matters")
         pages = getattr(image, "n_frames", 1)
         deep = ";16" in str(getattr(image, "tile", ""))
         image.load()
         mode = "I;16" if image.mode.startswith("I;16") else image.mode
-        wrong = None
-        if pages > 1:
-            wrong = f"{pages} pages"
-        elif deep and mode != "I;16":  # Pillow would reduce it to 8 bits
-            wrong = "16-bit colour"
-        elif mode not in MODES:
-            wrong = f"mode {mode}"
-        if wrong:
-            raise UserError(f"{path}: {wrong} cannot be translated; "
-                            "write it as one 8- or 16-bit grey or 8-bit RGB image")
+        advice = "cannot be translated; write it as one 8- or 16-bit grey or 8-bit RGB image"
+        refuse(pages > 1, f"{path}: {pages} pages {advice}")
+        refuse(deep and mode != "I;16", f"{path}: 16-bit colour {advice}")  # Pillow would take 8 bits of it
+        refuse(mode not in MODES, f"{path}: mode {mode} {advice}")
         extra = {key: image.info[key] for key in ("exif", "dpi", "icc_profile") if image.info.get(key)}
         if not all(0 < dots < 2**15 for dots in extra.get("dpi", ())):  # NaN too: no format can write it
             del extra["dpi"]
@@ -109,10 +101,9 @@ def channels_to(x, channels):
 def check_writable(path, info):
     """Raise UserError unless the format that `path` names by its extension can hold an image of this mode."""
     name, modes, _ = FORMATS.get(Path(path).suffix.lower(), ("", (), {}))
-    if not name:
-        raise UserError(f"{path}: an image file ends in one of {' '.join(FORMATS)}")
-    if info.mode not in modes:
-        raise UserError(f"{path}: {name} cannot hold a {info.depth}-bit {info.mode} image; take .png or .tif")
+    refuse(not name, f"{path}: an image file ends in one of {' '.join(FORMATS)}")
+    refuse(info.mode not in modes,
+           f"{path}: {name} cannot hold a {info.depth}-bit {info.mode} image; take .png or .tif")
 
 
 def write_image(path, x, info):
@@ -157,23 +148,20 @@ def to_palette(v):
     return image
 
 
-def image_files(folder):
+def image_files(folder, above=()):
     """The files in a folder and below that are images by name, sorted, without hidden ones.
 
-    A link to a folder is followed, unless it leads back to a folder that it lies in.
+    A link to a folder is followed, unless it leads back to a folder that it lies in, one of `above`.
     """
-    found, waiting = [], [(Path(folder), ())]
-    while waiting:
-        here, above = waiting.pop()
-        if not here.is_dir() or (place := (here.stat().st_dev, here.stat().st_ino)) in above:
+    folder, found = Path(folder), []
+    if not folder.is_dir() or folder.resolve() in above:
+        return found
+    for path in folder.iterdir():
+        if path.name.startswith("."):
             continue
-        for path in here.iterdir():
-            if path.name.startswith("."):
-                continue
-            if path.suffix.lower() in FORMATS and path.is_file():
-                found.append(path)
-            else:
-                waiting.append((path, (*above, place)))
+        if path.suffix.lower() in FORMATS and path.is_file():
+            found.append(path)
+        found += image_files(path, (*above, folder.resolve()))
     return sorted(found)
 
 
@@ -195,8 +183,5 @@ def figure(path, rows, columns, labels, cell=160):
             sheet.paste(image.resize(size, how), (left + c * step, top + r * step))
     for c, text in enumerate(columns):
         draw.multiline_text((left + c * step, 2), text, fill="black", font=font)
-    path = Path(path)
-    with explain_os_error(path.parent, "cannot be made"):
-        path.parent.mkdir(parents=True, exist_ok=True)
     with write_whole(path) as work:
         sheet.save(work)

@@ -2,8 +2,6 @@
 
 import sys
 import time
-from array import array
-from contextlib import suppress
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -24,8 +22,8 @@ def progress(done, total, start, what, unit="images"):
 
 
 def row_of(line):
-    """The numbers of a line of log.csv, packed: a long run has many."""
-    return array("d", map(float, line.split(",")))
+    """The numbers of a line of log.csv."""
+    return [float(cell) for cell in line.split(",")]
 
 
 class Log:
@@ -72,16 +70,10 @@ class Log:
         return len(self.rows) >= count and not np.isfinite([row[norm] for row in self.rows[-count:]]).any()
 
     def kept_lines(self):
-        """The lines of steps 1 to `first`, without one that a kill has cut."""
+        """The lines of steps 1 to `first`: the last line of a killed process may lack its end."""
         text = self.path.read_text(errors="replace") if self.path.exists() else ""
-        head, *found = text.rpartition("\n")[0].splitlines() or [""]
-        lines = []
-        for line in found if head == ",".join(self.COLUMNS) else ():
-            with suppress(ValueError):
-                row = row_of(line)
-                if row[0] <= self.first and len(row) == len(self.COLUMNS):
-                    lines.append(line)
-        return lines
+        lines = text.split("\n")[1:-1]
+        return [line for line in lines if row_of(line)[0] <= self.first]
 
     def flush(self):
         """Read what is pending, and write it to log.csv."""

@@ -4,6 +4,7 @@ import ctypes
 import math
 import platform
 import time
+from contextlib import suppress
 from functools import cache
 from itertools import product
 
@@ -102,12 +103,10 @@ def try_compile(model, x, dtype):
 def keep_memory():
     """Let glibc keep large blocks that a step frees for the next: saves a fifth of a CPU training step."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-    try:
+    with suppress(OSError, AttributeError):  # another system has no glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    except (OSError, AttributeError):
-        pass
 
 
 def autocast(device, dtype):

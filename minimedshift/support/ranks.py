@@ -1,6 +1,4 @@
-"""`torchrun --nproc_per_node=N train.py`: one run over N processes, by torch's DistributedDataParallel.
-Every process draws and pairs a step's whole batch, and trains on its part. Rank 0 alone speaks and writes.
-"""
+"""`torchrun --nproc_per_node=N train.py`: N processes, each draws a step's whole batch, trains on its part."""
 
 import os
 import sys
@@ -13,13 +11,14 @@ RANK, COUNT = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 def join(device):
     """Meet the other processes. Returns this one's device."""
+    backend = "gloo"
     if RANK:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # rank 0 alone speaks and writes
     if COUNT > 1 and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    if COUNT > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if COUNT > 1:  # all wait up to a day, since rank 0 may simulate the data first
+        dist.init_process_group(backend, timeout=48 * dist.default_pg_timeout)
     return device
 
 

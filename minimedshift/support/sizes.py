@@ -29,13 +29,13 @@ def resize(x, shape):
     return x if x.shape[-2:] == shape else F.interpolate(x, shape, mode="bicubic", antialias=True)
 
 
-def carry(full, x1, out, radius=1, eps=1e-3):
+def carry_to_full_size(full, x1, out, radius=1, eps=1e-3):
     """The translation x1 -> out (B, C, h, w) carried to `full` (B, C, H, W), of which x1 is a small copy.
 
         change = a x1 + b in each window:  a = cov(x1, change) / (var(x1) + eps), b = mean(change - a x1)
         result = full + A full + B,  A, B window means of a, b, upsampled      arXiv:1505.00996, Algorithm 2
 
-    The last term below is what no line explains, such as noise.
+    The code's last term is what no line explains, such as noise.
     """
     change, up = out - x1, partial(resize, shape=full.shape[-2:])
     size = 2 * radius + 1

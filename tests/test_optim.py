@@ -1,0 +1,102 @@
+"""How weights are trained: Muon against its textbook form, and an EMA with a closed form."""
+
+import pytest
+import torch
+
+from minimedshift.model import Shape, UNet
+from minimedshift.optim import EMA, Muon, orthogonalise, split
+
+
+def test_ema_of_a_ramp():
+    """theta = k at step k: the power-function profile's mean is close to n (gamma + 1) / (gamma + 2) for long runs."""
+    net, gamma, n = torch.nn.Linear(1, 1, bias=False), 6.94, 2000
+    ema = EMA(net, gamma)
+    for step in range(1, n + 1):
+        with torch.no_grad():
+            net.weight.fill_(step)
+        ema.update(step)
+        if step == 1:
+            assert ema.model.weight.item() == 1  # nothing of the initial weights is left
+    assert ema.model.weight.item() == pytest.approx(n * (gamma + 1) / (gamma + 2), rel=2e-3)
+
+
+def test_ema_leaves_buffers_and_the_live_network_alone():
+    net = torch.nn.BatchNorm1d(2)
+    before, ema = net.weight.clone(), EMA(net)
+    with torch.no_grad():
+        net.weight.add_(1)
+    net.running_mean.add_(1)
+    ema.update(1)
+    assert torch.equal(net.weight, before + 1) and net.training and not ema.model.training
+    assert torch.equal(ema.model.weight, net.weight) and not ema.model.running_mean.any()
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16), (24, 24)])
+def test_muon_makes_singular_values_alike(shape):
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    m = u * torch.logspace(0, -1.5, s.shape[1]) @ vt  # singular values from 1 to .03
+    o = torch.stack(orthogonalise([*m, torch.randn(16, 16)])[:3])  # others of the same or another side change nothing
+    assert 0.6 < torch.linalg.svdvals(o).min() and torch.linalg.svdvals(o).max() < 1.25
+    assert ((o * (u @ vt)).sum((1, 2)) / o.norm(dim=(1, 2)) / (u @ vt).norm(dim=(1, 2)) > 0.95).all()
+
+
+def test_newton_schulz_on_the_gram_matrix_is_newton_schulz():
+    """The textbook form, on the matrix itself and in float64."""
+    m = torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.logspace(0, -3, 40))
+    x = m.double() / m.double().norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        s = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
+    torch.testing.assert_close(torch.stack(orthogonalise(list(m))), x.float(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_a_step_of_muon_is_the_textbook_step_in_either_memory_format(memory):
+    """From zero momentum: U V^T of the gradient as (out, in h w), times sqrt(out / in h w) where that is above 1."""
+    for shape in ((4, 3, 3, 3), (24, 2, 3, 3)):
+        w = torch.nn.Parameter(torch.randn(shape).to(memory_format=memory))
+        before, w.grad = w.detach().clone(), torch.randn(shape).to(memory_format=memory)
+        Muon([w], lr=0.1, weight_decay=0.5).step()
+        u = torch.stack(orthogonalise([w.grad.flatten(1)]))[0].view(shape)
+        wanted = 0.95 * before - 0.1 * max(1, shape[0] / (9 * shape[1])) ** 0.5 * u
+        torch.testing.assert_close(w.detach(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_momentum_of_muon_is_nesterovs(lr=0.1, keep=0.8):
+    """Three steps with other gradients: M <- keep M + (1 - keep) G, and the update is of keep M + (1 - keep) G."""
+    w = torch.nn.Parameter(torch.randn(6, 4, 1, 1))
+    optimizer = Muon([w], lr, keep, weight_decay=0.0)
+    mean, wanted = torch.zeros(6, 4), w.detach()[..., 0, 0].clone()
+    for _ in range(3):
+        gradient = torch.randn(6, 4)
+        w.grad = gradient[..., None, None].clone()
+        optimizer.step()
+        mean = keep * mean + (1 - keep) * gradient
+        wanted = wanted - lr * (6 / 4) ** 0.5 * orthogonalise([keep * mean + (1 - keep) * gradient])[0]
+    torch.testing.assert_close(w.detach()[..., 0, 0], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_muon_gets_the_convolutions_within_and_adamw_the_rest():
+    net = UNet(Shape(widths=(32, 32), blocks=(1, 1)))
+    names = {id(p): name for name, p in net.named_parameters()}
+    inside, rest = ([names[id(p)] for p in group] for group in split(net))
+    assert sorted(inside + rest) == sorted(names.values())
+    assert {"stem.weight", "out.weight", "label.weight", "time.0.weight", "norm.weight"} <= set(rest)
+    assert {"attention.out.weight", "down.0.1.conv1.weight", "up.1.0.weight"} <= set(inside)
+    assert all(net.get_parameter(name).ndim == 4 for name in inside)
+
+
+def test_muon_solves_a_badly_scaled_least_squares():
+    torch.manual_seed(0)
+    x = torch.randn(256, 8) * torch.logspace(0, -2, 8)
+    target = torch.randn(4, 8)
+    w = torch.nn.Parameter(torch.zeros(4, 8, 1, 1))
+    optimizer = Muon([w], weight_decay=0.0)
+    for step in range(400):
+        loss = (x @ (w[..., 0, 0] - target).T).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 400)
+        optimizer.step()
+    assert (w[..., 0, 0] - target).abs().max() < 0.1

@@ -19,7 +19,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from minimedshift.bands import (KNOTS, BandCurves, Curve, ends, fit_bands, fit_histogram, gaussians, join,
+from minimedshift.bands import (KNOTS, BandCurves, Curve, ends, fit_bands, fit_histogram, join,
     laplacian, pixels)
 
 IMAGES = 256  # of each domain a fit looks at; `study bands` tries more
@@ -182,10 +182,8 @@ UNPAIRED = {
     "histogram": alternate(fit_histogram),
     "histogram and spectrum": alternate(fit_histogram, fit_spectrum, fit_histogram),
     "bands (Laplacian)": alternate(partial(fit_bands, laplacian), fit_histogram),
-    "bands (DoG)": alternate(partial(fit_bands, gaussians), fit_histogram),
 }
 PAIRED = {
     "curve": alternate(fit_curve),
     "band curves (Laplacian)": alternate(fit_curve, partial(fit_band_curves, laplacian)),
-    "band curves (DoG)": alternate(fit_curve, partial(fit_band_curves, gaussians)),
 }

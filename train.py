@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minimedshift import batches, data, evaluate, sampler
 from minimedshift.flow import loss as flow_loss
+from minimedshift.methods import main_domains
 from minimedshift.model import PRESETS, UNet
 from minimedshift.optim import EMA, Muon, split
 from minimedshift.student import restore, teach
@@ -133,7 +134,7 @@ def train(config, dataset, device, dtype, memory, file, before=None):
             machine=machine, model=model.state_dict(), ema=ema.model.state_dict(),
             optimizer=[optimizer.state_dict() for optimizer in optimizers]))
         log.draw()
-        evaluate.picture(file.parent / "translations.png", ema.model, None, how, dataset, device)
+        draw(file, ema.model, None, how, dataset, device)
 
     stopping = []
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -230,7 +231,7 @@ def finish(config, dataset, net, device, dtype, file):
             return 130
         checkpoint.save(file, state | dict(student=taught))
     student = restore(taught, device) if taught else None
-    evaluate.picture(file.parent / "translations.png", net, student, how, dataset, device)
+    draw(file, net, student, how, dataset, device)
     if config.evaluate and dataset.test_pairs is not None:
         report = evaluate.report(net, student, dataset, how, device)
         run_of = dict(command=" ".join(["python", *sys.argv]), seed=config.seed, machine=machine_name(device),
@@ -238,6 +239,13 @@ def finish(config, dataset, net, device, dtype, file):
         write_json(file.parent / "report.json", run_of | report)
     print(f"{file.parent}/: " + ", ".join(sorted(path.name for path in file.parent.glob("[!.]*"))))
     return 0
+
+
+def draw(file, net, student, how, dataset, device):
+    """translations.png: held-out images of the main pair."""
+    test = dataset.test_images if dataset.test_pairs is None else dataset.test_pairs
+    s, t = main_domains(dataset.domains)
+    evaluate.picture(file.parent / "translations.png", net, student, how, test, dataset.domains, s, t, device)
 
 
 # ---------------------------------------------------------------- the checkpoint, and going on from it

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minimedshift.support.command import UserError
+from minimedshift.support.command import UserError, refuse
 
 
 # ---------------------------------------------------------------- distances of features (N, D)
@@ -31,32 +31,14 @@ def frechet(fa, fb):
     return float(means + A.trace() + B.trace() - 2 * both)
 
 
-def kernel(fa, fb):
-    """k(x, y) = (x.y / D + 1)^3 of all pairs: (N, M)."""
-    return (fa.double() @ fb.double().T / fa.shape[1] + 1) ** 3
-
-
 def kernel_distance(fa, fb):
-    """Kernel distance, the unbiased estimate of MMD^2 (arXiv:1801.01401, eq. 4)."""
-    n, m = len(fa), len(fb)
-    kaa, kbb = kernel(fa, fa), kernel(fb, fb)
-    same_a = (kaa.sum() - kaa.trace()) / (n * (n - 1))
-    same_b = (kbb.sum() - kbb.trace()) / (m * (m - 1))
-    return float(same_a + same_b - 2 * kernel(fa, fb).mean())
+    """Kernel distance, the unbiased estimate of MMD^2 (arXiv:1801.01401, eq. 4).
 
-
-def kernel_terms(fa, fb):
-    """What each image of fa adds to the kernel distance, (N,): distance + influence_i - mean influence.
-
-        influence_i = 2 (mean of k to the rest of its set - mean of k to the other set)
-
-    Their mean is the distance. Their spread says how it scatters: so differences of two methods on the same
-    heads can be told from chance.
+        k(x, y) = (x.y / D + 1)^3
     """
-    kaa = kernel(fa, fa)
-    own = (kaa.sum(1) - kaa.diagonal()) / (len(fa) - 1)
-    influence = 2 * (own - kernel(fa, fb).mean(1))
-    return kernel_distance(fa, fb) + influence - influence.mean()
+    k = lambda a, b: (a.double() @ b.double().T / a.shape[1] + 1) ** 3
+    same = lambda a: (k(a, a).sum() - k(a, a).trace()) / (len(a) * (len(a) - 1))
+    return float(same(fa) + same(fb) - 2 * k(fa, fb).mean())
 
 
 # ---------------------------------------------------------------- features
@@ -130,19 +112,18 @@ def train_features(sets, seed=0, steps=300, batch=48):
 def load_features(path):
     """The function `features` of a user's Python file: features(x) -> (B, D), x (B, C, H, W) in [-1, 1].
     Raises UserError."""
-    try:
-        user_features = runpy.run_path(str(path))["features"]
-    except Exception as error:  # anything can go wrong in a user's file
-        what = f"{type(error).__name__}: {error}"
-        raise UserError(f"--features {path}: no function features(x) can be read ({what})") from None
+    def explain(work):
+        try:
+            return work()
+        except Exception as error:  # anything can go wrong in a user's file
+            raise UserError(f"--features {path}: {type(error).__name__}: {error}") from None
+
+    user_features = explain(lambda: runpy.run_path(str(path))["features"])
 
     def features(x):
-        try:
-            found = user_features(x)
-        except Exception as error:  # and in a user's function
-            raise UserError(f"--features {path}: {type(error).__name__} in features(x): {error}") from None
-        if not torch.is_tensor(found) or found.ndim != 2 or len(found) != len(x):
-            raise UserError(f"--features {path}: features(x) must return a tensor ({len(x)}, D)")
+        found = explain(lambda: user_features(x))
+        refuse(not torch.is_tensor(found) or found.ndim != 2 or len(found) != len(x),
+               f"--features {path}: features(x) must return a tensor ({len(x)}, D)")
         return found.detach().float().cpu()
 
     return features
@@ -151,16 +132,14 @@ def load_features(path):
 # ---------------------------------------------------------------- all together
 
 class Reference:
-    """The target domain's images (M, C, H, W), and what `features` makes of them: found (M, D)."""
+    """The target domain's images (M, C, H, W): how many, and what `features` makes of them, (M, D)."""
 
     def __init__(self, images, features):
-        self.images, self.features, self.found = images, features, features(images)
+        self.count, self.features, self.found = len(images), features, features(images)
 
 
 @torch.no_grad()
 def score(x, reference):
-    """Distances of a set x (N, C, H, W) to a Reference as plain floats.
-    `realism_heads` are the N terms of the kernel distance."""
-    found, real = reference.features(x), reference.found
-    return dict(frechet=frechet(found, real), kernel=kernel_distance(found, real),
-                realism_heads=kernel_terms(found, real).tolist())
+    """Distances of a set x (N, C, H, W) to a Reference as plain floats."""
+    found = reference.features(x)
+    return dict(frechet=frechet(found, reference.found), kernel=kernel_distance(found, reference.found))

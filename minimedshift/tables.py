@@ -42,6 +42,14 @@ def label(name, row):
     return name if row["setting"] is None else f"{name}, {row['knob']} {row['setting']:g}"
 
 
+def say(rows):
+    """Print rows of the main pair, a line each."""
+    for name, row in rows.items():
+        noise = "" if row["noise"] is None else f", noise {row['noise']:.2f}"
+        print(f"  {label(name, row)}: structure {number(row['structure'])} dB, gap closed "
+              f"{percent(row['gap_closed'])}{noise}, {row['seconds']:.1f} s", flush=True)
+
+
 def ordered(rows):
     """Rows in the order of KINDS, from what is left untouched over MedShift to what sees pairs."""
     kinds = list(KINDS)
@@ -59,71 +67,58 @@ def markdown(header, lines):
 
 def table(results):
     """results.json as Markdown."""
+    simulated, heads = results["simulated"], results["heads"]
+    names = {"shared": "images paired by file name" if results["all_pairs"] else "held out, without pairs"}
     text = [f"# {results['source']} -> {results['target']}", "",
             f"`{results['command']}`, seed {results['seed']}, {results['machine']},",
             f"torch {results['torch']}, {results['weights']} weights of step {results['steps']}, "
             f"{results['seconds'] / 60:.1f} min.", "",
             f"Realism: distances to {results['references']} training images of the target, features from "
             f"{results['features']}; the floor is the second exposure (or real against real).", ""]
-    if "unpaired" in results:
-        text += [f"{results['heads']} held-out images, without pairs.", ""]
-        return "\n".join(text + realism_table(results["unpaired"]))
-    if results["simulated"]:
+    if simulated:
+        names = {"shared": "all domains share one population", "own": "each source has its own population"}
         text += [f"Everything is simulated (version {results['version']}), the real domains too. "
                  f"S = {results['shift']:g}: the share of training heads from each domain's own population. "
                  f"Populations are {'balanced' if results['balance'] else 'taken as they are'}.", ""]
-        names = {"shared": "all domains share one population", "own": "each source has its own population"}
-    else:
-        names = {"shared": "images paired by file name"}
-    if results["heads"] < FEW:
-        text += [f"Only {results['heads']} pairs to test on: such numbers say little.", ""]
+    if heads < FEW:
+        text += [f"Only {heads} images to test on: such numbers say little.", ""]
     for population, rows in results["main_pair"].items():
-        text += [f"## {results['heads']} test heads: {names[population]}", ""]
-        text += structure_table(rows) + realism_table(rows)
-        text += physics_table(rows) if results["simulated"] else []
+        text += [f"## {heads} test heads: {names[population]}", "", *main_table(rows)]
+        text += physics_table(rows) if simulated else []
     for population, found in results["all_pairs"].items():
         text += [f"## All ordered pairs, {results['heads_each']} test heads each: {names[population]}", ""]
         text += pairs_table(found["means"])
-    text += ["## Settings, chosen on validation heads (gap closed there)", ""]
     for title, key in (("main pair", "pareto"), ("all pairs, mean", "settings_all_pairs")):
-        for name, points in results[key].items():
+        for name, points in results.get(key, {}).items():
             if len(points) > 1:
                 scores = [f"{point['setting']:g}: {percent(point['gap_closed'])}" for point in points]
-                text.append(f"- {title}, {name}: {', '.join(scores)}")
+                text.append(f"- Gap closed on validation heads, {title}, {name}: {', '.join(scores)}")
     return "\n".join(text) + "\n"
 
 
-def structure_table(rows):
-    """Structure, its spread over heads, how far behind or ahead of ours, and METRICS (spectrum: dB off)."""
+def main_table(rows):
+    """Structure, its spread over heads, how far behind or ahead of ours, METRICS, realism."""
     header = ["method", "kind", "structure, dB", "median", "worst tenth", "E", "gap closed (95%)",
-              "less ours", "same head", *METRICS]
+              "less ours", "same head", *METRICS, "Frechet", "kernel x 1000"]
     lines = []
     for name, row in ordered(rows):
         dB = [number(row[key]) for key in ("structure", "median", "worst_tenth")]
         less = interval(row.get("less_ours"), "+.0f")
         others = ["-" if row[key] is None else f"{row[key]:.3g}" for key in METRICS]
+        others += [number(row["frechet"]), number(1000 * row["kernel"], 1)]
         lines.append([label(name, row), KINDS[row["kind"]], *dB, number(row["E"], 5), gap(row), less,
                       percent(row["same_head"]), *others])
     return markdown(header, lines)
 
 
-def realism_table(rows):
-    """Distances to the target domain's training images."""
-    lines = []
-    for name, row in ordered(rows):
-        lines.append([name, number(row["frechet"]), number(1000 * row["kernel"], 1)])
-    return markdown(["method", "Frechet", "kernel x 1000"], lines)
-
-
 def physics_table(rows):
-    """Attenuation, sharpness, soft tissue (1 is right), and fine structure found and made up."""
-    header = ["method", "bone", "soft tissue", "edge width", "soft-tissue contrast to noise",
-              "fine structure found", "of what is shown, false"]
+    """Attenuation, sharpness and soft tissue; 1 is right."""
+    columns = {"bone": "bone", "soft": "soft tissue", "edge_width": "edge width",
+               "soft_tissue": "soft-tissue contrast to noise"}
     lines = []
     for name, row in ordered(rows):
-        right = [number(row[key]) for key in ("bone", "soft", "sharpness", "soft_tissue")]
-        lines.append([name, *right, percent(row["recall"]), percent(row["false"])])
-    return markdown(header, lines)
+        lines.append([name, *(number(row[key]) for key in columns)])
+    return markdown(["method", *columns.values()], lines)
 
 
 def pairs_table(means):
@@ -132,9 +127,8 @@ def pairs_table(means):
               "noise within 1/2 to 2", "same head"]
     lines = []
     for name, row in ordered(means):
-        name = name if row["setting"] is None else f"{name}, {row['setting']:g}"
         right = "-" if row["noise_right"] is None else f"{row['noise_right']} of {row['pairs']}"
-        lines.append([name, KINDS[row["kind"]], gap(row), str(row["pairs_with_gap"]),
+        lines.append([label(name, row), KINDS[row["kind"]], gap(row), str(row["pairs_with_gap"]),
                       percent(row.get("worst_pair")), right, percent(row["same_head"])])
     return markdown(header, lines)
 
@@ -143,11 +137,10 @@ def pairs_table(means):
 
 def pareto(path, results):
     """pareto.png: structure against realism on validation heads, each method along its own knob."""
-    rows = results["main_pair"]["shared"]
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     markers = {kind: cycle(shapes) for kind, (_, shapes) in STYLES.items()}
-    for name, row in ordered(rows):
+    for name, row in ordered(results["main_pair"]["shared"]):
         points, kind = results["pareto"][name], row["kind"]
         if name in ("second exposure", "real against real"):  # at 0 but for chance: not on this axis
             continue

@@ -56,8 +56,6 @@ class Config:
     device: str = flag("auto", "where to compute", "machine", choices=("auto", "cuda", "mps", "cpu"))
 
 
-# ---------------------------------------------------------------- flags and files, checked before any work
-
 def check_flags(c, state, how, flow_flags):
     """Raises UserError for flags that do not go together, or not with the checkpoint."""
     net, domains = c.checkpoint, list(state["domains"])
@@ -105,8 +103,6 @@ def plan_files(c):
             folder.mkdir(parents=True, exist_ok=True)
     return files
 
-
-# ---------------------------------------------------------------- files -> batches -> images
 
 def batches(files, shape_of, most, bad):
     """Lists of up to `most` (input, output, x, info) of one working shape; unreadable inputs go to `bad`."""

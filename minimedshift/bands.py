@@ -20,8 +20,6 @@ SORTED = 2**16  # A histogram is made from about so many pixels.
 KNOTS = 4096    # A curve has so many.
 
 
-# ---------------------------------------------------------------- grey-value curves
-
 @dataclass(frozen=True)
 class Curve:
     """A function of the grey value: straight between K equally spaced knots, constant outside.
@@ -68,15 +66,12 @@ def ends(values):
     return low, max(high, low + 1e-3)
 
 
-# ---------------------------------------------------------------- bands
-
 def laplacian(x, levels=None):
     """The Laplacian pyramid, levels + 1 bands: [detail at H, at H / 2, ..., the rest].
 
-    (Burt and Adelson 1983.) Halving weighs four pixels 1, 3, 3, 1 each way. levels: None for as many as leave
-    about COARSEST pixels.
+    Halving weighs four pixels 1, 3, 3, 1 each way (Burt and Adelson 1983). levels: None for as many as leave
+    about COARSEST pixels. Curves fitted to the bands of the simulator's own pyramid are .1 to .5 dB worse.
     """
-    # Not the simulator's own pyramid (xray.enhance): curves fitted to its bands were .1 to .5 dB worse.
     if levels is None:
         levels = max(1, round(math.log2(min(x.shape[-2:]) / COARSEST)))
     bands = []
@@ -111,8 +106,6 @@ def fit_bands(source, target):
     return BandCurves(tuple(map(fit_histogram, laplacian(source), laplacian(target))))
 
 
-# ---------------------------------------------------------------- blur
-
 def blur(x, width, radius):
     """Gaussian blur of `width` pixels, cut off at `radius`, without padding: `radius` is lost on each side.
 
@@ -135,8 +128,6 @@ def low_pass(x, width=1.5):
     radius = math.ceil(4 * width)
     return blur(F.pad(x, (radius,) * 4, mode="reflect"), width, radius)
 
-
-# ---------------------------------------------------------------- where a head is
 
 def inside(images):
     """Where the head is, (B, 1, H, W) bool: the darker of two classes of grey, whatever that of the air.

@@ -23,8 +23,8 @@ MOST_OF_A_LABEL = dict(cpu=1e4, mps=1e4, cuda=1e5)  # images; learning potential
 
 
 def load_dataset(config):
-    """The Dataset that a config of train.py names, of a folder (data.py) or simulated (phantom/), with weights
-    that say how often each image is drawn (balance.py). Raises UserError."""
+    """The Dataset that a config of train.py names: a folder's (data.py) or the simulated one (phantom/), with
+    weights that say how often each image is drawn (balance.py). Raises UserError."""
     if config.data:
         dataset = data.folder_set(config.data, config.size, config.seed)
     else:
@@ -99,8 +99,6 @@ def now(device, steps):
         torch.cuda.synchronize()
     return time.perf_counter()
 
-
-# ---------------------------------------------------------------- the coupling of a run
 
 def make_coupling(dataset, config, device, dtype):
     """The coupling that config names. Where there are too many images for semidiscrete it is exact."""

@@ -73,14 +73,10 @@ class Dataset:
         until = np.cumsum(self.weights[d], dtype=np.float64)
         return np.searchsorted(until, u * until[-1], side="right").clip(max=count - 1)
 
-    def drawn(self, d):
-        """As many images of domain d as there are to train on, each as often as training draws it.
-
-        An image of weight 2 is there twice, one of weight 0 is left out. Without weights each is there once.
-        """
-        if self.weights is None:
-            return self.train_images[d]
-        count = len(self.train_images[d])
+    def drawn(self, d, count=None):
+        """`count` training images of domain d (None: as many as there are), each as often as training draws it:
+        one of weight 2 is there twice as often as one of weight 1."""
+        count = count or len(self.train_images[d])
         return self.train_images[d][self.pick(d, (np.arange(count) + .5) / count)]
 
 
@@ -96,8 +92,6 @@ def select_domains(dataset, names):
                    valid_pairs=valid, test_pairs=test)
 
 
-# ---------------------------------------------------------------- your own folders
-
 def by_domain(base, skip=None):
     """{domain: its image files}; the folders on the way to an image, joined with "-", name its domain."""
     found = {}
@@ -109,7 +103,7 @@ def by_domain(base, skip=None):
 
 
 def find_files(root, seed):
-    """The domains of a folder, and {"train-0": the first domain's image files, "test-0": ..., "train-1": ...}.
+    """The domains of a folder, and {"train-0": image files of the first, "test-0": ..., "train-1": ...}.
 
     Raises UserError for a missing folder, fewer than two domains, or test images of another domain.
     """
@@ -216,8 +210,6 @@ def paired_by_name(images, names, fewest=8):
     pairs = np.stack(stacks, 1)  # (N, D, C, H, W)
     return Pairs(pairs[::2]), Pairs(pairs[1::2])
 
-
-# ---------------------------------------------------------------- a look at what was found
 
 def sample(images):
     """At most 500 of the images, evenly spread, float32."""

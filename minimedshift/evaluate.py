@@ -25,7 +25,7 @@ from minimedshift.methods import TAUS, answer, every_method, main_domains, quest
 from minimedshift.model import load_model
 from minimedshift.phantom import sets
 from minimedshift.support.command import flag, parse, refuse, run
-from minimedshift.support.files import clear_unfinished, explain_os_error, write_json, write_whole
+from minimedshift.support.files import explain_os_error, write_json, write_whole
 from minimedshift.support.images import figure
 from minimedshift.support.machine import keep_memory, machine_name, pick_device, to_float
 
@@ -321,7 +321,6 @@ def main(argv=None, extra_methods=()):
     out = Path(c.out) if c.out else Path(c.checkpoint).parent / "evaluation"
     with explain_os_error(f"--out {out}", "cannot be made"):
         out.mkdir(parents=True, exist_ok=True)
-    clear_unfinished(out)
 
     reference = reference_of(c, dataset, t, device)
     paired = dataset.test_pairs is not None

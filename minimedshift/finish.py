@@ -22,13 +22,10 @@ from minimedshift.support.machine import autocast
 
 IMAGES = 1000    # Tone is fitted to so many images of a domain; with fewer, histograms pull it off.
 NOISY = 250      # About so many images of a domain are enough for its noise.
-LEVELS = 16      # Noise is measured at so many levels of grey.
-ENOUGH = 100     # A level of grey with fewer pixels takes the noise of the nearest.
+LEVELS, ENOUGH = 16, 100  # Noise is measured at 16 levels of grey, where a level has 100 pixels.
 NORMAL = 0.6745  # This is the median of |N(0, 1)|.
 UNIT = (0.87252, 0.18928)  # White noise of variance 1 has these deviations in its bands of grain.
 
-
-# ---------------------------------------------------------------- grain
 
 def smooth(x, width):
     """Gaussian blur of `width` pixels over what lies inside the frame.
@@ -67,18 +64,11 @@ def grain(images, robust):
             here = size[level == i]
             if len(here) >= ENOUGH:
                 deviations[i] = here.median() / NORMAL if robust else here.square().mean().sqrt()
-        curves.append(through_levels(deviations))
+        seen = deviations.isfinite().nonzero()[:, 0]
+        if len(seen):  # a level without a value takes that of the nearest
+            deviations = deviations[seen[(torch.arange(LEVELS)[:, None] - seen).abs().argmin(1)]]
+        curves.append(Curve(-1 + 1 / LEVELS, 1 - 1 / LEVELS, deviations.nan_to_num()))
     return curves
-
-
-def through_levels(values):
-    """A Curve through the middles of grey levels. A level without a value (nan) takes the nearest, or 0."""
-    half = 1 / len(values)
-    seen = values.isfinite().nonzero()[:, 0]
-    if len(seen):
-        nearest = (torch.arange(len(values))[:, None] - seen).abs().argmin(1)
-        values = values[seen[nearest]]
-    return Curve(-1 + half, 1 - half, values.nan_to_num())
 
 
 def regrain(x, own, wanted, noise):
@@ -110,8 +100,6 @@ def fresh_noise(x, seed=0):
     return torch.stack(noise).to(x.device)
 
 
-# ---------------------------------------------------------------- both
-
 @dataclass(frozen=True)
 class Finish:
     """Gives a student's answers x (B, C, H, W) for one ordered pair the target's tone and grain."""
@@ -120,8 +108,7 @@ class Finish:
     own: list  # Curves of the answers' grain, once their tone is right
     wanted: list  # Curves of the target's
 
-    def __call__(self, x, noise):
-        """noise: white, like x."""
+    def __call__(self, x, noise):  # noise: white, like x
         return regrain(self.pixels(self.bands(x)), self.own, self.wanted, noise)
 
     def state(self):
@@ -133,24 +120,16 @@ class Finish:
 
 def restore(state):
     """The Finish of Finish.state(). Raises ValueError, KeyError or TypeError for a damaged one."""
-    groups = {}
-    for name, curves in state.items():
-        groups[name] = [Curve(*curve) for curve in curves]
-        for curve in groups[name]:
-            finite = -math.inf < curve.low < curve.high < math.inf and curve.values.isfinite().all()
-            if not finite or curve.values.ndim != 1 or len(curve.values) < 2:
-                raise ValueError("no curve")
-    if not 0 < len(groups["bands"]) < 16:
-        raise ValueError("no pyramid")
+    groups = {name: [Curve(*curve) for curve in curves] for name, curves in state.items()}
+    for curve in sum(groups.values(), []):
+        if not -math.inf < curve.low < curve.high < math.inf or not curve.values.isfinite().all():
+            raise ValueError("no curve")
     return Finish(BandCurves(tuple(groups["bands"])), groups["pixels"][0], groups["own"], groups["wanted"])
 
 
 @torch.inference_mode()
 def fit(net, images, dtype=torch.float32, batch=64):
-    """{(s, t): Finish} of a student's LocalNet, from training images (D, N, C, H, W).
-
-    dtype: of the network's arithmetic.
-    """
+    """{(s, t): Finish} of a LocalNet, from training images (D, N, C, H, W). dtype: of its arithmetic."""
     start, device = time.time(), next(net.parameters()).device
     pairs = list(itertools.permutations(range(len(images)), 2))
     some = slice(None, None, max(1, images.shape[1] // NOISY))  # files in order may be alike

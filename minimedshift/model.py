@@ -146,8 +146,6 @@ class UNet(nn.Module):
                 module.compile(**options)
 
 
-# ---------------------------------------------------------------- sizes, and networks from files
-
 @dataclass(frozen=True)
 class Preset:
     """What `python train.py --preset NAME` trains."""

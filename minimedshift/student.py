@@ -37,15 +37,13 @@ class LocalShape:
     channels: int = 1
     width: int = 64
     stem: int = 2  # pixels of a side that become channels
-    dilations: tuple = (1,) * 6  # of each block's first convolution: 1 keeps the view narrow
+    blocks: int = 6
 
 
 def view(shape):
     """How many pixels the student looks each way: 3x3 convolutions, two a block and one at each end."""
-    return shape.stem * (2 + sum(dilation + 1 for dilation in shape.dilations))
+    return shape.stem * (2 + 2 * shape.blocks)
 
-
-# ---------------------------------------------------------------- the network
 
 def zero(layer):
     """The layer with all weights zero: an untrained student changes nothing."""
@@ -57,9 +55,9 @@ def zero(layer):
 class Block(nn.Module):
     """x + conv2(silu(conv1(silu(x)) (1 + scale) + shift)), scale and shift from emb: 0 at the start."""
 
-    def __init__(self, width, dilation):
+    def __init__(self, width):
         super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conv2 = zero(nn.Conv2d(width, width, 3, padding=1))
         self.film = zero(nn.Linear(width, 2 * width))
 
@@ -82,7 +80,7 @@ class LocalNet(nn.Module):
         pixels = shape.channels * shape.stem**2
         self.pair = nn.Embedding(shape.num_domains**2, shape.width)
         self.enter = nn.Conv2d(pixels, shape.width, 3, padding=1)
-        self.blocks = nn.ModuleList([Block(shape.width, dilation) for dilation in shape.dilations])
+        self.blocks = nn.ModuleList([Block(shape.width) for _ in range(shape.blocks)])
         self.leave = zero(nn.Conv2d(shape.width, pixels, 3, padding=1))
 
     def forward(self, x, y_source, y_target):
@@ -93,13 +91,9 @@ class LocalNet(nn.Module):
         return x + F.pixel_shuffle(self.leave(F.silu(h)), self.shape.stem).float()
 
 
-# ---------------------------------------------------------------- lessons
-
 def spread_out(dataset, count):
     """`count` training images of each domain, as often as drawn in training: (D, N, C, H, W) float16."""
-    at = (np.arange(count) + .5) / count
-    drawn = [images[dataset.pick(d, at)] for d, images in enumerate(dataset.train_images)]
-    return torch.from_numpy(np.stack(drawn))
+    return torch.from_numpy(np.stack([dataset.drawn(d, count) for d in range(len(dataset.domains))]))
 
 
 @torch.inference_mode()
@@ -163,8 +157,6 @@ def learn(shape, images, answers, steps, batch=32, lr=1.5e-3, seed=0, dtype=torc
         progress(step, steps, start, "the student learns", "steps")
     return ema.model
 
-
-# ---------------------------------------------------------------- the student
 
 class Student:
     """A LocalNet with the `finish.Finish` of every ordered pair: translates x (B, C, H, W), not clipped.

@@ -101,7 +101,7 @@ def test_a_level_without_pixels_takes_the_nearest_value():
 @pytest.fixture(scope="module")
 def fitted():
     """A student that changes nothing, between two domains of other grey levels and noise."""
-    net = student.LocalNet(student.LocalShape(2, width=8, dilations=(1,))).requires_grad_(False)
+    net = student.LocalNet(student.LocalShape(2, width=8, blocks=1)).requires_grad_(False)
     a, b = noisy(blobs(60), .02), noisy(.6 * blobs(60, seed=5) - .3, .05, seed=3)
     return finish.fit(net, torch.stack([a, b])), a, b
 

@@ -14,7 +14,7 @@ from minimedshift.optim import EMA
 from minimedshift.support import checkpoint
 from minimedshift.support.command import UserError
 
-SMALL = student.LocalShape(num_domains=3, width=16, dilations=(1,))
+SMALL = student.LocalShape(num_domains=3, width=16, blocks=1)
 
 
 def awake(shape, seed=0):
@@ -36,8 +36,8 @@ def labels(*numbers):
 
 # ---------------------------------------------------------------- the network
 
-@pytest.mark.parametrize("shape", [SMALL, student.LocalShape(width=8, dilations=(1, 3)),
-                                   student.LocalShape(width=8, stem=4, dilations=(2,))])
+@pytest.mark.parametrize("shape", [SMALL, student.LocalShape(width=8, blocks=2),
+                                   student.LocalShape(width=8, stem=4, blocks=1)])
 def test_a_pixel_sees_as_far_as_view_says_and_no_farther(shape):
     net, side = awake(shape), 96
     x = torch.zeros(1, 1, side, side)
@@ -63,7 +63,7 @@ def test_the_loss_seeks_the_median():
     images = torch.zeros(2, 10, 1, 8, 8)
     answers = torch.full((2, 2, 10, 1, 8, 8), .5)
     answers[:, :, 8:] = -.5
-    net = student.learn(student.LocalShape(2, width=8, dilations=(1,)), images, answers, 300, lr=.01)
+    net = student.learn(student.LocalShape(2, width=8, blocks=1), images, answers, 300, lr=.01)
     assert net(images[0], labels(*[0] * 10), labels(*[1] * 10)).mean() == pytest.approx(.5, abs=.06)
 
 
@@ -71,7 +71,7 @@ def test_each_ordered_pair_has_its_own_answer():
     torch.manual_seed(0)
     images = torch.rand(2, 20, 1, 8, 8) - .5
     answers = torch.stack([torch.stack([images[0], -images[0]]), torch.stack([images[1] / 2 + .3, images[1]])])
-    net = student.learn(student.LocalShape(2, width=16, dilations=(1,)), images, answers, 400, lr=.01)
+    net = student.learn(student.LocalShape(2, width=16, blocks=1), images, answers, 400, lr=.01)
     x = torch.rand(4, 1, 8, 8) - .5
     assert (net(x, labels(0, 0, 0, 0), labels(1, 1, 1, 1)) + x).abs().mean() < .05
     assert (net(x, labels(1, 1, 1, 1), labels(0, 0, 0, 0)) - x / 2 - .3).abs().mean() < .05
@@ -89,7 +89,7 @@ def test_the_students_weights_are_the_running_mean_of_those_it_had(monkeypatch):
     monkeypatch.setattr(student, "EMA", Spy)
     monkeypatch.setattr(student, "GAMMA", 1.0)
     images, answers = torch.zeros(2, 4, 1, 8, 8), torch.full((2, 2, 4, 1, 8, 8), .5)
-    net = student.learn(student.LocalShape(2, width=8, dilations=(1,)), images, answers, 4, lr=.01)
+    net = student.learn(student.LocalShape(2, width=8, blocks=1), images, answers, 4, lr=.01)
     assert [step for step, _ in seen] == [1, 2, 3, 4] and not net.training
     for i, p in enumerate(net.parameters()):
         mean = 0

@@ -250,7 +250,7 @@ def picture(path, model, student, how, pairs, domains, s, t, device, taus=None, 
     q = question(pairs, s, t, heads, device)
     if taus is None:
         taus = sorted({tau for tau in (*TAUS, how["tau"]) if tau < how["t_image"]})
-    columns = {f"{domains[s]}\nsource": q.x}
+    columns = {f"{domains[s]}": q.x}
     for tau in taus:
         columns[f"tau {tau:g}"] = sampler.translate(model, q.x, s, t, **(how | dict(tau=tau)))
     if student:

@@ -1,4 +1,4 @@
-"""MedShift (arXiv:2508.21435) on one page. An image is a row of 24 pixels through a head: skull, brain, skull.
+"""MedShift (arXiv:2508.21435) on one page. An image is a row of 24 pixels across a head: skull, brain, skull.
 Domain 0 shows how thick a head is, domain 1 its X-ray film, and domain 1 has larger heads. Nothing is paired.
 One network learns both, then translates 0 to 1: tau near 1 keeps the head, tau near 0 fits the new domain."""
 import torch

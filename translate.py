@@ -27,7 +27,7 @@ from minimedshift.support.command import UserError, flag, parse, refuse, run
 from minimedshift.support.files import explain_os_error
 from minimedshift.support.log import progress
 from minimedshift.support.machine import can_compile, in_batches, keep_memory, pick_device
-from minimedshift.support.sizes import carry, resize, working_shape
+from minimedshift.support.sizes import carry_to_full_size, resize, working_shape
 
 HOW = "flow (default: as the checkpoint says)"
 FLOW = ("tau", "guidance", "steps", "solver")  # flags that the student has no use for
@@ -142,7 +142,7 @@ def translate_files(files, translate, model, state, c, device):
         refuse(out.isnan().any(), f"{c.checkpoint} translates to what is no number: its weights are spoilt")
         for (source, path, _, info), large, small, new in zip(batch, full, x1, out):
             if large.shape[-2:] != shape:
-                new = carry(large.to(device), small[None], new[None])[0]
+                new = carry_to_full_size(large.to(device), small[None], new[None])[0]
             images.write_image(path, new, info)
             if c.compare and len(rows) < 8:
                 before, after = large[0], new.clamp(-1, 1).cpu()

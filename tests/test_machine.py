@@ -7,7 +7,6 @@ import torch
 
 from minimedshift.model import Shape, UNet
 from minimedshift.support import machine
-from minimedshift.support.command import UserError
 
 pick = machine.pick_formats.__wrapped__  # without the memory of an earlier answer
 CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))

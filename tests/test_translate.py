@@ -15,7 +15,7 @@ from minimedshift import classify, finish, phantom, sampler, student
 from minimedshift.model import Shape, UNet
 from minimedshift.support import checkpoint
 from minimedshift.support.command import run
-from minimedshift.support.sizes import carry, resize, working_shape
+from minimedshift.support.sizes import carry_to_full_size, resize, working_shape
 
 ROOT = Path(translate.__file__).parent
 SIZE = 16
@@ -221,14 +221,14 @@ def test_a_change_of_contrast_reaches_the_finest_detail_without_seams():
     """If the translation is a line in the source's grey values, so is the full image, in every pixel."""
     full = torch.from_numpy(picture(160, 160, top=65535).astype(np.float32))[None, None] / 32767.5 - 1
     x1 = resize(full, (40, 40))
-    out = carry(full, x1, .5 * x1 + .2, eps=1e-8)
+    out = carry_to_full_size(full, x1, .5 * x1 + .2, eps=1e-8)
     torch.testing.assert_close(out, .5 * full + .2, atol=2e-3, rtol=0)
     detail = lambda x: (x - torch.nn.functional.avg_pool2d(x, 3, 1, 1)).std()
-    bright_side = carry(full, x1, x1 + torch.linspace(-.5, .5, 40))
+    bright_side = carry_to_full_size(full, x1, x1 + torch.linspace(-.5, .5, 40))
     kept = detail(bright_side) / detail(full)  # nothing is smoothed away
     assert .97 < kept < 1.05
     flat, ramp = torch.zeros(1, 1, 160, 160), torch.linspace(-.4, .4, 40).expand(1, 1, 40, 40)
-    steps = carry(flat, torch.zeros(1, 1, 40, 40), ramp).diff(dim=-1)
+    steps = carry_to_full_size(flat, torch.zeros(1, 1, 40, 40), ramp).diff(dim=-1)
     assert steps.max() < 1.5 * .8 / 156 and steps.min() >= -1e-6
 
 

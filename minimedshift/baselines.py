@@ -1,7 +1,7 @@
 """Translators that need no network. A method is worth something where it beats these.
 
     UNPAIRED   fitted on training images of two domains, each of other heads: they know what MedShift knows
-    PAIRED     ceilings, fitted on the same heads in both domains, the target noise-free: unknown to MedShift
+    PAIRED     a ceiling, fitted on the same heads in both domains, the target noise-free: unknown to MedShift
 
     fitted = UNPAIRED["bands (Laplacian)"](source, target, rounds=5)        of (N, C, H, W), any float type
     x = fitted(x1)                  translations (B, C, H, W) of images of the source domain, not clipped
@@ -18,13 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from minimedshift.bands import (KNOTS, BandCurves, Curve, ends, fit_bands, fit_histogram, join, laplacian,
-    pixels)
+from minimedshift.bands import KNOTS, Curve, ends, fit_bands, fit_histogram
 
-IMAGES = 256  # of each domain a fit looks at; `study bands` tries more
+IMAGES = 256  # A fit looks at so many images of each domain.
 
-
-# ---------------------------------------------------------------- a chain of parts
 
 @dataclass(frozen=True)
 class Chain:
@@ -64,8 +61,6 @@ def spread(stack, most=IMAGES):
     return torch.from_numpy(np.asarray(stack[::n], np.float32))
 
 
-# ---------------------------------------------------------------- the spectrum
-
 def fit_spectrum(source, target):
     """Unpaired: gains after which the mean power in each ring of spatial frequencies is the target's.
     All images are of one size. Ring r has about r periods per longer side."""
@@ -80,8 +75,6 @@ def fit_spectrum(source, target):
     gain = (power(target) / power(source).clamp(min=1e-12)).sqrt()[ring]
     return lambda x: torch.fft.ifft2(torch.fft.fft2(x) * gain.to(x)).real
 
-
-# ---------------------------------------------------------------- ceilings: the best curve
 
 def fit_curve(source, target, bins=512):
     """Paired: the best non-decreasing curve, in least squares of pixels: the limit of any lookup table.
@@ -119,64 +112,6 @@ def isotonic(y, weight):
     return torch.repeat_interleave(torch.tensor(means, dtype=y.dtype), torch.tensor(counts))
 
 
-# ---------------------------------------------------------------- ceilings: the best curves of bands
-
-def fit_band_curves(source, target, knots=24):
-    """Paired: the curves, one a band, whose sum comes nearest to the target, in least squares of pixels.
-    All are fitted at once. A curve is a sum of hats: each is 1 at one of the `knots`, which lie at quantiles
-    of the band, and 0 at the others."""
-    places = [quantiles(band, knots) for band in laplacian(source)]
-
-    def equations():
-        singly = [images.flatten(0, 1)[:, None].split(4) for images in (source, target)]  # (4, 1, H, W)
-        for x, truth in zip(*singly):
-            bands = laplacian(x)
-            columns = []
-            for i, at in enumerate(places):
-                finer = [torch.zeros_like(band) for band in bands[:i]]
-                columns.append(join(finer + [hats(bands[i], at)]))  # (4, K, H, W)
-            yield torch.cat(columns, 1).movedim(1, -1).flatten(0, -2), truth.flatten()
-
-    values = least_squares(equations(), 1e-5).split([len(at) for at in places])
-    curves = [through(at, v) for at, v in zip(places, values)]
-    return BandCurves(tuple(curves))
-
-
-def least_squares(equations, ridge):
-    """w (K,) with A w nearest to b, in float64: (A^T A + ridge I) w = A^T b. equations: an iterable of
-    (A (n, K), b (n,)), so that not all are held at once. ridge: a share of the diagonal's mean."""
-    gram = right = 0
-    for A, b in equations:
-        A, b = A.double(), b.double()
-        gram = gram + A.T @ A
-        right = right + A.T @ b
-    ridge = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-    return torch.linalg.solve(gram + ridge, right).float()
-
-
-def quantiles(x, count):
-    """About `count` different quantiles of x, (K,), on the grid of a Curve."""
-    v = pixels(x)
-    low, high = ends(v)
-    step = (high - low) / (KNOTS - 1)
-    chosen = v[torch.linspace(0, len(v) - 1, count).long()]
-    steps = ((chosen - low) / step).round()
-    steps[-1] = KNOTS - 1
-    return low + steps.unique() * step
-
-
-def hats(x, knots):
-    """The share of each knot's value in a curve at each pixel: (B, K, H, W), with sum 1 over K.
-    x (B, 1, H, W), knots (K,), sorted."""
-    right = torch.searchsorted(knots, x.contiguous()).clamp(1, len(knots) - 1)
-    left = right - 1
-    place = left + ((x - knots[left]) / (knots[right] - knots[left])).clamp(0, 1)  # counted in knots
-    distance = (place - torch.arange(len(knots)).view(1, -1, 1, 1)).abs()  # (B, K, H, W)
-    return (1 - distance).clamp(min=0)
-
-
-# ---------------------------------------------------------------- the tables
-
 UNPAIRED = {
     "histogram": alternate(fit_histogram),
     "histogram and spectrum": alternate(fit_histogram, fit_spectrum, fit_histogram),
@@ -184,5 +119,4 @@ UNPAIRED = {
 }
 PAIRED = {
     "curve": alternate(fit_curve),
-    "band curves (Laplacian)": alternate(fit_curve, fit_band_curves),
 }

@@ -74,8 +74,8 @@ class Dataset:
         return np.searchsorted(until, u * until[-1], side="right").clip(max=count - 1)
 
     def drawn(self, d, count=None):
-        """`count` training images of domain d (None: as many as there are), each as often as training draws it:
-        one of weight 2 is there twice as often as one of weight 1."""
+        """`count` training images of domain d (None: as many as there are). One of weight 2 is there twice as
+        often as one of weight 1, as in training."""
         count = count or len(self.train_images[d])
         return self.train_images[d][self.pick(d, (np.arange(count) + .5) / count)]
 

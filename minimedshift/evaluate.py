@@ -1,9 +1,8 @@
 """The evaluation: every method on the same heads. `evaluation` is the one path to its numbers.
 
-    train.py                           `report` at its end: the main methods as they are set by default
-    python -m minimedshift.evaluate    all methods, settings (tau, rounds) chosen on validation heads, all
-                                       ordered pairs, realism; test heads of the population that all domains
-                                       share, and of the source's own (a user's synthetic heads made real)
+    train.py                           `report` at its end: the methods as they are set by default
+    python -m minimedshift.evaluate    settings (tau, rounds) of the main pair chosen on validation heads,
+                                       realism, also test heads of the source's own population
 
 The command leaves in OUT: table.md, results.json, pareto.png. Test images that are no pairs are scored by
 realism alone. Everything about the phantom is simulated, its "real" domains too.
@@ -13,7 +12,6 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,17 +38,13 @@ class Config:
     heads_each: int = flag(32, "test heads of every ordered pair", "how much", low=1, high=10**6)
     valid_heads: int = flag(64, "validation heads on which the settings are chosen", "how much", low=2,
                             high=10**6)
-    features: str = flag(None, "FILE.py with features(x) -> (B, D) for realism", "how much")
     out: str = flag("", "folder of the results (default: evaluation, beside the checkpoint)", "run")
     device: str = flag("auto", "where to compute", "run", ("auto", "cuda", "mps", "cpu"))
 
 
-SLOW = ("histogram and spectrum", "band curves (Laplacian)")  # `report` leaves these methods out
 OF_A_PAIR = ("structure", "E", "gap_closed", "same_head", "noise", "seconds")  # kept of each ordered pair
-OF_A_SETTING = ("gap_closed", "structure", "kernel")
+OF_A_SETTING = ("setting", "gap_closed", "structure", "kernel")  # kept of each setting that is tried
 
-
-# ---------------------------------------------------------------- one question
 
 def bounds(q, curve):
     """Errors (N,) of the best grey-value curve and of the second exposure: 0 and 1 of `gap closed`."""
@@ -81,27 +75,14 @@ def score(methods, q, limits, chosen={}, reference=None):
     return rows
 
 
-def mean(values):
-    """The mean of the values that are known; None where none is."""
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
-
-
-# ---------------------------------------------------------------- settings
-
-def sweep(methods, questions, curve, reference=None):
-    """Methods at each of their settings, means over questions: {method: [{setting, *OF_A_SETTING}]}.
-    A method that knows none of the pairs is left out."""
-    questions = [replace(q, decoys=None, materials=None) for q in questions]
-    limits, found = [bounds(q, curve) for q in questions], {}
+def sweep(methods, q, curve, reference=None):
+    """Methods at each of their settings on one Question: {method: [{setting, *OF_A_SETTING}]}."""
+    q, found = replace(q, decoys=None, materials=None), {}
+    limits = bounds(q, curve)
     for method in methods:
         for setting in sorted(method.settings):
-            rows = []
-            for q, limit in zip(questions, limits):
-                rows += score([method], q, limit, {method.name: setting}, reference).values()
-            if rows:
-                point = {key: mean(row.get(key) for row in rows) for key in OF_A_SETTING}
-                found.setdefault(method.name, []).append(dict(setting=setting, **point))
+            for row in score([method], q, limits, {method.name: setting}, reference).values():
+                found.setdefault(method.name, []).append({key: row.get(key) for key in OF_A_SETTING})
     return found
 
 
@@ -110,8 +91,6 @@ def best(points):
     gaps = {point["setting"]: point["gap_closed"] for point in points}
     return max(gaps, key=lambda setting: -np.inf if gaps[setting] is None else gaps[setting])
 
-
-# ---------------------------------------------------------------- the main pair, and all pairs
 
 def main_pair(methods, q, curve, chosen={}, reference=None):
     """The rows of one Question. less_ours: 95 % interval of the gap closed less that of the student (without
@@ -163,9 +142,10 @@ def all_pairs(methods, pairs_of, domains, curve, heads, device, chosen={}):
 def summary(rows, errors, limits):
     """Means over ordered pairs, the worst pair, and how many have noise within 1/2 to 2.
     errors: (N,) of each pair with a gap; limits: its `bounds`."""
-    gaps = [row["gap_closed"] for row in rows if row["gap_closed"] is not None]
-    noise = [row["noise"] for row in rows if row["noise"] is not None]
-    result = dict(pairs=len(rows), pairs_with_gap=len(gaps), same_head=mean(row["same_head"] for row in rows))
+    known = lambda key: [row[key] for row in rows if row[key] is not None]
+    gaps, noise, same = known("gap_closed"), known("noise"), known("same_head")
+    result = dict(pairs=len(rows), pairs_with_gap=len(gaps))
+    result["same_head"] = sum(same) / len(same) if same else None
     result["noise_right"] = sum(.5 <= ratio <= 2 for ratio in noise) if noise else None
     if gaps:
         def mean_gap(E, curve, second):  # (pairs, draws, N) -> (draws,)
@@ -173,20 +153,18 @@ def summary(rows, errors, limits):
 
         per_head = [torch.stack(each).cpu() for each in (errors, *zip(*limits))]
         interval = list(metrics.bootstrap(mean_gap, *per_head))
-        result.update(gap_closed=mean(gaps), worst_pair=min(gaps), gap_interval=interval)
+        result.update(gap_closed=sum(gaps) / len(gaps), worst_pair=min(gaps), gap_interval=interval)
     return result
 
-
-# ---------------------------------------------------------------- all together
 
 def evaluation(dataset, methods, s, t, device, heads=128, heads_each=32, valid_heads=0, everywhere=None,
                populations=None, reference=None):
     """Methods on the pair s -> t, and those named in `everywhere` (None: all) on every pair: a dict for json.
 
-        heads, heads_each        how many were measured
-        main_pair                {population: {method: row}}, see `score` and `main_pair`
-        all_pairs                {population: {"pairs", "means"}}, see `all_pairs`
-        pareto, settings_all_pairs    `sweep` of the main pair and of all pairs, where settings are chosen
+        heads, heads_each    how many were measured
+        main_pair            {population: {method: row}}, see `score` and `main_pair`
+        all_pairs            {population: {"pairs", "means"}}, see `all_pairs`: with default settings
+        pareto               `sweep` of the main pair, where its settings are chosen
     valid_heads: settings are chosen on so many; 0: the defaults. populations: {name: function from a source's
     number to its test `Pairs`}. Unpaired test images have no truth: only realism is measured, no all_pairs.
     """
@@ -198,29 +176,22 @@ def evaluation(dataset, methods, s, t, device, heads=128, heads_each=32, valid_h
         return dict(heads=len(q.x), main_pair={"shared": rows}, all_pairs={})
     count = len(pairs.images)
     found = dict(heads=min(heads, count), heads_each=min(heads_each, count), main_pair={}, all_pairs={})
-    chosen, chosen_all = {}, {}
+    chosen = {}
     if valid_heads:
         print("choosing settings on validation heads", flush=True)
-        main = question(dataset.valid_pairs, s, t, valid_heads, device)
-        each = permutations(range(len(domains)), 2)
-        few = [question(dataset.valid_pairs, *pair, 8, device) for pair in each]
-        several = [method for method in methods if len(method.settings) > 1]
-        found["pareto"] = sweep(methods, [main], curve, reference)
-        found["settings_all_pairs"] = sweep(several, few, curve)
+        q = question(dataset.valid_pairs, s, t, valid_heads, device)
+        found["pareto"] = sweep(methods, q, curve, reference)
         chosen = {name: best(points) for name, points in found["pareto"].items()}
-        chosen_all = chosen | {name: best(points) for name, points in found["settings_all_pairs"].items()}
     for population, pairs_of in (populations or {"shared": lambda _: pairs}).items():
         print(f"{domains[s]} -> {domains[t]}, {found['heads']} test heads, EMA weights:", flush=True)
         q = question(pairs_of(s), s, t, heads, device)
         found["main_pair"][population] = main_pair(methods, q, curve, chosen, reference)
         tables.say(found["main_pair"][population])
         some = [method for method in methods if everywhere is None or method.name in everywhere]
-        rows, means = all_pairs(some, pairs_of, domains, curve, heads_each, device, chosen_all)
+        rows, means = all_pairs(some, pairs_of, domains, curve, heads_each, device)
         found["all_pairs"][population] = dict(pairs=rows, means=means)
     return found
 
-
-# ---------------------------------------------------------------- for train.py and translate.py
 
 def report(model, student, dataset, how, device="cpu"):
     """What train.py writes to report.json, and prints: `evaluation` of the main methods, of MedShift and its
@@ -228,7 +199,7 @@ def report(model, student, dataset, how, device="cpu"):
     translation (how), source, target, evaluation_seconds."""
     start = time.time()
     s, t = main_domains(dataset.domains)
-    methods = [method for method in every_method(dataset, model, how, student) if method.name not in SLOW]
+    methods = every_method(dataset, model, how, student)
     ours = [method.name for method in methods if method.kind == "ours"]
     found = evaluation(dataset, methods, s, t, device, everywhere=ours)
     for name, row in found["all_pairs"]["shared"]["means"].items():
@@ -250,7 +221,7 @@ def picture(path, model, student, how, pairs, domains, s, t, device, taus=None, 
     q = question(pairs, s, t, heads, device)
     if taus is None:
         taus = sorted({tau for tau in (*TAUS, how["tau"]) if tau < how["t_image"]})
-    columns = {f"{domains[s]}": q.x}
+    columns = {domains[s]: q.x}
     for tau in taus:
         columns[f"tau {tau:g}"] = sampler.translate(model, q.x, s, t, **(how | dict(tau=tau)))
     if student:
@@ -269,8 +240,6 @@ def picture(path, model, student, how, pairs, domains, s, t, device, taus=None, 
     figure(path, rows, captions, [""] * len(rows))
 
 
-# ---------------------------------------------------------------- the command
-
 def open_data(c, state):
     """The Dataset that a checkpoint is scored on: the simulated one it was trained on, or a folder."""
     domains, image = state["domains"], state["image"]
@@ -284,22 +253,11 @@ def open_data(c, state):
     return balance.balanced(dataset) if state["config"]["balance"] else dataset
 
 
-def reference_of(c, dataset, t, device):
-    """The realism.Reference of the target domain, with the user's features or those of a small network."""
-    if c.features:
-        features = realism.load_features(c.features)
-    else:
-        print("training a small network of features, for realism", flush=True)
-        named = zip(dataset.domains, dataset.train_images)
-        real = [images for name, images in named if name.startswith("real")]
-        features = realism.train_features(real if len(real) >= 2 else list(dataset.train_images))
-    return realism.Reference(to_float(dataset.train_images[t], scorer(device)), features)
-
-
 def own_population(dataset, heads, seed):
     """The function from a source's number to the test `Pairs` of its own population."""
     keep = [phantom.DOMAINS.index(name) for name in dataset.domains]
-    return cache(lambda s: sets.own_heads(dataset, dataset.domains[s], heads, seed).only(keep))
+    prior = lambda s: dataset.domains[s] if dataset.domains[s] in phantom.PRIORS else None
+    return cache(lambda s: sets.paired_heads(dataset.size, heads, "test", seed, prior(s)).only(keep))
 
 
 def main(argv=None, extra_methods=()):
@@ -322,14 +280,17 @@ def main(argv=None, extra_methods=()):
     with explain_os_error(f"--out {out}", "cannot be made"):
         out.mkdir(parents=True, exist_ok=True)
 
-    reference = reference_of(c, dataset, t, device)
+    print("training a small network of features, for realism", flush=True)
+    real = [images for name, images in zip(domains, dataset.train_images) if name.startswith("real")]
+    features = realism.train_features(real if len(real) >= 2 else list(dataset.train_images))
+    reference = realism.Reference(to_float(dataset.train_images[t], scorer(device)), features)
     paired = dataset.test_pairs is not None
     simulated = paired and dataset.test_pairs.truth is not None
     command = " ".join(["python -m minimedshift.evaluate", *(argv or sys.argv[1:])])
     results = dict(
         command=command, checkpoint=c.checkpoint, steps=state["step"], weights="EMA", seed=config["seed"],
         machine=machine_name(device), torch=torch.__version__, source=domains[s], target=domains[t],
-        features=c.features or "small network", references=reference.count, simulated=simulated)
+        references=reference.count, simulated=simulated)
     populations = None
     if simulated:
         results.update(version=phantom.VERSION, shift=config["shift"], balance=config["balance"])

@@ -24,8 +24,6 @@ TAUS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # the paper reports .3, .45 and .6
 ROUNDS = (16, 1, 2, 4, 8)
 
 
-# ---------------------------------------------------------------- questions
-
 @dataclass(frozen=True)
 class Question:
     """Translate x, pictures of N heads in domain number `source`, to domain number `target`."""
@@ -72,8 +70,6 @@ def main_domains(domains, source=None, target=None):
         target = next(name for name in (MAIN[1], *domains[::-1]) if name in domains and name != source)
     return domains.index(source), domains.index(target)
 
-
-# ---------------------------------------------------------------- methods
 
 @dataclass(frozen=True)
 class Method:
@@ -133,8 +129,6 @@ def directly(translate):
     """translate(x, s, t) with nothing to set: a student."""
     return lambda q, _: in_batches(lambda x: translate(x, q.source, q.target), q.x)
 
-
-# ---------------------------------------------------------------- the table
 
 def every_method(dataset, model=None, how=None, student=None):
     """The Methods that there is everything for, in the order of the tables.

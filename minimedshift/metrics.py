@@ -16,8 +16,6 @@ from minimedshift.bands import blur, erode, flat_region, low_pass
 NOISE_FLOOR = 1e-4  # a smaller share of the right power counts as this
 
 
-# ---------------------------------------------------------------- structure
-
 def mse(x, truth):
     """Mean squared error per image, (N,)."""
     return (x - truth).square().flatten(1).mean(1)
@@ -57,8 +55,6 @@ def ssim(x, truth):
     return value.flatten(1).mean(1)
 
 
-# ---------------------------------------------------------------- noise
-
 def high_pass(x):
     """The detail that `low_pass` removes: noise and fine texture."""
     return x - low_pass(x)
@@ -87,8 +83,6 @@ def noise_ratio(x, images, truth):
     return float(noise.square().sum() / right.square().sum())
 
 
-# ---------------------------------------------------------------- anatomy
-
 def same_head(x, truth, decoys):
     """Whether x is nearer to its own truth than to each decoy, all low-passed: (N,) bool.
     decoys: (N, K, C, H, W), truths of K heads with the same view and another anatomy."""
@@ -97,8 +91,6 @@ def same_head(x, truth, decoys):
     E_others = (low_pass(x)[:, None] - others).square().flatten(2).mean(2)  # (N, K)
     return (E[:, None] < E_others).all(1)
 
-
-# ---------------------------------------------------------------- physics
 
 def grey_per_cm(x, materials):
     """Grey levels per cm of bone and per cm of other tissue, [2 floats]: least squares over all heads.
@@ -157,8 +149,6 @@ def physics(x, images, truth, materials):
     return found
 
 
-# ---------------------------------------------------------------- statistics over heads
-
 def gap_closed(E, E_curve, E_second):
     """How far from the best grey-value curve (0) to taking the picture again (1); < 0: worse.
 
@@ -195,14 +185,13 @@ def difference_interval(E_a, E_b, E_curve, E_second):
     return bootstrap(share, E_a, E_b, E_curve, E_second)
 
 
-# ---------------------------------------------------------------- all together
-
 METRICS = {  # function(x, truth, images) -> a number or None: a column of the evaluation's first table
     "noise": lambda x, truth, images: noise_ratio(x, images, truth),
     "ssim": lambda x, truth, images: ssim(x, truth).mean().item(),
 }
+PHYSICS = ("bone", "soft", "edge_width", "soft_tissue")
 SCORES = ("structure", "median", "worst_tenth", "E", "E_heads", "gap_closed", "gap_interval", "same_head",
-          "bone", "soft", "edge_width", "soft_tissue", *METRICS)
+          *PHYSICS, *METRICS)
 
 
 @torch.no_grad()

@@ -1,21 +1,15 @@
 """Does a set of images look like the target domain's? Distances between two sets, without pairs or truth.
 
-The distances are between features, of a small network that is trained here or of the user's own. Two sets of
-real images differ too: compare a number with that of real against real, for the same number of images. The
-Frechet distance is biased when images are few, the kernel distance is not.
+The distances are between features of a small network that is trained here. Two sets of real images differ
+too: compare a number with that of real against real, for the same number of images. The Frechet distance is
+biased when images are few, the kernel distance is not.
 """
-
-import runpy
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minimedshift.support.command import UserError, refuse
-
-
-# ---------------------------------------------------------------- distances of features (N, D)
 
 def frechet(fa, fb):
     """Frechet distance of the Gaussians through two sets of features (arXiv:1706.08500, eq. 6).
@@ -40,8 +34,6 @@ def kernel_distance(fa, fb):
     same = lambda a: (k(a, a).sum() - k(a, a).trace()) / (len(a) * (len(a) - 1))
     return float(same(fa) + same(fb) - 2 * k(fa, fb).mean())
 
-
-# ---------------------------------------------------------------- features
 
 class Features(nn.Module):
     """Four strided convolutions and a mean over the picture: (B, C, H, W) -> (B, 64)."""
@@ -108,28 +100,6 @@ def train_features(sets, seed=0, steps=300, batch=48):
     net.eval().requires_grad_(False)
     return lambda x: torch.cat([net(part.cpu().float()) for part in x.split(256)])
 
-
-def load_features(path):
-    """The function `features` of a user's Python file: features(x) -> (B, D), x (B, C, H, W) in [-1, 1].
-    Raises UserError."""
-    def explain(work):
-        try:
-            return work()
-        except Exception as error:  # anything can go wrong in a user's file
-            raise UserError(f"--features {path}: {type(error).__name__}: {error}") from None
-
-    user_features = explain(lambda: runpy.run_path(str(path))["features"])
-
-    def features(x):
-        found = explain(lambda: user_features(x))
-        refuse(not torch.is_tensor(found) or found.ndim != 2 or len(found) != len(x),
-               f"--features {path}: features(x) must return a tensor ({len(x)}, D)")
-        return found.detach().float().cpu()
-
-    return features
-
-
-# ---------------------------------------------------------------- all together
 
 class Reference:
     """The target domain's images (M, C, H, W): how many, and what `features` makes of them, (M, D)."""

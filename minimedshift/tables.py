@@ -4,17 +4,14 @@ from itertools import cycle
 
 from matplotlib.figure import Figure
 
-from minimedshift.metrics import METRICS
+from minimedshift.metrics import METRICS, PHYSICS
 from minimedshift.support.files import write_whole
 
 KINDS = {"bound": "bound", "unpaired": "unpaired, no network", "learned": "unpaired, learned",
          "ours": "**MedShift**", "ceiling": "sees pairs"}  # in the order of the rows
-STYLES = {"bound": ("k", "x*+"), "unpaired": ("tab:orange", "s^vD"), "learned": ("tab:purple", "s^vD"),
-          "ours": ("tab:blue", "oD"), "ceiling": ("0.45", "s^vDP")}
+COLOURS = dict(bound="k", unpaired="tab:orange", learned="tab:purple", ours="tab:blue", ceiling="0.45")
 FEW = 30  # pairs
 
-
-# ---------------------------------------------------------------- cells
 
 def percent(share):
     """A share as a percentage; a dash where there is none."""
@@ -63,8 +60,6 @@ def markdown(header, lines):
     return [row(header), "|" + "---|" * len(header), *map(row, lines), ""]
 
 
-# ---------------------------------------------------------------- table.md
-
 def table(results):
     """results.json as Markdown."""
     simulated, heads = results["simulated"], results["heads"]
@@ -73,8 +68,8 @@ def table(results):
             f"`{results['command']}`, seed {results['seed']}, {results['machine']},",
             f"torch {results['torch']}, {results['weights']} weights of step {results['steps']}, "
             f"{results['seconds'] / 60:.1f} min.", "",
-            f"Realism: distances to {results['references']} training images of the target, features from "
-            f"{results['features']}; the floor is the second exposure (or real against real).", ""]
+            f"Realism: distances to {results['references']} training images of the target; the floor is the "
+            "second exposure (or real against real).", ""]
     if simulated:
         names = {"shared": "all domains share one population", "own": "each source has its own population"}
         text += [f"Everything is simulated (version {results['version']}), the real domains too. "
@@ -84,41 +79,31 @@ def table(results):
         text += [f"Only {heads} images to test on: such numbers say little.", ""]
     for population, rows in results["main_pair"].items():
         text += [f"## {heads} test heads: {names[population]}", "", *main_table(rows)]
-        text += physics_table(rows) if simulated else []
     for population, found in results["all_pairs"].items():
         text += [f"## All ordered pairs, {results['heads_each']} test heads each: {names[population]}", ""]
         text += pairs_table(found["means"])
-    for title, key in (("main pair", "pareto"), ("all pairs, mean", "settings_all_pairs")):
-        for name, points in results.get(key, {}).items():
-            if len(points) > 1:
-                scores = [f"{point['setting']:g}: {percent(point['gap_closed'])}" for point in points]
-                text.append(f"- Gap closed on validation heads, {title}, {name}: {', '.join(scores)}")
+    for name, points in results.get("pareto", {}).items():
+        if len(points) > 1:
+            scores = [f"{point['setting']:g}: {percent(point['gap_closed'])}" for point in points]
+            text.append(f"- Gap closed on validation heads, {name}: {', '.join(scores)}")
     return "\n".join(text) + "\n"
 
 
 def main_table(rows):
-    """Structure, its spread over heads, how far behind or ahead of ours, METRICS, realism."""
+    """Structure, its spread over heads, how far behind or ahead of ours, METRICS, realism, and PHYSICS (1 is
+    right)."""
     header = ["method", "kind", "structure, dB", "median", "worst tenth", "E", "gap closed (95%)",
-              "less ours", "same head", *METRICS, "Frechet", "kernel x 1000"]
+              "less ours", "same head", *METRICS, "Frechet", "kernel x 1000", *PHYSICS]
     lines = []
     for name, row in ordered(rows):
         dB = [number(row[key]) for key in ("structure", "median", "worst_tenth")]
         less = interval(row.get("less_ours"), "+.0f")
         others = ["-" if row[key] is None else f"{row[key]:.3g}" for key in METRICS]
         others += [number(row["frechet"]), number(1000 * row["kernel"], 1)]
+        others += [number(row[key]) for key in PHYSICS]
         lines.append([label(name, row), KINDS[row["kind"]], *dB, number(row["E"], 5), gap(row), less,
                       percent(row["same_head"]), *others])
     return markdown(header, lines)
-
-
-def physics_table(rows):
-    """Attenuation, sharpness and soft tissue; 1 is right."""
-    columns = {"bone": "bone", "soft": "soft tissue", "edge_width": "edge width",
-               "soft_tissue": "soft-tissue contrast to noise"}
-    lines = []
-    for name, row in ordered(rows):
-        lines.append([name, *(number(row[key]) for key in columns)])
-    return markdown(["method", *columns.values()], lines)
 
 
 def pairs_table(means):
@@ -133,13 +118,11 @@ def pairs_table(means):
     return markdown(header, lines)
 
 
-# ---------------------------------------------------------------- pareto.png
-
 def pareto(path, results):
     """pareto.png: structure against realism on validation heads, each method along its own knob."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    markers = {kind: cycle(shapes) for kind, (_, shapes) in STYLES.items()}
+    markers = cycle("os^vDP*x+")
     for name, row in ordered(results["main_pair"]["shared"]):
         points, kind = results["pareto"][name], row["kind"]
         if name in ("second exposure", "real against real"):  # at 0 but for chance: not on this axis
@@ -147,7 +130,7 @@ def pareto(path, results):
         first, last = points[0]["setting"], points[-1]["setting"]
         knob = f", {row['knob']} {first:g} to {last:g}" if len(points) > 1 else ""
         x, y = ([point[key] for point in points] for key in ("structure", "kernel"))
-        axes.plot(x, y, next(markers[kind]), ls="-", lw=1, ms=5, color=STYLES[kind][0], label=name + knob)
+        axes.plot(x, y, next(markers), ls="-", lw=1, ms=5, color=COLOURS[kind], label=name + knob)
     heads = "simulated validation heads" if results["simulated"] else "validation heads"
     axes.set(yscale="log", xlabel="structure, dB (right: the same head)",
              ylabel="kernel distance to the target's images (down: looks real)",

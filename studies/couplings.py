@@ -2,8 +2,8 @@
 
     python studies/couplings.py --seeds 3
 
-A table of what each closes of the gap at tau .4. Your own ablation is one more line of RUNS. Stop and start at
-will: what is done is not done again.
+A table of what each closes of the gap at tau .4. Your own ablation is one more line of RUNS. Stop and start
+at will: what is done is not done again.
 """
 
 import json

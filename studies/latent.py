@@ -2,8 +2,9 @@
 
     python studies/latent.py --checkpoint out/checkpoint.pt
 
-Were z shared, a probe would tell its domain by chance alone, and the nearest z of another domain would be that
-of the same head. A z that has forgotten everything passes the first test only. A table of both, tau 0 to 1.
+Were z shared, a probe would tell its domain by chance alone, and the nearest z of another domain would be
+that of the same head. A z that has forgotten everything passes the first test only. A table of both, tau 0
+to 1.
 """
 
 import sys
@@ -65,15 +66,15 @@ def main(argv=None):
     device = pick_device(c.device)
     model, state = load_model(c.checkpoint, device)
     how, domains = state["translate"], state["domains"]
-    refuse(not set(domains) <= set(phantom.DOMAINS), f"{c.checkpoint}: its domains are not the simulated ones")
+    simulated = set(domains) <= set(phantom.DOMAINS)
+    refuse(not simulated, f"{c.checkpoint}: its domains are not the simulated ones")
     pairs = sets.paired_heads(state["image"]["size"], c.heads, "valid", state["config"]["seed"],
                               decoys=sets.DECOYS)
     images = [to_float(pairs.images[:, phantom.DOMAINS.index(name)], device) for name in domains]
     found = {"chance": [{"domain told": 1 / len(domains), "same head": 1 / c.heads}]}
     for tau in [i / 10 for i in range(11)]:
-        z = images
+        z, leg = images, (tau, how["steps"], how["solver"], how["t_image"])
         if tau < how["t_image"]:  # from t_image on, z is the image
-            leg = tau, how["steps"], how["solver"], how["t_image"]
             z = [in_batches(lambda x1: sampler.encode(model, x1, y, *leg), x) for y, x in enumerate(images)]
         z = torch.stack(z, 1).cpu()  # (N, D, C, H, W)
         found[f"tau {tau:.1f}"] = [{"domain told": probe(probe_inputs(z)), "same head": same_head(z)}]

@@ -39,8 +39,6 @@ class Config:
     out: str = flag("out/studies", "folder of plane.md", "study")
 
 
-# ---------------------------------------------------------------- what notebooks use too
-
 def eight_gaussians(n, generator):
     """n points around eight centres on a circle of radius 5, each of variance .1: (n, 2)."""
     angle = torch.randint(8, (n,), generator=generator) * (math.pi / 4)
@@ -76,8 +74,6 @@ def distance(a, b):
     cost = torch.cdist(a.double(), b.double()) ** 2
     return cost[torch.arange(len(a)), assign(cost)].mean().item()
 
-
-# ---------------------------------------------------------------- the study
 
 def train(name, seed, steps, batch=256):
     """A Plane, trained on pairs of one of RUNS."""

@@ -5,56 +5,43 @@ import torch
 
 
 def assign(cost):
-    """The cheapest one-to-one assignment of rows to columns: by auction, then by shortest paths. Optimal.
+    """The one-to-one assignment of rows to columns of least total cost, by shortest augmenting paths.
 
-    Auction (Bertsekas 1988): a row without a column takes its best one from whoever has it, and raises that
-    column's price by how much it beats the second best, plus `step`. The total is then within n steps of
-    the optimum. Each row then gives up a column that is not quite its best, and gets one along the cheapest
-    chain of exchanges (Jonker & Volgenant 1987). cost (n, n) finite -> the column of each row, (n,) int64 on
-    the host.
+    cost (n, n) finite -> the column of each row, (n,) int64 on the host. Prices u of rows and v of columns
+    keep all cost_ij - u_i - v_j >= 0, and 0 on every pair that is made: such pairs are optimal (Jonker &
+    Volgenant 1987). The prices start as those of Sinkhorn's algorithm, so that most paths are short.
     """
     cost = cost.detach().cpu().double().numpy()
     n, spread = len(cost), cost.std() or 1.0
-    if n == 1:  # there is no second best
-        return torch.arange(n)
-    price, value, rows = np.zeros(n), np.empty(n), list(cost)
-    for step in (spread / 5, spread / 20, spread / 100, spread / 500):
-        owner, column, free = [-1] * n, [-1] * n, list(range(n))
-        while free:
-            i = free.pop()
-            np.add(rows[i], price, out=value)
-            j = int(value.argmin())
-            best, value[j] = value[j], np.inf
-            price[j] += value.min() - best + step
-            if owner[j] >= 0:
-                free.append(owner[j])
-            owner[j], column[i] = i, j
-
-    u = (cost + price).min(1)  # cost_ij + price_j - u_i >= 0, and 0 on every pair that is kept
-    owner, column = np.full(n, -1), np.array(column)
-    column[cost[np.arange(n), column] + price[column] > u] = -1
-    owner[column[column >= 0]] = np.flatnonzero(column >= 0)
+    v = np.zeros(n)
+    for eps in spread * np.geomspace(1, .01, 10):
+        u = soft_min(cost - v, 1, eps)
+        v = soft_min(cost - u[:, None], 0, eps)
+    u, favourite = (cost - v).min(1), (cost - v).argmin(1)
+    column, owner = np.full(n, -1), np.full(n, -1)
+    owner[favourite[::-1]] = np.arange(n)[::-1]  # the first row that wants a column has it
+    column[owner[owner >= 0]] = np.flatnonzero(owner >= 0)
     for start in np.flatnonzero(column < 0):
-        distance = cost[start] + price - u[start]  # of each column from `start`
-        before = np.full(n, start)                 # the row from which it is reached
-        shut = np.zeros(n)                         # infinite where the distance is final
-        reached = []
-        j = int(distance.argmin())
-        while owner[j] >= 0:  # Dijkstra, until a column nobody owns
-            i = owner[j]
+        distance = cost[start] - v - u[start]  # of each column from `start`
+        before = np.full(n, start)             # the row from which it is reached
+        shut, reached = np.zeros(n), []        # shut: infinite where the distance is final
+        while owner[j := int((distance + shut).argmin())] >= 0:  # Dijkstra, until a column nobody owns
             shut[j] = np.inf
             reached.append(j)
-            through = cost[i] + price + (distance[j] - u[i]) + shut
-            nearer = through < distance
-            distance[nearer], before[nearer] = through[nearer], i
-            j = int((distance + shut).argmin())
-        # prices rise so that no cost_ij + price_j - u_i turns negative, and along the chain each is 0
+            through = cost[owner[j]] - v + (distance[j] - u[owner[j]]) + shut
+            nearer = np.flatnonzero(through < distance)
+            distance[nearer], before[nearer] = through[nearer], owner[j]
         gain = distance[j] - distance[reached]
-        price[reached] += gain
+        v[reached] -= gain
         u[owner[reached]] += gain
         u[start] += distance[j]
-        i = -1
-        while i != start:  # everyone on the chain moves on by one
-            i = before[j]
-            owner[j], column[i], j = i, j, column[i]
+        while j >= 0:  # every row on the path moves on by one column
+            owner[j] = before[j]
+            column[before[j]], j = j, column[before[j]]
     return torch.from_numpy(column)
+
+
+def soft_min(x, axis, eps):
+    """-eps log mean exp(-x / eps) over an axis of x."""
+    least = x.min(axis, keepdims=True)
+    return least.squeeze(axis) - eps * np.log(np.exp((least - x) / eps).mean(axis))

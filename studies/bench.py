@@ -1,11 +1,14 @@
-"""How fast it is, measured on this machine. What is compared takes turns. Leaves OUT/bench.json.
+"""How fast it is, measured on this machine. What is compared takes turns.
+
+    python studies/bench.py
 
 steps       training step and translation, beside the same network as a first version would have it: float32,
             contiguous memory, eager, ops unfused, guidance in two calls
-ops         each fused op beside its compiled reference (where there is no GPU, the reference alone)
+ops         the fused op beside its compiled reference (where there is no GPU, the reference alone)
 couplings   what a plan costs beside the training step that it serves
 """
 
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -15,21 +18,23 @@ import numpy as np
 import torch
 from torch.autograd import grad
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a study finds the package
+
 from minimedshift import flow, ops, sampler
-from minimedshift.coupling import Semidiscrete, couple
-from minimedshift.model import UNet
-from minimedshift.support.command import flag, parse, run
-from minimedshift.support.files import explain_os_error, write_json
-from minimedshift.support.machine import can_compile, keep_memory, machine_name, pick_device, pick_formats
+from minimedshift.coupling import PAIRINGS, Minibatch, Semidiscrete
+from minimedshift.model import PRESETS, UNet
 from minimedshift.optim import Muon, split
-from minimedshift.presets import PRESETS
+from minimedshift.support.command import flag, parse, run
+from minimedshift.support.machine import autocast, can_compile, keep_memory, machine_name, pick_device
+from minimedshift.support.machine import pick_formats
+from studies.plane import show
 
 
 @dataclass(frozen=True)
 class Config:
     only: str = flag("", "one part (default: all)", "bench", ("steps", "ops", "couplings"))
-    quick: bool = flag(False, "3 repeats instead of 9", "bench")
-    out: str = flag("out", "folder of bench.json", "bench")
+    repeats: int = flag(9, "times that each is measured", "bench", low=1)
+    out: str = flag("out/studies", "folder of the tables", "bench")
     device: str = flag("auto", "where to compute", "bench", ("auto", "cuda", "mps", "cpu"))
 
 
@@ -47,18 +52,19 @@ def clock(functions, repeats, device):
 
 
 def entry(ms, reference=None):
-    """Median, fastest and slowest; beside a reference also the ratio of speeds, turn by turn."""
-    row = dict(ms=np.median(ms), fastest_ms=ms.min(), slowest_ms=ms.max())
+    """A row: median, fastest and slowest; beside a reference also the ratio of speeds, turn by turn."""
+    row = dict(ms=np.median(ms), fastest=ms.min(), slowest=ms.max())
     if reference is not None:
         ratio = reference / ms
-        row.update(ratio=np.median(ratio), ratio_low=ratio.min(), ratio_high=ratio.max())
+        row.update(ratio=np.median(ratio), lowest=ratio.min(), highest=ratio.max())
     return row
 
 
 class TwoCalls(sampler.Velocity):
     """Guidance as it is written down: one call of the network for each label, in float32."""
 
-    def evaluate(self, x, t, y):
+    def __call__(self, x, t):
+        t, y = torch.full((len(x),), t, device=x.device), torch.full((len(x),), self.y, device=x.device)
         out = self.model(x, t, y)
         if self.guidance == 1:
             return out
@@ -89,7 +95,7 @@ class Side:
     def step(self):
         """A training step: forward, backward, optimizers."""
         self.model.zero_grad()
-        with torch.autocast(self.x1.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(self.x1.device, self.dtype):
             loss = flow.loss(self.model, self.x0, self.x1, self.y, self.t).mean()
         loss.backward()
         for optimizer in self.optimizers:
@@ -105,56 +111,41 @@ class Side:
 
 def steps(repeats, device):
     ours, plain = Side(device), Side(device, plain=True)
-    return {
-        "step": entry(*clock([ours.step, plain.step], repeats, device)),
-        "translation": entry(*clock([ours.translation, plain.translation], repeats, device)),
-    }
+    return {"step": entry(*clock([ours.step, plain.step], repeats, device)),
+            "translation": entry(*clock([ours.translation, plain.translation], repeats, device))}
 
 
 def fused(repeats, device):
-    B, C, n = 64, 128, 4096
+    B, C = 64, 128
     randn = partial(torch.randn, device=device)
     dtype, memory = pick_formats("auto", device)
     x, dy = [randn(B, C, 64, 64).to(dtype, memory_format=memory) for _ in range(2)]
     inputs = [z.requires_grad_() for z in (x, randn(C), randn(C), randn(B, C), randn(B, C))]
-    matrix, g = randn(n, n), randn(n)
-    calls = {
-        "norm_film_silu": lambda op: grad(op(*inputs[:3], C // 16, *inputs[3:]), inputs, dy),
-        "row_lse": lambda op: op(matrix, g, 2.0),
-    }
-    result = {}
-    for name, call in calls.items():
-        sides = [getattr(ops, f"{name}_reference")]
-        if device.type == "cuda":
-            sides = [torch.compile(sides[0], dynamic=False), getattr(ops, f"fused_{name}")]
-        ms = clock([partial(call, op) for op in sides], repeats, device)
-        result[name] = entry(ms[-1], ms[0])
-    return result
+    sides = [ops.norm_film_silu_reference]
+    if device.type == "cuda":
+        sides = [torch.compile(sides[0], dynamic=False), ops.fused_norm_film_silu]
+    call = lambda op: grad(op(*inputs[:3], C // 16, *inputs[3:]), inputs, dy)
+    ms = clock([partial(call, op) for op in sides], repeats, device)
+    return {"norm_film_silu": entry(ms[-1], ms[0])}
 
 
 def couplings(repeats, device):
     """Plans over as many steps as by default in training, their time divided by as many, on random images:
     2,000 of each label for semidiscrete."""
     side = Side(device)
-    count = 16 * len(side.y)
-    x0, x1, y = side.noise(count), side.noise(count), side.y.cpu().repeat(16)
-    eight = [part[:count // 2] for part in (x0, x1, y)]
+    count, generator = len(side.y), torch.Generator().manual_seed(0)
+    x0, x1, y = side.noise(16 * count), side.noise(8 * count), side.y.cpu().repeat(16)
     images = [.5 * side.noise(2000).cpu() for _ in range(5)]
-    semidiscrete = Semidiscrete(images, torch.zeros(5, 2000), device, dtype=side.dtype)
-    generator = torch.Generator(device).manual_seed(0)
-    plans = {  # steps, and how the plan is made
-        "independent": (8, lambda: couple("independent", *eight)),
-        "sinkhorn": (8, lambda: couple("sinkhorn", *eight, 2.0, generator)),
-        "exact": (8, lambda: couple("exact", *eight)),
-        "semidiscrete": (16, lambda: semidiscrete.pick(x0, y)),
-    }
-    result = {"training step": entry(clock([side.step], repeats, device))}
-    step = result["training step"]["ms"]
-    side.dtype = torch.float32  # as that of the plans of a batch
-    result["training step, float32"] = entry(clock([side.step], repeats, device))
-    for name, (served, plan) in plans.items():
-        row = entry(clock([plan], repeats, device) / served)
-        result[name] = dict(row, of_a_step=row["ms"] / (row["ms"] + step))
+    plans = {}  # steps that a plan serves, and the coupling
+    for name in PAIRINGS:
+        plans[name] = 8, Minibatch(name, lambda y, generator: x1, 2.0)
+    plans["semidiscrete"] = 16, Semidiscrete(images, torch.zeros(5, 2000), device, side.dtype)
+    step = entry(clock([side.step], repeats, device))
+    result = {"training step": dict(step, share=1)}
+    for name, (served, couple) in plans.items():
+        call = partial(couple, x0[:served * count], y[:served * count], generator)
+        row = entry(clock([call], repeats, device) / served)
+        result[name] = dict(row, share=row["ms"] / (row["ms"] + step["ms"]))
     return result
 
 
@@ -164,17 +155,11 @@ PARTS = dict(steps=steps, ops=fused, couplings=couplings)
 def main(argv=None):
     c = parse(Config, __doc__, argv)
     keep_memory()
-    device, repeats = pick_device(c.device), 3 if c.quick else 9
-    results = dict(machine=machine_name(device), torch=torch.__version__, threads=torch.get_num_threads())
-    print(*results.values())
+    device = pick_device(c.device)
+    print(f"{machine_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     for part in [c.only] if c.only else PARTS:
-        results[part] = PARTS[part](repeats, device)
-        for name, row in results[part].items():
-            numbers = [f"{key} {value:.4g}" for key, value in row.items()]
-            print(f"{part}, {name}: {', '.join(numbers)}", flush=True)
-    with explain_os_error(f"--out {c.out}", "cannot be made"):
-        Path(c.out).mkdir(parents=True, exist_ok=True)
-    write_json(Path(c.out) / "bench.json", results)
+        found = {name: [row] for name, row in PARTS[part](c.repeats, device).items()}
+        show(Path(c.out) / f"bench-{part}.md", found)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,212 @@
+"""MedShift beside learned rivals, each trained as long as it: SDEdit, a CycleGAN, and supervision.
+
+    python studies/rivals.py
+
+SDEdit (arXiv:2108.01073) adds noise to the picture and denoises it under the target's label, with a flow made
+for that: white noise, independent pairs. The CycleGAN (arXiv:1703.10593) and supervision, the ceiling, have
+the student's network: a pixel sees only what is near it, so anatomy stays. Populations are taken as they are.
+Leaves what `python -m minimedshift.evaluate` does, with these methods in its tables.
+"""
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a study finds the package
+
+from minimedshift import evaluate, phantom, sampler
+from minimedshift.flow import draw_noise
+from minimedshift.methods import MAIN, Method
+from minimedshift.model import load_model
+from minimedshift.optim import EMA
+from minimedshift.phantom import sets
+from minimedshift.student import LocalNet, LocalShape
+from minimedshift.support.command import flag, parse, run
+from minimedshift.support.machine import autocast, in_batches, pick_device, pick_formats
+from studies import couplings
+
+TAUS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Config:
+    shift: float = flag(0.1, "population shift of the simulated heads", "study", low=0, high=1)
+    pairs: int = flag(2000, "pairs that supervision sees", "study", low=1, high=10**6)
+    flags: str = flag("", "more flags of train.py for both flows", "study")
+    out: str = flag("out/studies/rivals", "folder of the flows and of the evaluation", "study")
+
+
+def sdedit(model, x1, y_target, tau, guidance=1.0, steps=20, solver="heun", t_image=1.0, colour=0.0, seed=0):
+    """SDEdit (arXiv:2108.01073, Alg. 1): fresh noise down to time tau, then generate in the target domain.
+
+        xt = a x1 + b x0,   a = tau / t_image,   b^2 = (1 - tau)^2 - a^2 (1 - t_image)^2
+        t_image = 1:   xt = tau x1 + (1 - tau) x0
+
+    x1 (B, C, H, W): source images. They count as xt at t = t_image, so they hold a part of the noise already.
+    y_target: int or (B,). x0 is drawn on the host from `seed`, the same on every machine.
+    """
+    x0 = draw_noise(x1.shape, torch.Generator().manual_seed(seed), colour).to(x1)
+    a = tau / t_image
+    b = math.sqrt((1 - tau) ** 2 - (a * (1 - t_image)) ** 2)
+    return sampler.decode(model, a * x1 + b * x0, y_target, tau, guidance, steps, solver, t_image)
+
+
+class Local(LocalNet):
+    """The student's network, for one pair of domains: x (B, C, H, W) -> its translation."""
+
+    def __init__(self, channels, width, blocks):
+        super().__init__(LocalShape(1, channels, width, dilations=(1,) * blocks))
+
+    def forward(self, x):
+        only = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return super().forward(x, only, only)
+
+
+def judge(channels, width=32):
+    """A PatchGAN (arXiv:1611.07004): a mark for each 34 x 34 pixels, (B, C, H, W) -> (B, 1, ~H/4, ~W/4)."""
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2),
+        nn.Conv2d(width, 2 * width, 4, 2, 1), nn.LeakyReLU(0.2),
+        nn.Conv2d(2 * width, 4 * width, 4, 1, 1), nn.LeakyReLU(0.2),
+        nn.Conv2d(4 * width, 1, 4, 1, 1))
+
+
+def off(mark, wanted):
+    """How far a judge's marks are from 1 (real) or 0 (translated), squared (arXiv:1611.04076)."""
+    return (mark.float() - wanted).square().mean()
+
+
+def descend(loss, optimizer, schedule, clip=math.inf):
+    """One step of an optimizer. A gradient longer than `clip` is shortened to it."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
+    optimizer.step()
+    schedule.step()
+
+
+def some(generator, count, device, *stacks):
+    """`count` images at places drawn at random, the same of each stack: (B, C, H, W) float32 each."""
+    which = torch.randint(len(stacks[0]), (count,), generator=generator).numpy()
+    return [torch.as_tensor(stack[which]).to(device, torch.float32) for stack in stacks]
+
+
+def cyclegan(source, target, steps, device, batch_size=4, lr=1e-3, cycle=3.0, width=48, blocks=4, seed=0):
+    """Two Local networks, source -> target and target -> source, from unpaired images (N, C, H, W).
+
+    In each step, both ways (arXiv:1703.10593, eq. 3 with least squares):
+        generators   min  (judge(fake) - 1)^2 + cycle |there and back - x|
+        judges       min  (judge(real) - 1)^2 + judge(fake)^2
+    Adam, the rate constant for half of the steps, then linear to 0; the weights are running means.
+    """
+    dtype, memory = pick_formats("auto", device)
+    torch.manual_seed(seed)
+    generators = nn.ModuleList([Local(source.shape[1], width, blocks) for _ in range(2)])
+    judges = nn.ModuleList([judge(source.shape[1]) for _ in range(2)])
+    rate = lambda step: min(1, 2 * (1 - step / steps))
+    descents = []
+    for part in (generators, judges):
+        part.to(device=device, memory_format=memory)
+        optimizer = torch.optim.Adam(part.parameters(), lr, betas=(0.5, 0.99))
+        descents.append((optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)))
+    (forth, back), (judge_source, judge_target) = generators, judges
+    ema, draw = EMA(generators), torch.Generator().manual_seed(seed)
+    for step in range(1, steps + 1):
+        x, = some(draw, batch_size, device, source)
+        y, = some(draw, batch_size, device, target)
+        judges.requires_grad_(False)
+        with autocast(device, dtype):
+            fake_y, fake_x = forth(x), back(y)
+            fooled = off(judge_target(fake_y), 1) + off(judge_source(fake_x), 1)
+            returned = F.l1_loss(back(fake_y), x) + F.l1_loss(forth(fake_x), y)
+        descend(fooled + cycle * returned, *descents[0], clip=1.0)
+        ema.update(step)
+        judges.requires_grad_(True)
+        with autocast(device, dtype):
+            wrong = off(judge_target(y), 1) + off(judge_target(fake_y.detach()), 0)
+            wrong = wrong + off(judge_source(x), 1) + off(judge_source(fake_x.detach()), 0)
+        descend(wrong / 2, *descents[1], clip=1.0)
+    return ema.model
+
+
+def supervised(source, target, steps, device, batch_size=16, lr=1e-3, width=64, blocks=6, seed=0):
+    """A Local network from pairs (N, C, H, W): a ceiling that sees what MedShift never sees.
+
+        loss ||network(x) - x1||^2        x, x1: source and target of one head
+
+    AdamW, cosine decay to zero.
+    """
+    dtype, memory = pick_formats("auto", device)
+    torch.manual_seed(seed)
+    network = Local(source.shape[1], width, blocks).to(device=device, memory_format=memory)
+    optimizer = torch.optim.AdamW(network.parameters(), lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    draw = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x, x1 = some(draw, batch_size, device, source, target)
+        with autocast(device, dtype):
+            loss = (network(x) - x1).square().mean()
+        descend(loss, optimizer, schedule)
+    return network.eval()
+
+
+def train_for(seconds, train, trial=5):
+    """What train(steps) returns after about `seconds`: a rival gets as long as MedShift had.
+    It is tried twice before, so that what is done only once does not count."""
+    train(trial)
+    start = time.time()
+    train(trial)
+    return train(max(1, round(seconds * trial / (time.time() - start))))
+
+
+def train_networks(config, seconds, pairs, device):
+    """A CycleGAN and a supervised network, {(source, target): network} each, trained for `seconds` each.
+    config: of MedShift's checkpoint. pairs: how many supervision sees."""
+    size, seed = config["size"], config["seed"]
+    s, t = [phantom.DOMAINS.index(name) for name in MAIN]
+    images = sets.training_images(size, config["train_images"] // len(phantom.DOMAINS), seed, config["shift"])
+    first = sets.first_seed(seed, "supervised")
+    people = [phantom.Head(first + i) for i in range(pairs)]
+    source = phantom.render(people, MAIN[0], size).numpy()
+    target = phantom.render(people, MAIN[1], size, noise=False).numpy()
+    how = dict(device=device, seed=seed)
+    forth, back = train_for(seconds, lambda steps: cyclegan(images[s], images[t], steps, **how))
+    paired = train_for(seconds, lambda steps: supervised(source, target, steps, **how))
+    return {(s, t): forth, (t, s): back}, {(s, t): paired}
+
+
+@torch.inference_mode()
+def one_pair_each(networks, q, _=None):
+    """A Method's translation of a Question by {(source, target): network}; None for other pairs."""
+    network = networks.get((q.source, q.target))
+    return network and in_batches(network, q.x)
+
+
+def main(argv=None):
+    c = parse(Config, __doc__, argv)
+    out, device = Path(c.out), pick_device("auto")
+    flags = f"--no-balance --shift {c.shift:g} {c.flags}"
+    _, log = couplings.train(flags, out / "medshift")
+    couplings.train(f"{flags} --coupling independent --colour 0", out / "sdedit")
+    file = out / "medshift" / "checkpoint.pt"
+    _, state = load_model(file, device)
+    model, _ = load_model(out / "sdedit" / "checkpoint.pt", device)
+    edit = partial(sdedit, model, t_image=state["translate"]["t_image"])
+    edited = lambda q, tau: in_batches(lambda x: edit(x, q.target, tau), q.x)
+    print(f"training a CycleGAN and a supervised network, {log['seconds'][-1]:.0f} s each", flush=True)
+    both_ways, with_pairs = train_networks(state["config"], log["seconds"][-1], c.pairs, device)
+    methods = [Method("SDEdit", "learned", edited, TAUS, "tau"),
+               Method("CycleGAN", "learned", partial(one_pair_each, both_ways)),
+               Method("supervised", "ceiling", partial(one_pair_each, with_pairs))]
+    return evaluate.main(["--checkpoint", str(file), "--out", str(out / "evaluation")], extra_methods=methods)
+
+
+if __name__ == "__main__":
+    run(main)

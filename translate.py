@@ -160,7 +160,7 @@ def translate_files(files, translate, model, state, c, device):
 def translate_heads(model, student, how, state, c, s, t, device):
     """Write translate.png beside the checkpoint: test heads, translated from domain number s to t."""
     size, config, domains = state["image"]["size"], state["config"], state["domains"]
-    pairs = sets.paired_heads(size, config["test_heads"], "test", config["seed"], decoys=sets.DECOYS)
+    pairs = sets.paired_heads(size, config["test_heads"], "test", config["seed"])
     pairs = pairs.only([DOMAINS.index(name) for name in domains])
     path, taus = Path(c.checkpoint).parent / "translate.png", None if c.tau is None else (c.tau,)
     evaluate.picture(path, model, student, how, pairs, domains, s, t, device, taus)

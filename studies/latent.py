@@ -68,8 +68,7 @@ def main(argv=None):
     how, domains = state["translate"], state["domains"]
     simulated = set(domains) <= set(phantom.DOMAINS)
     refuse(not simulated, f"{c.checkpoint}: its domains are not the simulated ones")
-    pairs = sets.paired_heads(state["image"]["size"], c.heads, "valid", state["config"]["seed"],
-                              decoys=sets.DECOYS)
+    pairs = sets.paired_heads(state["image"]["size"], c.heads, "valid", state["config"]["seed"])
     images = [to_float(pairs.images[:, phantom.DOMAINS.index(name)], device) for name in domains]
     found = {"chance": [{"domain told": 1 / len(domains), "same head": 1 / c.heads}]}
     for tau in [i / 10 for i in range(11)]:

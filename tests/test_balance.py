@@ -14,7 +14,7 @@ from minimedshift.phantom import sets
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    return sets.paired_heads(64, 48, "valid", cache=tmp_path_factory.mktemp("cache"), progress=False)
+    return sets.paired_heads(64, 48, "valid", cache=tmp_path_factory.mktemp("cache"))
 
 
 def test_a_head_is_known_again_in_another_domain(pairs):

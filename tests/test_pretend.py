@@ -23,7 +23,7 @@ RUNS = {"semidiscrete": "--coupling semidiscrete",
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
-    sets.phantom_set(16, 20, 2, 8, cache=folder, progress=False)
+    sets.phantom_set(16, 20, 2, 8, cache=folder)
     return str(folder)
 
 

@@ -83,15 +83,9 @@ def png_of_16_bit_colour():
 
 
 def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path):
-    PICTURES["L"].save(tmp_path / "cut.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:300])
-    (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "deep.png").write_bytes(png_of_16_bit_colour())
     Image.fromarray(noise(8, 8, 4), mode="CMYK").save(tmp_path / "ink.jpg")
-    PICTURES["L"].save(tmp_path / "pages.tif", save_all=True, append_images=[PICTURES["L"]])
-    reasons = {"cut.png": "truncated", "text.png": "cannot", "deep.png": "16-bit colour", "ink.jpg": "CMYK",
-               "pages.tif": "2 pages", "none.png": "no such file"}
-    for name, why in reasons.items():
+    for name, why in {"deep.png": "16-bit colour", "ink.jpg": "CMYK", "none.png": "no such file"}.items():
         with pytest.raises(UserError, match=f"{name}.*{why}") as error:
             images.read_image(tmp_path / name)
         assert "\n" not in str(error.value)
@@ -99,21 +93,6 @@ def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path):
     x, info = images.read_image(tmp_path / "a.png")
     with pytest.raises(UserError, match="JPEG cannot hold a 16-bit"):
         images.write_image(tmp_path / "a.jpg", x, info)
-
-
-def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "a.png"
-    PICTURES["L"].save(path)
-    before, (x, info) = path.read_bytes(), images.read_image(path)
-
-    def half(self, where, **_):
-        where.write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Image.Image, "save", half)
-    with pytest.raises(KeyboardInterrupt):
-        images.write_image(path, -x, info)
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_the_images_of_a_folder_are_found_below_it_too_and_hidden_ones_are_not(tmp_path):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from minimedshift.methods import scorer
 from minimedshift.model import Shape, UNet
 from minimedshift.support import machine
 
@@ -57,6 +58,10 @@ def test_blocks_are_compiled_where_that_is_possible(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(machine, "triton", triton())  # its launcher cannot be built
     assert not can_compile(CUDA) and "not compiling" in capsys.readouterr().out
+
+
+def test_scores_are_computed_where_there_is_float64():
+    assert scorer(MPS) == "cpu" and scorer(CUDA) == CUDA and scorer("cpu") == "cpu"
 
 
 def test_a_batch_that_does_not_fit_is_halved():

@@ -127,8 +127,7 @@ def write_image(path, x, info):
     except UserError:
         raise
     except Exception as error:  # an encoder can raise anything too
-        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"{path}: cannot be written ({why})") from None
+        raise UserError(f"{path}: cannot be written ({str(error) or type(error).__name__})") from None
 
 
 def to_pixels(x, bits=8):

@@ -98,8 +98,6 @@ class Log:
     def draw(self):
         """loss.png: every step's loss and its running mean."""
         self.flush()
-        if not self.rows:
-            return
         losses = np.array(self.column("loss"))
         width = min(50, len(losses))
         axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()

@@ -17,14 +17,14 @@ try:
 except ImportError:
     triton = None
 
-from minimedshift.support.command import UserError
+from minimedshift.support.command import refuse
 
 
 def pick_device(name):
     """The torch.device asked for, or with "auto" the best one here. Raises UserError where there is none."""
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if name != "auto" and name not in here:
-        raise UserError(f"--device {name} is not available on this machine, which has: {', '.join(here)}")
+    refuse(name not in ("auto", *here),
+           f"--device {name} is not available on this machine, which has: {', '.join(here)}")
     return torch.device(here[0] if name == "auto" else name)
 
 

@@ -33,9 +33,9 @@ def test_tau_trades_the_head_for_the_domain(tmp_path):
     done = subprocess.run([sys.executable, PAGE], capture_output=True, text=True, cwd=tmp_path, timeout=240,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - start < 60  # 9 s on a core of an AMD EPYC
+    assert time.monotonic() - start < 60  # it takes 7 s of one core
 
-    number = r"\s+(\d+\.\d+)"
+    number = r"\s+(\d+\.\d+|nan)"
     rows = re.findall(rf"(tau [\d.]+|truth)  \|.{{24}}\|{number}{number}{number}", done.stdout)
     taus = (1.0, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0)
     assert [name for name, *_ in rows] == [*(f"tau {tau}" for tau in taus), "truth"]

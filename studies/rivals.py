@@ -62,7 +62,7 @@ class Local(LocalNet):
     """The student's network, for one pair of domains: x (B, C, H, W) -> its translation."""
 
     def __init__(self, channels, width, blocks):
-        super().__init__(LocalShape(1, channels, width, dilations=(1,) * blocks))
+        super().__init__(LocalShape(1, channels, width, blocks=blocks))
 
     def forward(self, x):
         only = torch.zeros(len(x), dtype=torch.int64, device=x.device)

@@ -32,7 +32,7 @@ from minimedshift.support.command import flag, parse, run
 from minimedshift.support.machine import autocast, in_batches, pick_device, pick_formats
 from studies import couplings
 
-TAUS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+TAUS = (0.9, 0.3, 0.5, 0.6, 0.7, 0.8, 0.95)  # of SDEdit; the first for all ordered pairs
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from torch.testing import assert_close
 
 from minimedshift import realism
-from minimedshift.support.command import UserError
 
 
 def normal(*shape, seed=0):
@@ -39,16 +37,6 @@ def test_the_kernel_distance_is_the_double_loop_and_unbiased():
     assert abs(repeats.mean()) < 3 * repeats.std() / len(repeats) ** .5
 
 
-def test_the_terms_of_the_kernel_distance_say_how_it_moves_with_each_image():
-    """Their mean is the distance, and their spread predicts how it scatters over sets."""
-    b = normal(300, 4, seed=99)
-    sets = [normal(60, 4, seed=i) + .3 for i in range(200)]
-    distances = torch.tensor([realism.kernel_distance(a, b) for a in sets])
-    assert realism.kernel_terms(sets[0], b).mean().item() == pytest.approx(distances[0].item())
-    predicted = torch.stack([realism.kernel_terms(a, b).std() / 60**.5 for a in sets]).mean()
-    assert distances.std().item() == pytest.approx(predicted.item(), rel=.2)
-
-
 # ---------------------------------------------------------------- the networks of features
 
 def test_learned_features_tell_sets_and_corruptions_apart():
@@ -66,7 +54,6 @@ def test_learned_features_tell_sets_and_corruptions_apart():
     blurred = realism.score(realism.corrupt(x, 1, None), target)
     for key in ("frechet", "kernel"):
         assert floor[key] < other[key] / 5 and floor[key] < blurred[key] / 5
-    assert len(floor["realism_heads"]) == 200
     assert all(isinstance(floor[key], float) for key in ("frechet", "kernel"))
 
 
@@ -77,22 +64,3 @@ def test_each_corruption_changes_the_picture_and_keeps_its_shape(kind):
     assert spoilt.shape == x.shape and torch.equal(spoilt, x) == (kind == 0) and spoilt.isfinite().all()
 
 
-def test_a_user_brings_features(tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text("def features(x):\n    return x.mean((2, 3))\n")
-    assert_close(realism.load_features(path)(torch.ones(3, 2, 4, 4)), torch.ones(3, 2))
-
-
-WRONG = [(None, "FileNotFoundError"), ("x = 1", "no function features"), ("1 / 0", "ZeroDivisionError"),
-         ("def features(x):\n    return x", r"must return a tensor \(3, D\)"),
-         ("features = lambda x: 3", "must return a tensor")]
-
-
-@pytest.mark.parametrize("code, says", WRONG)
-def test_a_wrong_feature_file_is_a_sentence(tmp_path, code, says):
-    path = tmp_path / "mine.py"
-    if code is not None:
-        path.write_text(code)
-    with pytest.raises(UserError, match=says) as error:
-        realism.load_features(path)(torch.ones(3, 2, 4, 4))
-    assert "\n" not in str(error.value)

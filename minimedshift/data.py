@@ -1,12 +1,8 @@
-"""What a data set is, and how your own folders of images become one.
-
-A data set has training images of each domain, unpaired. Where it can, it has pairs to validate and test on.
-A folder is read once: from then on its images lie in the cache, at the size of training.
-"""
+"""What a data set is, and how your own folders of images become one: unpaired images of each domain to train
+on and, where it can be, pairs to validate and test on. A folder is read once, into the cache."""
 
 import inspect
 import json
-import math
 import os
 import sys
 import time
@@ -17,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minimedshift.support.command import UserError
+from minimedshift.support.command import UserError, refuse
 from minimedshift.support.files import cached
 from minimedshift.support.images import decode, figure, image_files, read_image
 from minimedshift.support.log import progress
@@ -74,8 +70,7 @@ class Dataset:
         return np.searchsorted(until, u * until[-1], side="right").clip(max=count - 1)
 
     def drawn(self, d, count=None):
-        """`count` training images of domain d (None: as many as there are). One of weight 2 is there twice as
-        often as one of weight 1, as in training."""
+        """`count` training images of domain d (None: as many as there are), as often as in training."""
         count = count or len(self.train_images[d])
         return self.train_images[d][self.pick(d, (np.arange(count) + .5) / count)]
 
@@ -83,8 +78,8 @@ class Dataset:
 def select_domains(dataset, names):
     """The domains `names` alone, in this order. Raises UserError for fewer than two, or an unknown one."""
     keep = [dataset.domains.index(name) for name in names if name in dataset.domains]
-    if len(set(keep)) < max(2, len(names)):
-        raise UserError(f"--domains needs two or more different names of {', '.join(dataset.domains)}")
+    refuse(len(set(keep)) < max(2, len(names)),
+           f"--domains needs two or more different names of {', '.join(dataset.domains)}")
     some = lambda per_domain: per_domain and [per_domain[d] for d in keep]
     valid, test = (pairs and pairs.only(keep) for pairs in (dataset.valid_pairs, dataset.test_pairs))
     return replace(dataset, domains=tuple(names), train_images=some(dataset.train_images),
@@ -92,30 +87,25 @@ def select_domains(dataset, names):
                    valid_pairs=valid, test_pairs=test)
 
 
-def by_domain(base, skip=None):
+def by_domain(base):
     """{domain: its image files}; the folders on the way to an image, joined with "-", name its domain."""
     found = {}
     for path in image_files(base):
         parts = path.relative_to(base).parts[:-1]
-        if parts and parts[0] != skip:
+        if parts and parts[0] != "test":
             found.setdefault("-".join(parts), []).append(path)
     return dict(sorted(found.items()))
 
 
 def find_files(root, seed):
-    """The domains of a folder, and {"train-0": image files of the first, "test-0": ..., "train-1": ...}.
-
-    Raises UserError for a missing folder, fewer than two domains, or test images of another domain.
-    """
+    """The domains of a folder, and {"train-0": image files of the first, "test-0": ..., "train-1": ...}."""
     root, files = Path(root), {}
-    if not root.is_dir():
-        raise UserError(f"--data {root}: there is no such folder")
-    train, test = by_domain(root / "train") or by_domain(root, skip="test"), by_domain(root / "test")
-    if len(train) < 2:
-        raise UserError(f"--data {root}: two or more sub-folders with images are needed, "
-                        f"found: {', '.join(train) or 'none'}")
-    if unknown := test.keys() - train:
-        raise UserError(f"--data {root}: test has {', '.join(unknown)}, without training images")
+    refuse(not root.is_dir(), f"--data {root}: there is no such folder")
+    train, test = by_domain(root / "train") or by_domain(root), by_domain(root / "test")
+    refuse(len(train) < 2, f"--data {root}: two or more sub-folders with images are needed, "
+                           f"found: {', '.join(train) or 'none'}")
+    unknown = ", ".join(test.keys() - train)
+    refuse(unknown, f"--data {root}: test has {unknown}, without training images")
     for d, (domain, paths) in enumerate(train.items()):
         held_out = test.get(domain, [])
         if not test:  # a tenth of the images, at least one of five
@@ -127,120 +117,90 @@ def find_files(root, seed):
     return tuple(train), files
 
 
-def folder_set(root, size, seed=0, cache=None, progress=True):
+def folder_set(root, size, seed=0, cache=None):
     """The Dataset of ROOT/DOMAIN, a tenth held out by `seed`, or of ROOT/train/DOMAIN and ROOT/test/DOMAIN.
-
-    Raises UserError for a missing folder, fewer than two domains, or a domain without a readable image.
-    """
+    Raises UserError for a missing folder, fewer than two domains, or a domain without a readable image."""
     domains, files = find_files(root, seed)
-    stamps = []  # they tell that a file has changed
-    for key, paths in files.items():
-        for path in paths:
-            file = path.stat()
-            stamps.append((key, str(path.absolute()), file.st_size, file.st_mtime_ns))
+    stamps = [(str(path.absolute()), path.stat().st_mtime_ns) for path in sum(files.values(), [])]
     code = [inspect.getsource(part) for part in (decode, read_image, crop_to_square, read_files)]
-    content = [code, torch.__version__, size, stamps]
-    folder = cached(cache, f"folder-{size}", content, lambda work: read_files(work, files, size, progress))
+    content = [code, torch.__version__, size, {key: len(paths) for key, paths in files.items()}, stamps]
+    folder = cached(cache, f"folder-{size}", content, lambda work: read_files(work, files, size))
 
     names = json.loads((folder / "names.json").read_text())
     if names["unreadable"]:
         skipped = f"skipped {len(names['unreadable'])} unreadable files"
         print(*names["unreadable"], skipped, sep="\n", file=sys.stderr)
-    images = {key: np.load(folder / f"{key}.npy", mmap_mode="r") for key in files}
-    train = [images[f"train-{d}"] for d in range(len(domains))]
-    test = [images[f"test-{d}"] for d in range(len(domains))]
+    load = lambda split: [np.load(folder / f"{split}-{d}.npy", mmap_mode="r") for d in range(len(domains))]
+    train, test = load("train"), load("test")
     for domain, stack in zip(domains, train):
-        if not len(stack):
-            raise UserError(f"--data {root}: the domain {domain} has no image that can be read")
+        refuse(not len(stack), f"--data {root}: the domain {domain} has no image that can be read")
     valid, paired = paired_by_name(test, [names[f"test-{d}"] for d in range(len(domains))])
     return Dataset(domains, size, train[0].shape[1], train, test, valid, paired)
 
 
-def read_files(folder, files, size, show):
-    """Read {key: paths}: images (N, C, size, size) into KEY.npy, their names into names.json.
-
-    C is 1 if all images are grey, else 3. Each image is written as it comes: memory does not grow with them.
-    """
+def read_files(folder, files, size):
+    """Read {key: paths} into KEY.npy, (N, C, size, size), C = 1 if all are grey, else 3, and names.json."""
     def read(path):
         try:
             return crop_to_square(read_image(path)[0], size).half().numpy(), path.stem
         except UserError as error:
             return None, str(error)
 
-    names = {key: [] for key in ("unreadable", *files)}
-    channels = {key: [] for key in files}  # of each image
-    start, done, total = time.time(), 0, sum(map(len, files.values()))
+    names, images = {key: [] for key in ("unreadable", *files)}, {key: [] for key in files}
+    start, done, total = time.time(), 0, len(sum(files.values(), []))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for key, paths in files.items():
-            with open(folder / f"{key}.raw", "wb") as raw:
-                for first in range(0, len(paths), 100):  # so that no more are read ahead
-                    for x, name in pool.map(read, paths[first:first + 100]):
-                        done += 1
-                        if show:
-                            progress(done, total, start, "reading images, once")
-                        names["unreadable" if x is None else key].append(name)
-                        if x is not None:
-                            channels[key].append(len(x))
-                            x.tofile(raw)
-    most = max(sum(channels.values(), []), default=1)
-    for key, counts in channels.items():
-        header = dict(descr="<f2", fortran_order=False, shape=(len(counts), most, size, size))
-        with open(folder / f"{key}.raw", "rb") as raw, open(folder / f"{key}.npy", "wb") as stack:
-            np.lib.format.write_array_header_1_0(stack, header)
-            for count in counts:
-                stack.write(raw.read(count * size**2 * 2) * (most // count))  # grey goes into every channel
-        (folder / f"{key}.raw").unlink()
+            for x, name in pool.map(read, paths):
+                done += 1
+                progress(done, total, start, "reading images, once")
+                names["unreadable" if x is None else key].append(name)
+                if x is not None:
+                    images[key].append(x)
+    channels = max((len(x) for x in sum(images.values(), [])), default=1)
+    for key, found in images.items():
+        stack = np.empty((len(found), channels, size, size), np.float16)
+        for i, x in enumerate(found):
+            stack[i] = x  # grey goes into every channel
+        np.save(folder / f"{key}.npy", stack)
     (folder / "names.json").write_text(json.dumps(names))
 
 
-def paired_by_name(images, names, fewest=8):
+def paired_by_name(images, names):
     """Two `Pairs`, for validation and testing: images (N_d, C, H, W) with one name in every domain, by turns.
-
-    names: N_d of each domain. (None, None) where fewer than `fewest` are in all.
-    """
+    names: N_d of each domain. (None, None) where fewer than 8 are in all."""
     common = sorted(set.intersection(*map(set, names)))
-    if len(common) < fewest:
+    if len(common) < 8:
         return None, None
-    stacks = []
-    for stack, some in zip(images, names):
-        place = {}
-        for i, name in enumerate(some):
-            place.setdefault(name, i)  # the first of a name
-        stacks.append(stack[[place[name] for name in common]])
-    pairs = np.stack(stacks, 1)  # (N, D, C, H, W)
+    take = lambda stack, some: stack[[some.index(name) for name in common]]  # the first of a name
+    pairs = np.stack(list(map(take, images, names)), 1)  # (N, D, C, H, W)
     return Pairs(pairs[::2]), Pairs(pairs[1::2])
 
 
 def sample(images):
     """At most 500 of the images, evenly spread, float32."""
-    return np.asarray(images[:: math.ceil(len(images) / 500)], np.float32)
+    return np.asarray(images[::len(images) // 500 + 1], np.float32)
 
 
-def check(dataset, path, each=6):
-    """Draw a grid of examples to `path`. Prints and returns a line per domain: its count and values."""
-    rows, lines = [], []
+def check(dataset, path):
+    """Draw a grid of examples to `path`. Print a line per domain, its count and values, and what looks wrong."""
+    rows = []
     for domain, images, kept in zip(dataset.domains, dataset.train_images, dataset.test_images):
         some = sample(images)
         few = "; few: what they happen to share will be taken for the domain" if len(images) < FEW else ""
-        lines.append(f"{domain}: {len(images)} to train, {len(kept)} held out; "
-                     f"values {some.min():.2f} to {some.max():.2f}, mean {some.mean():.2f}{few}")
-        shown = np.linspace(0, len(some) - 1, min(each, len(some))).astype(int)
-        rows.append(list(some[shown]))
+        print(f"{domain}: {len(images)} to train, {len(kept)} held out; "
+              f"values {some.min():.2f} to {some.max():.2f}, mean {some.mean():.2f}{few}")
+        rows.append(some[:: len(some) // 7 + 1][:6])
     for a, b in opposite(dataset):
-        lines.append(f"warning: {a} and {b} look like negatives of each other: a translation between them "
-                     "will not show the same thing; invert the images of one")
+        print(f"warning: {a} and {b} look like negatives of each other: a translation between them "
+              "will not show the same thing; invert the images of one")
     figure(path, rows, [], dataset.domains)
-    print(*lines, f"examples: {path}", sep="\n")
-    return lines
+    print(f"examples: {path}")
 
 
 def opposite(dataset):
-    """Pairs of domains of opposite polarity: where one's mean image is bright, the other's is dark.
-
-    Coarse contrast is what noise remembers of an image, so a translation keeps it: dark stays dark.
-    """
+    """Pairs of domains of opposite polarity: where one's mean image is bright, the other's is dark. Coarse
+    contrast is what noise remembers of an image, so a translation keeps it: dark stays dark."""
     means = np.stack([sample(images).mean((0, 1)).ravel() for images in dataset.train_images])
     noise = np.random.default_rng(0).standard_normal(means[0].size)  # for images without any contrast
-    alike = np.corrcoef(means + 1e-6 * noise)
-    names = dataset.domains
-    return [(names[i], names[j]) for i, j in zip(*np.nonzero(np.triu(alike < OPPOSITE, 1)))]
+    pairs = np.argwhere(np.triu(np.corrcoef(means + 1e-6 * noise) < OPPOSITE, 1))
+    return [(dataset.domains[i], dataset.domains[j]) for i, j in pairs]

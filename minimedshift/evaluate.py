@@ -15,7 +15,6 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 
 from minimedshift import balance, batches, data, metrics, phantom, realism, sampler, student, tables
@@ -44,6 +43,7 @@ class Config:
 
 OF_A_PAIR = ("structure", "E", "gap_closed", "same_head", "noise", "seconds")  # kept of each ordered pair
 OF_A_SETTING = ("setting", "gap_closed", "structure", "kernel")  # kept of each setting that is tried
+SAID = (("structure", ".2f"), ("gap_closed", ".0%"), ("noise", ".2f"))  # printed of each method
 
 
 def bounds(q, curve):
@@ -52,65 +52,61 @@ def bounds(q, curve):
         return None, None
     E_curve = metrics.structure_mse(answer(curve, q)[0], q.truth)
     E_second = torch.zeros_like(E_curve) if q.second is None else metrics.structure_mse(q.second, q.truth)
-    return E_curve, E_second
+    return E_curve.cpu(), E_second.cpu()
 
 
-def score(methods, q, limits, chosen={}, reference=None):
+def score(methods, q, limits, reference=None):
     """{method: row}, all numbers of each method's answer to a Question; who does not know it has no row.
 
-    limits: its `bounds`. chosen: {method: setting}, else the default is taken. A row holds metrics.SCORES,
-    with a realism.Reference how real the translations look, and kind, knob, setting, seconds.
+    limits: its `bounds`. A row holds kind, knob, setting, seconds, metrics.SCORES, and with a
+    realism.Reference how real the translations look.
     """
     rows = {}
     for method in methods:
-        setting = chosen.get(method.name, method.settings[0])
-        x, seconds = answer(method, q, setting)
+        x, seconds = answer(method, q)
         if x is None:
             continue
-        row = dict(kind=method.kind, knob=method.knob, setting=setting, seconds=seconds)
-        row.update(metrics.score(x, q.truth, q.images, *limits, q.decoys, q.materials))
-        if reference is not None:
-            row.update(realism.score(x, reference))
-        rows[method.name] = row
+        row = dict(kind=method.kind, knob=method.knob, setting=method.settings[0], seconds=seconds)
+        row |= metrics.score(x, q.truth, q.images, *limits, q.decoys, q.materials)
+        rows[method.name] = row | (realism.score(x, reference) if reference else {})
     return rows
 
 
 def sweep(methods, q, curve, reference=None):
-    """Methods at each of their settings on one Question: {method: [{setting, *OF_A_SETTING}]}."""
-    q, found = replace(q, decoys=None, materials=None), {}
-    limits = bounds(q, curve)
+    """Methods at each of their settings on one Question: {method: [{key of OF_A_SETTING: value}]}."""
+    q = replace(q, decoys=None, materials=None)
+    limits, found = bounds(q, curve), {}
     for method in methods:
         for setting in sorted(method.settings):
-            for row in score([method], q, limits, {method.name: setting}, reference).values():
+            for row in score([replace(method, settings=(setting,))], q, limits, reference).values():
                 found.setdefault(method.name, []).append({key: row.get(key) for key in OF_A_SETTING})
     return found
 
 
-def best(points):
-    """The setting of a sweep that closes the most of the gap."""
-    gaps = {point["setting"]: point["gap_closed"] for point in points}
-    return max(gaps, key=lambda setting: -np.inf if gaps[setting] is None else gaps[setting])
+def best(method, points):
+    """The method at the setting of a sweep that closes the most of the gap."""
+    point = max(points, key=lambda point: point["gap_closed"] or 0)  # None: of all points
+    return replace(method, settings=(point["setting"],))
 
 
-def main_pair(methods, q, curve, chosen={}, reference=None):
-    """The rows of one Question. less_ours: 95 % interval of the gap closed less that of the student (without
-    one, of MedShift), paired over heads."""
+def main_pair(methods, q, curve, reference=None):
+    """The rows of one Question. less_ours: 95 % interval of the gap closed less that of the last method of
+    kind "ours", paired over heads."""
     limits = bounds(q, curve)
-    rows = score(methods, q, limits, chosen, reference)
-    ours = [name for name, row in rows.items() if row["kind"] == "ours"][-1:]
-    for name, row in rows.items():
-        if ours not in ([], [name]) and q.truth is not None:
-            errors = [torch.tensor(rows[each]["E_heads"]) for each in (name, *ours)]
-            row["less_ours"] = metrics.difference_interval(*errors, *(limit.cpu() for limit in limits))
+    rows = score(methods, q, limits, reference)
+    ours = [row for row in rows.values() if row["kind"] == "ours"]
+    if ours and q.truth is not None:
+        for row in rows.values():
+            E, E_ours = torch.tensor([row["E_heads"], ours[-1]["E_heads"]])
+            row["less_ours"] = metrics.difference_interval(E, E_ours, *limits)
     return rows
 
 
-def all_pairs(methods, pairs_of, domains, curve, heads, device, chosen={}):
+def all_pairs(methods, pairs_of, domains, curve, heads, device):
     """Every ordered pair: {method: {"source -> target": row}}, and {method: summary} of those that know all.
     pairs_of(s): the `Pairs` of source s."""
     rows = {method.name: {} for method in methods}
-    errors = {method.name: [] for method in methods}  # (N,) of each pair with a gap
-    limits = []
+    errors = {method.name: [] for method in methods}  # (3, N) of each pair with a gap: own, and the bounds
     for s, source in enumerate(domains):
         pairs = pairs_of(s)
         x = to_float(pairs.images[:heads, s], device)  # one tensor: a flow's way back is kept
@@ -118,14 +114,12 @@ def all_pairs(methods, pairs_of, domains, curve, heads, device, chosen={}):
             if s == t:
                 continue
             q = replace(question(pairs, s, t, heads, device, x), materials=None)
-            limit = bounds(q, curve)
+            limits = bounds(q, curve)
             E_untouched = metrics.structure_mse(x.to(q.truth.device), q.truth)
-            gap = E_untouched.mean() > limit[1].mean()  # a cleaner source has nothing to close
-            if gap:
-                limits.append(limit)
-            for name, row in score(methods, q, limit, chosen).items():
+            gap = E_untouched.mean() > limits[1].mean()  # a cleaner source has nothing to close
+            for name, row in score(methods, q, limits).items():
                 if gap:
-                    errors[name].append(torch.tensor(row["E_heads"]))
+                    errors[name].append(torch.stack([torch.tensor(row["E_heads"]), *limits]))
                 else:
                     row["gap_closed"] = None
                 rows[name][f"{source} -> {target}"] = {key: row[key] for key in OF_A_PAIR}
@@ -133,91 +127,81 @@ def all_pairs(methods, pairs_of, domains, curve, heads, device, chosen={}):
     for method in methods:
         found = rows[method.name].values()
         if len(found) == len(domains) * (len(domains) - 1):
-            setting = chosen.get(method.name, method.settings[0])
-            means[method.name] = dict(kind=method.kind, knob=method.knob, setting=setting)
-            means[method.name].update(summary(found, errors[method.name], limits))
+            means[method.name] = dict(kind=method.kind, knob=method.knob, setting=method.settings[0])
+            means[method.name] |= summary(found, errors[method.name])
     return rows, means
 
 
-def summary(rows, errors, limits):
+def summary(rows, errors):
     """Means over ordered pairs, the worst pair, and how many have noise within 1/2 to 2.
-    errors: (N,) of each pair with a gap; limits: its `bounds`."""
+    errors: (3, N) of each pair with a gap."""
     known = lambda key: [row[key] for row in rows if row[key] is not None]
-    gaps, noise, same = known("gap_closed"), known("noise"), known("same_head")
-    result = dict(pairs=len(rows), pairs_with_gap=len(gaps))
-    result["same_head"] = sum(same) / len(same) if same else None
-    result["noise_right"] = sum(.5 <= ratio <= 2 for ratio in noise) if noise else None
-    if gaps:
-        def mean_gap(E, curve, second):  # (pairs, draws, N) -> (draws,)
-            return ((curve - E).mean(-1) / (curve - second).mean(-1)).mean(0)
-
-        per_head = [torch.stack(each).cpu() for each in (errors, *zip(*limits))]
-        interval = list(metrics.bootstrap(mean_gap, *per_head))
-        result.update(gap_closed=sum(gaps) / len(gaps), worst_pair=min(gaps), gap_interval=interval)
-    return result
+    mean = lambda values: sum(values) / len(values) if values else None
+    closed = lambda E, curve, second: ((curve - E).mean(-1) / (curve - second).mean(-1)).mean(0)  # (draws,)
+    gaps, noise = known("gap_closed"), known("noise")
+    return dict(
+        pairs=len(rows), pairs_with_gap=len(gaps), same_head=mean(known("same_head")),
+        noise_right=sum(.5 <= ratio <= 2 for ratio in noise) if noise else None,
+        gap_closed=mean(gaps), worst_pair=min(gaps, default=None),
+        gap_interval=metrics.bootstrap(closed, *torch.stack(errors).unbind(1)) if gaps else None)
 
 
-def evaluation(dataset, methods, s, t, device, heads=128, heads_each=32, valid_heads=0, everywhere=None,
-               populations=None, reference=None):
-    """Methods on the pair s -> t, and those named in `everywhere` (None: all) on every pair: a dict for json.
+def evaluation(dataset, methods, s, t, device, heads=128, heads_each=32, valid_heads=0, own=None,
+               reference=None):
+    """Methods on the pair s -> t, and on every pair: a dict for json.
 
         heads, heads_each    how many were measured
         main_pair            {population: {method: row}}, see `score` and `main_pair`
         all_pairs            {population: {"pairs", "means"}}, see `all_pairs`: with default settings
         pareto               `sweep` of the main pair, where its settings are chosen
-    valid_heads: settings are chosen on so many; 0: the defaults. populations: {name: function from a source's
-    number to its test `Pairs`}. Unpaired test images have no truth: only realism is measured, no all_pairs.
+    valid_heads: settings are chosen on so many; 0: the defaults, and only ours on every pair. own(s): test
+    `Pairs` of the source's own population. Unpaired test images have no truth: only realism is measured.
     """
-    domains, pairs = dataset.domains, dataset.test_pairs
+    start, domains, pairs = time.time(), dataset.domains, dataset.test_pairs
+    simulated = pairs is not None and pairs.truth is not None
+    found = dict(source=domains[s], target=domains[t], simulated=simulated, main_pair={}, all_pairs={},
+                 version=phantom.VERSION if simulated else None)
     curve = next((method for method in methods if method.name == "curve"), None)
-    if pairs is None:
-        q = question(dataset.test_images, s, t, heads, device)
-        rows = main_pair(methods, q, curve, reference=reference)
-        return dict(heads=len(q.x), main_pair={"shared": rows}, all_pairs={})
-    count = len(pairs.images)
-    found = dict(heads=min(heads, count), heads_each=min(heads_each, count), main_pair={}, all_pairs={})
-    chosen = {}
-    if valid_heads:
+    chosen, everywhere = methods, [method for method in methods if valid_heads or method.kind == "ours"]
+    if valid_heads and pairs is not None:
         print("choosing settings on validation heads", flush=True)
         q = question(dataset.valid_pairs, s, t, valid_heads, device)
-        found["pareto"] = sweep(methods, q, curve, reference)
-        chosen = {name: best(points) for name, points in found["pareto"].items()}
-    for population, pairs_of in (populations or {"shared": lambda _: pairs}).items():
-        print(f"{domains[s]} -> {domains[t]}, {found['heads']} test heads, EMA weights:", flush=True)
-        q = question(pairs_of(s), s, t, heads, device)
-        found["main_pair"][population] = main_pair(methods, q, curve, chosen, reference)
-        tables.say(found["main_pair"][population])
-        some = [method for method in methods if everywhere is None or method.name in everywhere]
-        rows, means = all_pairs(some, pairs_of, domains, curve, heads_each, device)
-        found["all_pairs"][population] = dict(pairs=rows, means=means)
-    return found
+        points = found["pareto"] = sweep(methods, q, curve, reference)
+        chosen = [best(method, points[method.name]) for method in methods if method.name in points]
+    populations = {"shared": lambda _: dataset.test_images if pairs is None else pairs}
+    if own:
+        populations["own"] = own
+    for population, test_of in populations.items():
+        q = question(test_of(s), s, t, heads, device)
+        print(f"{domains[s]} -> {domains[t]}, {len(q.x)} test heads, EMA weights:", flush=True)
+        found |= dict(heads=len(q.x), heads_each=min(heads_each, len(q.x)))
+        rows = found["main_pair"][population] = main_pair(chosen, q, curve, reference)
+        for name, row in rows.items():
+            dB, gap, noise = (tables.cell(row[key], form) for key, form in SAID)
+            print(f"  {tables.label(name, row)}: structure {dB} dB, gap closed {gap}, noise {noise}, "
+                  f"{row['seconds']:.1f} s", flush=True)
+        if pairs is not None:
+            rows, means = all_pairs(everywhere, test_of, domains, curve, heads_each, device)
+            found["all_pairs"][population] = dict(pairs=rows, means=means)
+    return found | dict(evaluation_seconds=time.time() - start)
 
 
 def report(model, student, dataset, how, device="cpu"):
-    """What train.py writes to report.json, and prints: `evaluation` of the main methods, of MedShift and its
-    student on all pairs too. how: checkpoint["translate"]. Beside it: simulated, version (of the simulator),
-    translation (how), source, target, evaluation_seconds."""
-    start = time.time()
+    """What train.py writes to report.json, and prints: `evaluation` at default settings.
+    how: checkpoint["translate"]."""
     s, t = main_domains(dataset.domains)
     methods = every_method(dataset, model, how, student)
-    ours = [method.name for method in methods if method.kind == "ours"]
-    found = evaluation(dataset, methods, s, t, device, everywhere=ours)
+    found = evaluation(dataset, methods, s, t, device)
     for name, row in found["all_pairs"]["shared"]["means"].items():
-        gap, same = tables.percent(row.get("gap_closed")), tables.percent(row["same_head"])
+        gap, same = (tables.cell(row[key], ".0%") for key in ("gap_closed", "same_head"))
         print(f"all {row['pairs']} ordered pairs, {name}: gap closed {gap}, same head {same}", flush=True)
-    simulated = dataset.test_pairs.truth is not None
-    about = dict(simulated=simulated, version=phantom.VERSION if simulated else None, translation=how,
-                 source=dataset.domains[s], target=dataset.domains[t])
-    return about | found | dict(evaluation_seconds=time.time() - start)
+    return dict(translation=how) | found
 
 
 @torch.inference_mode()
 def picture(path, model, student, how, pairs, domains, s, t, device, taus=None, heads=6):
     """Draw source | the flow at several tau | student | truth, of the first heads; captions: mean structure.
-
-    taus: None for the paper's and that of `how`. pairs: test `Pairs`, or unpaired images (methods.question),
-    which have no truth: an image of the target domain is drawn instead. student: a Student, or None.
-    """
+    pairs: test `Pairs`, or unpaired images: then any image of the target domain stands for the truth."""
     q = question(pairs, s, t, heads, device)
     if taus is None:
         taus = sorted({tau for tau in (*TAUS, how["tau"]) if tau < how["t_image"]})
@@ -228,15 +212,12 @@ def picture(path, model, student, how, pairs, domains, s, t, device, taus=None, 
         columns["student"] = student(q.x, s, t)
     captions, pictures = [], []
     for caption, x in columns.items():
-        x = x.to(q.images.device).nan_to_num().clamp(-1, 1)
-        if q.truth is not None:
-            caption += f"\n{metrics.structure(x, q.truth).mean():.1f} dB"
-        captions.append(caption)
-        pictures.append(x.cpu())
+        pictures.append(x.to(q.images.device).nan_to_num().clamp(-1, 1))
+        dB = "" if q.truth is None else f"\n{metrics.structure(pictures[-1], q.truth).mean():.1f} dB"
+        captions.append(caption + dB)
     simulated = q.truth is not None and q.truth is not q.images
     captions.append(f"{domains[t]}\n" + ("simulated truth" if simulated else "an image"))
-    pictures.append((q.truth if simulated else q.images).cpu())
-    rows = list(zip(*pictures))
+    rows = torch.stack([*pictures, q.truth if simulated else q.images], 1).cpu()
     figure(path, rows, captions, [""] * len(rows))
 
 
@@ -262,7 +243,7 @@ def own_population(dataset, heads, seed):
 
 def main(argv=None, extra_methods=()):
     """The command. extra_methods: more `Method`s to compare, such as the learned rivals of studies/."""
-    c, start = parse(Config, __doc__, argv), time.time()
+    c = parse(Config, __doc__, argv)
     device = pick_device(c.device)
     keep_memory()
     model, state = load_model(c.checkpoint, device)
@@ -284,26 +265,19 @@ def main(argv=None, extra_methods=()):
     real = [images for name, images in zip(domains, dataset.train_images) if name.startswith("real")]
     features = realism.train_features(real if len(real) >= 2 else list(dataset.train_images))
     reference = realism.Reference(to_float(dataset.train_images[t], scorer(device)), features)
-    paired = dataset.test_pairs is not None
-    simulated = paired and dataset.test_pairs.truth is not None
-    command = " ".join(["python -m minimedshift.evaluate", *(argv or sys.argv[1:])])
-    results = dict(
-        command=command, checkpoint=c.checkpoint, steps=state["step"], weights="EMA", seed=config["seed"],
-        machine=machine_name(device), torch=torch.__version__, source=domains[s], target=domains[t],
-        references=reference.count, simulated=simulated)
-    populations = None
-    if simulated:
-        results.update(version=phantom.VERSION, shift=config["shift"], balance=config["balance"])
-        own = own_population(dataset, c.heads, config["seed"])
-        populations = {"shared": lambda _: dataset.test_pairs, "own": own}
     methods = [*every_method(dataset, model, state["translate"], pupil), *extra_methods]
-    results.update(evaluation(dataset, methods, s, t, device, c.heads, c.heads_each, c.valid_heads,
-                              populations=populations, reference=reference))
-    if paired:
+    simulated = dataset.test_pairs is not None and dataset.test_pairs.truth is not None
+    own = own_population(dataset, c.heads, config["seed"]) if simulated else None
+    results = dict(
+        command=" ".join(["python -m minimedshift.evaluate", *(argv or sys.argv[1:])]), seed=config["seed"],
+        checkpoint=c.checkpoint, steps=state["step"], weights="EMA", machine=machine_name(device),
+        torch=torch.__version__, shift=config["shift"], references=reference.count)
+    how_many = c.heads, c.heads_each, c.valid_heads
+    results |= evaluation(dataset, methods, s, t, device, *how_many, own, reference)
+    if "pareto" in results:
         tables.pareto(out / "pareto.png", results)
-    results["seconds"] = time.time() - start
     write_json(out / "results.json", results)
-    text = tables.table(results)
+    text = tables.page(results)
     with write_whole(out / "table.md") as work:
         work.write_text(text)
     print(text)

@@ -1,9 +1,4 @@
-"""What is compared: a Question, and every Method that answers it.
-
-A Question is one ordered pair of domains on N heads: pictures to translate, and their truth where there is
-one. A Method is a way to translate them. `every_method` lists all: those without a network come from
-baselines.UNPAIRED and PAIRED.
-"""
+"""What is compared: a Question, and every Method that answers it. Those without a network: baselines.py."""
 
 import time
 from dataclasses import dataclass
@@ -39,21 +34,15 @@ class Question:
 
 def question(pairs, s, t, heads, device, x=None):
     """The Question s -> t on the first `heads` heads of `Pairs`. x: the sources, if they are loaded already.
-
-    Of real pairs a noisy image is all the truth there is. pairs can also be unpaired images, an array
-    (N_d, C, H, W) for each domain: then there is no truth.
-    """
-    def get(array, *which):
-        return None if array is None else to_float(array[:heads][which], scorer(device))
-
+    Of real pairs a noisy image is the truth. Of unpaired images, (N_d, C, H, W) a domain, there is none."""
+    get = lambda array: None if array is None else to_float(array[:heads], scorer(device))
     if not isinstance(pairs, Pairs):
         return Question(s, t, to_float(pairs[s][:heads], device), get(pairs[t]))
-    every = slice(None)
     x = to_float(pairs.images[:heads, s], device) if x is None else x
-    images = get(pairs.images, every, t)
-    truth = images if pairs.truth is None else get(pairs.truth, every, t)
-    second, decoys = get(pairs.second, every, t), get(pairs.decoys, every, every, t)
-    return Question(s, t, x, images, truth, second, decoys, get(pairs.materials))
+    right = pairs.only(t)  # its arrays have no axis of domains
+    images = get(right.images)
+    truth = images if right.truth is None else get(right.truth)
+    return Question(s, t, x, images, truth, get(right.second), get(right.decoys), get(right.materials))
 
 
 def scorer(device):
@@ -64,20 +53,16 @@ def scorer(device):
 def main_domains(domains, source=None, target=None):
     """The numbers of the main pair's domains: MAIN, or where one is missing the first and the last domain."""
     domains = list(domains)
-    if source is None:
-        source = next(name for name in (MAIN[0], *domains) if name in domains and name != target)
-    if target is None:
-        target = next(name for name in (MAIN[1], *domains[::-1]) if name in domains and name != source)
+    source = source or next(name for name in (MAIN[0], *domains) if name in domains and name != target)
+    target = target or next(name for name in (MAIN[1], *domains[::-1]) if name in domains and name != source)
     return domains.index(source), domains.index(target)
 
 
 @dataclass(frozen=True)
 class Method:
     """A way to translate: translate(question, setting) -> (N, C, H, W), or None if it does not know the pair.
-
     kind: "unpaired" (no network), "learned", "ours", "ceiling" (sees pairs) or "bound" (needs the truth).
-    settings: what is tried on validation heads, the default first; knob: what they are.
-    """
+    settings: what `knob` can be; the first is taken, and the others are tried on validation heads."""
     name: str
     kind: str
     translate: Callable
@@ -85,11 +70,10 @@ class Method:
     knob: str = ""
 
 
-def answer(method, q, setting=None):
-    """The translation of a Question, clipped like a stored image, and the seconds it took; or None, 0.
-    Raises UserError for a translation that is no number."""
+def answer(method, q):
+    """The translation of a Question, clipped like a stored image, and the seconds it took; or None, 0."""
     start = time.time()
-    x = method.translate(q, setting)
+    x = method.translate(q, method.settings[0])
     if x is None:
         return None, 0.0
     if x.is_cuda:
@@ -119,15 +103,8 @@ def flow(model, how):
     def encoded(x1, s, tau):
         return in_batches(lambda x: sampler.encode(model, x, s, tau, **legs), x1)
 
-    def translate(q, tau):
-        forth = partial(sampler.decode, guidance=how["guidance"], **legs)
-        return in_batches(lambda z: forth(model, z, q.target, tau), encoded(q.x, q.source, tau))
-    return translate
-
-
-def directly(translate):
-    """translate(x, s, t) with nothing to set: a student."""
-    return lambda q, _: in_batches(lambda x: translate(x, q.source, q.target), q.x)
+    forth = partial(sampler.decode, model, guidance=how["guidance"], **legs)
+    return lambda q, tau: in_batches(lambda z: forth(z, q.target, tau), encoded(q.x, q.source, tau))
 
 
 def every_method(dataset, model=None, how=None, student=None):
@@ -137,17 +114,15 @@ def every_method(dataset, model=None, how=None, student=None):
     for name, fit in baselines.UNPAIRED.items():
         rounds = (1,) if name == "histogram" else ROUNDS
         methods.append(Method(name, "unpaired", unpaired(dataset, fit, max(rounds)), rounds, "rounds"))
-    pairs = dataset.valid_pairs
-    if pairs is not None:
-        for name, fit in baselines.PAIRED.items():
-            methods.append(Method(name, "ceiling", paired(pairs, fit)))
-    if pairs is not None and pairs.second is not None:
-        methods.append(Method("second exposure", "bound", lambda q, _: q.second))
-    else:
-        methods.append(Method("real against real", "bound", lambda q, _: q.images))
     if model is not None:
         taus = [tau for tau in TAUS if tau < how["t_image"] and tau != how["tau"]]
         methods.append(Method("MedShift", "ours", flow(model, how), (how["tau"], *taus), "tau"))
     if student:
-        methods.append(Method(STUDENT, "ours", directly(student)))
-    return methods
+        at_once = lambda q, _: in_batches(lambda x: student(x, q.source, q.target), q.x)
+        methods.append(Method(STUDENT, "ours", at_once))
+    pairs = dataset.valid_pairs
+    if pairs is not None:
+        methods += [Method(name, "ceiling", paired(pairs, fit)) for name, fit in baselines.PAIRED.items()]
+    if pairs is not None and pairs.second is not None:
+        return [*methods, Method("second exposure", "bound", lambda q, _: q.second)]
+    return [*methods, Method("real against real", "bound", lambda q, _: q.images)]

@@ -69,8 +69,9 @@ def fill(module, weights, path):
     own, weights = module.state_dict(), weights if isinstance(weights, dict) else {}
     for name in sorted(own.keys() | weights.keys(), key=str):
         have, want = shape(weights.get(name)), shape(own.get(name))
-        refuse(name not in own or have != want, f"{path} holds another network: {name} is {have}, this one needs {want}")
-        refuse(not weights[name].isfinite().all(), f"{path} is spoilt: {name} has a number that is not finite")
+        refuse(name not in own or have != want,
+               f"{path} holds another network: {name} is {have}, this one needs {want}")
+        refuse(not weights[name].isfinite().all(), f"{path} is spoilt: a number in {name} is not finite")
     if any(p.is_meta for p in module.parameters()):
         module.to_empty(device=next(iter(weights.values())).device)
     module.load_state_dict(weights)

@@ -11,13 +11,12 @@ from PIL import Image, ImageDraw, ImageFont
 from minimedshift.support.command import UserError, refuse
 from minimedshift.support.files import write_whole
 
-MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")  # Pillow's names
-COLOURED = ("P", "RGB", "RGBA")
+MODES = ("L", "LA", "I;16", "RGB", "RGBA")  # Pillow's names
 FORMATS = {  # extension -> format, the modes it can hold, how it is saved without loss (JPEG: nearly)
     ".png": ("PNG", MODES, {}),
     ".tif": ("TIFF", MODES, {}),
     ".jpg": ("JPEG", ("L", "RGB"), dict(quality=95, subsampling=0)),
-    ".bmp": ("BMP", ("1", "L", "P", "RGB"), {}),
+    ".bmp": ("BMP", ("L", "RGB"), {}),
     ".webp": ("WEBP", ("RGB", "RGBA"), dict(lossless=True, exact=True)),
 }
 READ = tuple({name for name, _, _ in FORMATS.values()})  # some others that Pillow knows run programs
@@ -32,7 +31,6 @@ warnings.filterwarnings("ignore", module="PIL")  # a doubtful part of a header i
 class Info:
     """What is needed to write an image as it was read."""
     mode: str                        # one of MODES
-    depth: int                       # bits a channel
     size: tuple                      # (height, width)
     alpha: np.ndarray | None = None  # (H, W) uint8, kept as it was
     extra: dict = field(default_factory=dict)  # orientation, resolution, colour profile
@@ -41,8 +39,8 @@ class Info:
 def read_image(path):
     """x (C, H, W) float32 in [-1, 1] and its Info; C = 1 where all channels are equal, else 3.
 
-    16-bit grey keeps its depth. Alpha is put aside: colours count as stored, and so does the way up: a tag
-    that turns the image is kept. Raises UserError if unreadable.
+    Alpha is put aside: colours count as stored, and so does the way up: a tag that turns the image is kept. A
+    palette becomes RGB. Raises UserError if unreadable.
     """
     refuse(not Path(path).is_file(), f"{path}: there is no such file")  # a pipe may never end
     try:
@@ -52,15 +50,14 @@ def read_image(path):
     except Exception as error:  # a damaged file can raise anything in its decoder
         why = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path}: cannot be read as an image ({why})") from None
-    depth = {"I;16": 16, "1": 1}.get(mode, 8)
     v = torch.from_numpy(pixels.astype(np.float32)).reshape(*pixels.shape[:2], -1)
     alpha = None
     if mode in ("LA", "RGBA"):
         alpha, v = pixels[..., -1].copy(), v[..., :-1]
-    if v.shape[-1] == 3 and bool((v == v[..., :1]).all()):
+    if (v == v[..., :1]).all():
         v = v[..., :1]
-    x = v.permute(2, 0, 1) / (65535 if depth == 16 else 255) * 2 - 1
-    return x.contiguous(), Info(mode, depth, tuple(x.shape[1:]), alpha, extra)
+    x = v.permute(2, 0, 1) / (65535 if mode == "I;16" else 255) * 2 - 1
+    return x.contiguous(), Info(mode, tuple(x.shape[1:]), alpha, extra)
 
 
 def decode(path):
@@ -69,11 +66,12 @@ def decode(path):
         width, height = image.size
         refuse(width * height > PIXELS, f"{path}: {width} x {height} pixels are too many: make it smaller")
         refuse(max(width, height) > LONG * min(width, height),
-               f"{path}: {width} x {height} pixels is more than {LONG} times as long as wide: "
-               "cut out what matters")
+               f"{path}: {width} x {height} is more than {LONG} times as long as wide: cut out what matters")
         pages = getattr(image, "n_frames", 1)
         deep = ";16" in str(getattr(image, "tile", ""))
         image.load()
+        if image.mode == "P":
+            image = image.convert("RGBA" if "transparency" in image.info else "RGB")
         mode = "I;16" if image.mode.startswith("I;16") else image.mode
         advice = "cannot be translated; write it as one 8- or 16-bit grey or 8-bit RGB image"
         refuse(pages > 1, f"{path}: {pages} pages {advice}")
@@ -82,10 +80,6 @@ def decode(path):
         extra = {key: image.info[key] for key in ("exif", "dpi", "icc_profile") if image.info.get(key)}
         if not all(0 < dots < 2**15 for dots in extra.get("dpi", ())):  # NaN too: no format can write it
             del extra["dpi"]
-        if mode == "P" and "transparency" in image.info:
-            mode, image = "RGBA", image.convert("RGBA")
-        if mode in ("P", "1"):
-            image = image.convert("RGB" if mode == "P" else "L")
         return mode, np.asarray(image), extra
 
 
@@ -100,30 +94,22 @@ def channels_to(x, channels):
 
 def check_writable(path, info):
     """Raise UserError unless the format that `path` names by its extension can hold an image of this mode."""
-    name, modes, _ = FORMATS.get(Path(path).suffix.lower(), ("", (), {}))
-    refuse(not name, f"{path}: an image file ends in one of {' '.join(FORMATS)}")
-    refuse(info.mode not in modes,
-           f"{path}: {name} cannot hold a {info.depth}-bit {info.mode} image; take .png or .tif")
+    name, modes, _ = FORMATS[Path(path).suffix.lower()]
+    refuse(info.mode not in modes, f"{path}: {name} cannot hold a {info.mode} image; take .png or .tif")
 
 
 def write_image(path, x, info):
     """Write x (C, H, W) in [-1, 1] as `info` says, whole or not at all. Raises UserError if it cannot."""
-    path = Path(path)
     check_writable(path, info)
-    name, _, options = FORMATS[path.suffix.lower()]
-    x = channels_to(x.detach().float().cpu(), 3 if info.mode in COLOURED else 1)
-    v = to_pixels(x, 16 if info.depth == 16 else 8)
+    name, _, options = FORMATS[Path(path).suffix.lower()]
+    x = channels_to(x.detach().float().cpu(), 3 if info.mode in ("RGB", "RGBA") else 1)
+    v = to_pixels(x, 16 if info.mode == "I;16" else 8)
     if info.alpha is not None:
         v = np.concatenate([v, info.alpha[..., None]], -1)
-    if info.mode == "P":
-        image = to_palette(v)
-    else:
-        image = Image.fromarray(v[..., 0] if v.shape[-1] == 1 else v)
-    if info.mode == "1":
-        image = image.convert("1")
     try:
         with write_whole(path) as work:
-            image.save(work, format=name, **options, **info.extra)
+            image = Image.fromarray(v[..., 0] if v.shape[-1] == 1 else v)
+            image.save(work, name, **options, **info.extra)
     except UserError:
         raise
     except Exception as error:  # an encoder can raise anything too
@@ -135,16 +121,6 @@ def to_pixels(x, bits=8):
     top = 2**bits - 1
     v = ((x + 1) / 2 * top).round().clamp(0, top).permute(1, 2, 0)
     return v.numpy().astype(f"uint{bits}")
-
-
-def to_palette(v):
-    """A palette image of v (H, W, 3) uint8: exact up to 256 colours, so always for grey."""
-    colours, index = np.unique(v.reshape(-1, 3), axis=0, return_inverse=True)
-    if len(colours) > 256:
-        return Image.fromarray(v).quantize(256)
-    image = Image.fromarray(index.reshape(v.shape[:2]).astype(np.uint8), mode="L")
-    image.putpalette(colours.astype(np.uint8).tobytes())
-    return image
 
 
 def image_files(folder, above=()):

@@ -1,4 +1,4 @@
-"""`torchrun --nproc_per_node=N train.py`: N processes, each draws a step's whole batch, trains on its part."""
+"""`torchrun --nproc_per_node=N train.py`: each process draws the whole batch and trains on its part."""
 
 import os
 import sys

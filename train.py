@@ -1,14 +1,11 @@
-"""Train MedShift: one flow-matching network for all domains. The loop is in `train`: a batch of paired noise
-and images (batches.py), flow.loss, Muon and AdamW, the running mean of the weights (optim.py).
+"""Train MedShift: one flow-matching network for all domains, then its student. The loop is in `train`.
 
     python train.py                simulates the five X-ray domains, trains, translates, scores
     python train.py --data DIR     your own images, DIR/DOMAIN/*.png
     python train.py --resume       goes on where the last run stopped, exactly
     torchrun --nproc_per_node=2 train.py    the same run over two devices
 
-Ends with a student (student.py), which learns from the flow to translate in one evaluation.
-Leaves in out/: checkpoint.pt, log.csv, loss.png, translations.png, report.json. Ctrl-C saves and stops.
-"""
+Leaves in out/: checkpoint.pt, log.csv, loss.png, translations.png, report.json. Ctrl-C saves and stops."""
 
 import math
 import signal
@@ -23,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minimedshift import batches, data, evaluate, sampler
 from minimedshift.flow import loss as flow_loss
-from minimedshift.methods import main_domains
 from minimedshift.model import PRESETS, UNet
 from minimedshift.optim import EMA, Muon, split
 from minimedshift.student import restore, teach
@@ -45,8 +41,7 @@ class Config:
     test_heads: int = flag(128, "simulated test heads, each in all domains", "data", low=1, high=10**6)
     shift: float = flag(0.1, "share of a domain's simulated training heads that are from its own population",
                         "data", low=0, high=1)
-    domains: str = flag("", "train on these domains alone, separated by commas (default: all)", "data")
-    balance: bool = flag(True, "draw those images less often whose like is rare in the other domains", "data")
+    balance: bool = flag(True, "draw images less often that are rare in the other domains", "data")
     check_data: bool = flag(False, "write a picture and a line per domain, then stop", "data")
     preset: str = flag("auto", "network and training settings", "method", ("auto", *PRESETS))
     coupling: str = flag("semidiscrete", "which noise goes with which image", "method",
@@ -111,8 +106,6 @@ def main(argv=None):
         return 130 if net is None else finish(config, dataset, net, device, dtype, file)
 
 
-# ---------------------------------------------------------------- the flow
-
 def train(config, dataset, device, dtype, memory, file, before=None):
     """The training loop; `before` is a checkpoint to go on from. Returns the EMA network, None if stopped."""
     model, optimizers, ema = build(config, len(dataset.domains), dataset.channels, device, dtype, memory)
@@ -165,7 +158,8 @@ def train(config, dataset, device, dtype, memory, file, before=None):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ranks.leave()  # what remains is small, and rank 0's
-    print(log.coupling() if first < config.steps else "all steps were done before", flush=True)
+    if first == config.steps:
+        print("all steps were done before", flush=True)
     return ema.model
 
 
@@ -176,9 +170,7 @@ def any_rank(flag):
 
 def take_step(net, optimizers, config, dtype, x0, x1, y, t, e):
     """One step of the optimizers: the loss of the batch before it, and the norm of its gradient.
-
-    A gradient that is not finite counts as zero. Nothing waits for the device to see it.
-    """
+    A gradient that is not finite counts as zero. Nothing waits for the device to see it."""
     with autocast(x1.device, dtype):
         loss = flow_loss(net, x0, x1, y, t, config.sigma, e).mean()
     loss.backward()
@@ -244,7 +236,7 @@ def finish(config, dataset, net, device, dtype, file):
 def draw(file, net, student, how, dataset, device):
     """translations.png: held-out images of the main pair."""
     test = dataset.test_images if dataset.test_pairs is None else dataset.test_pairs
-    s, t = main_domains(dataset.domains)
+    s, t = evaluate.main_domains(dataset.domains)
     evaluate.picture(file.parent / "translations.png", net, student, how, test, dataset.domains, s, t, device)
 
 
@@ -295,8 +287,6 @@ def go_on(before, file, model, optimizers, ema):
         raise UserError(f"{file} holds an optimizer that cannot be read ({type(error).__name__})") from None
     return before["step"]
 
-
-# ---------------------------------------------------------------- flags
 
 def resolve(config):
     """The config with everything automatic filled in, and the device. Raises UserError for wrong flags."""

@@ -1,13 +1,9 @@
 """Translate X-ray images: `python translate.py INPUT OUTPUT --source DOMAIN --target DOMAIN`.
 
-INPUT is an image or a folder of images, with its sub-folders. OUTPUT gets the same names, sizes, modes and
-bit depths; a network trained on grey images makes colours grey. --source auto finds the domain of each image.
-The checkpoint's student translates, in one evaluation. --method flow, or a flag of the flow such as --tau,
-takes the flow. Without arguments, held-out simulated heads become a figure beside the checkpoint.
-
-An image is translated at the size of the training images: its shorter side is brought to it. The change is
-then carried to full resolution (support/sizes.py), so that the image's own fine detail stays.
-"""
+INPUT is an image or a folder of images, with its sub-folders. OUTPUT gets the same names and bit depths.
+The student translates; --method flow, or a flag such as --tau, takes the flow. Without arguments, held-out
+simulated heads become a figure beside the checkpoint. An image is translated at the size of the training
+images; the change is then carried to full resolution (support/sizes.py), so that its fine detail stays."""
 
 import sys
 import time
@@ -20,13 +16,13 @@ import torch
 from minimedshift import classify, evaluate, sampler
 from minimedshift.methods import main_domains
 from minimedshift.model import load_model
-from minimedshift.phantom import DOMAINS, sets
+from minimedshift.phantom import sets
 from minimedshift.student import restore
 from minimedshift.support import images
 from minimedshift.support.command import UserError, flag, parse, refuse, run
 from minimedshift.support.files import explain_os_error
 from minimedshift.support.log import progress
-from minimedshift.support.machine import can_compile, in_batches, keep_memory, pick_device
+from minimedshift.support.machine import in_batches, keep_memory, pick_device
 from minimedshift.support.sizes import carry_to_full_size, resize, working_shape
 
 HOW = "flow (default: as the checkpoint says)"
@@ -159,9 +155,8 @@ def translate_files(files, translate, model, state, c, device):
 
 def translate_heads(model, student, how, state, c, s, t, device):
     """Write translate.png beside the checkpoint: test heads, translated from domain number s to t."""
-    size, config, domains = state["image"]["size"], state["config"], state["domains"]
-    pairs = sets.paired_heads(size, config["test_heads"], "test", config["seed"])
-    pairs = pairs.only([DOMAINS.index(name) for name in domains])
+    domains, config = state["domains"], state["config"]
+    pairs = sets.paired_heads(state["image"]["size"], config["test_heads"], "test", config["seed"])
     path, taus = Path(c.checkpoint).parent / "translate.png", None if c.tau is None else (c.tau,)
     evaluate.picture(path, model, student, how, pairs, domains, s, t, device, taus)
     print(f"{path}: simulated test heads, with their mean structure PSNR against the simulated truth")
@@ -193,8 +188,6 @@ def main(argv=None):
     print(f"{source} -> {target} on {device} with {weights}: {way} an image", flush=True)
     if not files:
         return translate_heads(model, student, how, state, c, s, t, device)
-    if can_compile(device) and len(files) >= 100:  # fewer are done sooner without
-        model.compile_blocks(dynamic=True)
     return translate_files(files, translate, model, state, c, device)
 
 

@@ -6,11 +6,9 @@ import torch
 
 def assign(cost):
     """The one-to-one assignment of rows to columns of least total cost, by shortest augmenting paths.
-
     cost (n, n) finite -> the column of each row, (n,) int64 on the host. Prices u of rows and v of columns
     keep all cost_ij - u_i - v_j >= 0, and 0 on every pair that is made: such pairs are optimal (Jonker &
-    Volgenant 1987). The prices start as those of Sinkhorn's algorithm, so that most paths are short.
-    """
+    Volgenant 1987). The prices start as those of Sinkhorn's algorithm, so that most paths are short."""
     cost = cost.detach().cpu().double().numpy()
     n, spread = len(cost), cost.std() or 1.0
     v = np.zeros(n)

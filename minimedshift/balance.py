@@ -3,8 +3,7 @@
 A label stands for a population as well as for a physics. Where real heads are oblique and synthetic ones
 frontal, a network learns that "real" means oblique, and turns heads. So images without counterpart in other
 domains are drawn less often, by importance weights p(head) / p_d(head). The density p_d of heads in domain d
-is counted among nearest neighbours. p is the harmonic mean of them, large only where every domain has heads.
-"""
+is counted among nearest neighbours. p is their harmonic mean, large only where every domain has heads."""
 
 import inspect
 import sys
@@ -24,10 +23,7 @@ FEW = 0.2                 # An effective share of images below this is worth a w
 
 def contrast_thumbnails(images):
     """What heads look like, whatever the domain: (N, C, H, W) in [-1, 1] -> (N, SIDE^2), of unit length.
-
-    z = (x - m) / (s + .03) of a thumbnail x; m and s are the mean and standard deviation of 3x3 pixels.
-    Grey level and contrast, which are the domain's, drop out.
-    """
+    z = (x - m) / (s + .03) of a thumbnail x; m and s, mean and deviation of 3x3 pixels, are the domain's."""
     around = lambda z: F.avg_pool2d(z, 3, stride=1, padding=1, count_include_pad=False)
     x = torch.from_numpy(np.array(images, np.float32)).mean(1, keepdim=True)
     x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True)
@@ -37,28 +33,22 @@ def contrast_thumbnails(images):
 
 
 def weights(sets, seed=0):
-    """How often each image should be drawn: one (N_d,) float32 array a domain, each with mean 1.
-
-    sets: one (N_d, C, H, W) array a domain. The weight of an image is mean_d(1 / n_d)^-1 / n_own. n_d is the
-    share of domain d's images that lie in its neighbourhood, n_own that of its own domain's.
-    """
-    thumbnails, references = [], []
-    draw = np.random.default_rng(seed)
+    """How often each image should be drawn: sets of (N_d, C, H, W) -> (N_d,) float32 a domain, of mean 1.
+    The weight of an image is mean_d(1 / n_d)^-1 / n_own. n_d is the share of domain d's images that lie in
+    its neighbourhood, n_own that of its own domain's."""
+    thumbnails, references, draw = [], [], np.random.default_rng(seed)
     for images in sets:
         parts = np.array_split(images, len(images) // 1000 + 1)
         z = torch.cat([contrast_thumbnails(part) for part in parts])
         thumbnails.append(z)
-        if len(z) > REFERENCES:
-            z = z[np.sort(draw.choice(len(z), REFERENCES, replace=False))]
-        references.append(z)
+        references.append(z[np.sort(draw.choice(len(z), min(len(z), REFERENCES), replace=False))])
     size = torch.tensor([len(z) for z in references])
-    label = torch.repeat_interleave(size)
-    references = torch.cat(references)
+    label, references = torch.repeat_interleave(size), torch.cat(references)
     k = min(len(label), max(FEWEST, round(SHARE * len(label))))
     result = []
     for own, z in enumerate(thumbnails):
         near = [torch.cdist(part, references).topk(k, largest=False).indices for part in z.split(1000)]
-        near = label[torch.cat(near)]  # (N, k): the domains of its neighbours
+        near = label[torch.cat(near)]  # (N, k) domains
         counts = torch.stack([(near == d).sum(1) for d in range(len(sets))], 1)
         n = (counts + k / 400) / size.double()  # (N, D); a little more than counted, so that none is 0
         w = 1 / (1 / n).mean(1) / n[:, own]

@@ -1,13 +1,5 @@
-"""Simple image tools that need no network and no pairs. finish.py, baselines.py and metrics.py use them.
-
-    Curve, fit_histogram          a function of the grey value, fitted so that histograms match
-    laplacian, join               an image as bands from fine to coarse, and their sum
-    BandCurves, fit_bands         a curve for each band
-    blur, low_pass                an image without its fine detail
-    inside, erode, flat_region    where a head is, and where only noise is fine in it
-
-Images are (B, C, H, W). Channels and images share the curves.
-"""
+"""Image tools without a network: grey-value curves, bands of a pyramid, blur, and where a head is.
+Images are (B, C, H, W). Channels and images share the curves."""
 
 import math
 from dataclasses import dataclass
@@ -15,17 +7,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-COARSEST = 4    # The shorter side of a pyramid's last band has about so many pixels.
-SORTED = 2**16  # A histogram is made from about so many pixels.
-KNOTS = 4096    # A curve has so many.
+COARSEST = 4  # The shorter side of a pyramid's last band has about so many pixels.
+SORTED, KNOTS = 2**16, 4096  # A histogram is made from about 2^16 pixels, a curve has 4096 knots.
 
 
 @dataclass(frozen=True)
 class Curve:
     """A function of the grey value: straight between K equally spaced knots, constant outside.
-
-    values (K,) are those at the knots, from low to high.
-    """
+    values (K,) are those at the knots, from low to high."""
     low: float
     high: float
     values: torch.Tensor
@@ -43,8 +32,7 @@ def fit_histogram(source, target):
 
         curve = F_target^-1 o F_source        (Gonzalez and Woods, Digital Image Processing, 3.3.2)
 
-    Half of the pixels that are equal (air) count as darker.
-    """
+    Half of the pixels that are equal (air) count as darker."""
     s, t = pixels(source), pixels(target)
     low, high = ends(s)
     knots = torch.linspace(low, high, KNOTS)
@@ -68,10 +56,8 @@ def ends(values):
 
 def laplacian(x, levels=None):
     """The Laplacian pyramid, levels + 1 bands: [detail at H, at H / 2, ..., the rest].
-
     Halving weighs four pixels 1, 3, 3, 1 each way (Burt and Adelson 1983). levels: None for as many as leave
-    about COARSEST pixels. Curves fitted to the bands of the simulator's own pyramid are .1 to .5 dB worse.
-    """
+    about COARSEST pixels. Curves fitted to the bands of the simulator's own pyramid are .1 to .5 dB worse."""
     if levels is None:
         levels = max(1, round(math.log2(min(x.shape[-2:]) / COARSEST)))
     bands = []
@@ -108,9 +94,7 @@ def fit_bands(source, target):
 
 def blur(x, width, radius):
     """Gaussian blur of `width` pixels, cut off at `radius`, without padding: `radius` is lost on each side.
-
-    A sum of shifted copies is never rounded to TF32, which would drown weak noise.
-    """
+    A sum of shifted copies is never rounded to TF32, which would drown weak noise."""
     k = torch.arange(-radius, radius + 1, dtype=torch.float64)
     k = torch.exp(-k**2 / (2 * width**2))
     kernel = (k / k.sum()).to(x)
@@ -122,18 +106,14 @@ def blur(x, width, radius):
 
 def low_pass(x, width=1.5):
     """Gaussian blur of `width` pixels, reflected at the frame. Sides are over 4 width.
-
-    A wave of w radians per pixel keeps exp(-w^2 width^2 / 2) of its amplitude.
-    """
+    A wave of w radians per pixel keeps exp(-w^2 width^2 / 2) of its amplitude."""
     radius = math.ceil(4 * width)
     return blur(F.pad(x, (radius,) * 4, mode="reflect"), width, radius)
 
 
 def inside(images):
     """Where the head is, (B, 1, H, W) bool: the darker of two classes of grey, whatever that of the air.
-
-    The threshold between them makes n1 n2 (m1 - m2)^2 largest (Otsu 1979, Eq. 14).
-    """
+    The threshold between them makes n1 n2 (m1 - m2)^2 largest (Otsu 1979, Eq. 14)."""
     grey = low_pass(images).mean(1, keepdim=True)
     v = grey.flatten(1).double().sort(1).values  # (B, N)
     n = torch.arange(1, v.shape[1], device=v.device)  # darker pixels
@@ -150,9 +130,7 @@ def erode(mask, pixels):
 
 def flat_region(images, share=.3):
     """Where only noise should be fine: the flattest `share` of the pixels inside the head, (B, 1, H, W) bool.
-
-    A pixel is as flat as the low-passed image is where it is steepest among 5x5 neighbours.
-    """
+    A pixel is as flat as the low-passed image is where it is steepest among 5x5 neighbours."""
     grey = low_pass(images).mean(1, keepdim=True)
     dy, dx = torch.gradient(grey, dim=(2, 3))
     steep = F.max_pool2d(torch.sqrt(dx**2 + dy**2), 5, stride=1, padding=2)

@@ -7,10 +7,8 @@
     x = fitted(x1)                  translations (B, C, H, W) of images of the source domain, not clipped
     x = fitted.first(2)(x1)         after two rounds
 
-A fitted translator is a chain of parts, functions from images to images. Each is fitted to what the parts
-before it leave of the source. A new rival is a function fit_something(source, target), which returns a part,
-and one line in a table.
-"""
+A fitted translator is a chain of functions from images to images, each fitted to what those before it leave.
+A new rival is a function fit_something(source, target) that returns one, and a line in a table."""
 
 import math
 from dataclasses import dataclass
@@ -61,21 +59,6 @@ def spread(stack, most=IMAGES):
     return torch.from_numpy(np.asarray(stack[::n], np.float32))
 
 
-def fit_spectrum(source, target):
-    """Unpaired: gains after which the mean power in each ring of spatial frequencies is the target's.
-    All images are of one size. Ring r has about r periods per longer side."""
-    H, W = source.shape[-2:]
-    frequency = torch.hypot(torch.fft.fftfreq(H)[:, None], torch.fft.fftfreq(W)[None])  # periods per pixel
-    ring = (frequency * max(H, W)).round().long()  # (H, W)
-
-    def power(images):
-        each = torch.fft.fft2(images).abs().square().mean((0, 1))  # (H, W)
-        return torch.bincount(ring.flatten(), each.flatten()) / torch.bincount(ring.flatten())
-
-    gain = (power(target) / power(source).clamp(min=1e-12)).sqrt()[ring]
-    return lambda x: torch.fft.ifft2(torch.fft.fft2(x) * gain.to(x)).real
-
-
 def fit_curve(source, target, bins=512):
     """Paired: the best non-decreasing curve, in least squares of pixels: the limit of any lookup table.
     The mean of the target in each bin of source values, weighted by its count, is made monotone."""
@@ -114,7 +97,6 @@ def isotonic(y, weight):
 
 UNPAIRED = {
     "histogram": alternate(fit_histogram),
-    "histogram and spectrum": alternate(fit_histogram, fit_spectrum, fit_histogram),
     "bands (Laplacian)": alternate(fit_bands, fit_histogram),
 }
 PAIRED = {

@@ -1,8 +1,7 @@
 """What a training step sees: noise, images and labels, paired by the coupling.
 
 All of it is a function of (seed, step): nothing has to be saved, and a resumed run sees what the stopped one
-would have seen. Pairs may be made for several steps at once (--ot-batch); a resumed run makes them again.
-"""
+would have seen. Pairs may be made for several steps at once (--ot-batch); a resumed run makes them again."""
 
 import inspect
 import time
@@ -13,7 +12,7 @@ import torch
 
 from minimedshift import balance, coupling, data
 from minimedshift.coupling import Minibatch, Plan, Semidiscrete
-from minimedshift.flow import draw_noise, draw_t, tint
+from minimedshift.flow import draw_noise, tint
 from minimedshift.phantom import sets
 from minimedshift.support.files import cached, digest
 from minimedshift.support.log import progress
@@ -30,8 +29,6 @@ def load_dataset(config):
     else:
         dataset = sets.phantom_set(config.size, config.train_images, config.valid_heads, config.test_heads,
                                    config.seed, config.shift)
-    if config.domains:
-        dataset = data.select_domains(dataset, [name.strip() for name in config.domains.split(",")])
     return balance.balanced(dataset) if config.balance else dataset
 
 
@@ -43,7 +40,7 @@ class Step(NamedTuple):
     t: torch.Tensor   # (B,) in [0, 1)
     e: torch.Tensor   # (B, C, H, W) the bridge's noise
     plan: Plan        # of the whole window of ot_batch steps, for the log
-    seconds: float    # what pairing took, for each step
+    seconds: float    # what pairing took on the host, for each step
 
 
 def randomness(seed, step, device="cpu"):
@@ -64,16 +61,14 @@ def draw_step(dataset, config, step, device):
     hidden = torch.rand(len(y), generator=host) < config.drop_label
     shape = len(y), dataset.channels, dataset.size, dataset.size
     x0 = draw_noise(shape, there, config.colour, device)
-    t = draw_t(len(y), there, device)
+    t = torch.rand(len(y), generator=there, device=device)  # another noise schedule is another line here
     e = torch.randn(shape, generator=there, device=device)
     return x0, y, hidden, t, e
 
 
 def batches(dataset, config, device, first=0, dtype=torch.float32, rank=0, processes=1):
     """The Steps `first` to config.steps, as an iterator. Potentials are learned before it is returned.
-
-    dtype: of the network's arithmetic. A Step holds the part of the batch that process `rank` trains on.
-    """
+    dtype: of the network's arithmetic. A Step holds the part of the batch that process `rank` trains on."""
     couple = make_coupling(dataset, config, device, dtype)
     n, size = config.ot_batch, config.batch_size // processes
 
@@ -81,9 +76,9 @@ def batches(dataset, config, device, first=0, dtype=torch.float32, rank=0, proce
         for start in range(first - first % n, config.steps, n):
             window = [draw_step(dataset, config, step, device) for step in range(start, start + n)]
             x0, y, hidden, t, e = map(torch.cat, zip(*window))
-            begun = now(device, n)
+            begun = time.perf_counter()
             x0, x1, plan = couple(x0, y, randomness(config.seed, ~start))
-            seconds = (now(device, n) - begun) / n
+            seconds = (time.perf_counter() - begun) / n
             y = to_device(y.masked_fill(hidden, len(dataset.domains)), device)
             for step in range(max(start, first), min(start + n, config.steps)):
                 at = (step - start) * config.batch_size + rank * size
@@ -91,13 +86,6 @@ def batches(dataset, config, device, first=0, dtype=torch.float32, rank=0, proce
                 yield Step(x0[part], x1[part], y[part], t[part], e[part], plan, seconds)
 
     return make()
-
-
-def now(device, steps):
-    """Seconds of the host's clock. A GPU is waited for, but only where that is once in several steps."""
-    if steps > 1 and device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def make_coupling(dataset, config, device, dtype):

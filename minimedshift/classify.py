@@ -1,8 +1,5 @@
-"""Which domain an image is from, and whether it is from any: `--source auto`.
-
-A little noise is laid over the image. The label under which the network predicts that noise best is its
-domain.
-"""
+"""Which domain an image is from, and whether it is from any: `--source auto`. A little noise is laid over the
+image. The label under which the network predicts that noise best is its domain."""
 
 import math
 import sys
@@ -32,35 +29,30 @@ def unexplained(model, x1, labels, seed=0, colour=0.0, draws=8):
         mean over an octave of  |F[v(xt, t, y) - (x1 - x0)]|^2 / E |F[x0]|^2        F: Fourier, in space
 
     It is a mean over `draws` pairs of t and x0 (a diffusion classifier, arXiv:2303.16203); colour is that of
-    the training. In images of its own domain a perfect network leaves less than 1 / t^2.
-    """
+    the training. In images of its own domain a perfect network leaves less than 1 / t^2."""
     B, C, H, W = x1.shape
     masks, generator = octaves(H, W, x1.device), torch.Generator().manual_seed(seed)
     impulse = torch.zeros(1, 1, H, W)
     impulse[..., 0, 0] = 1
     gain = torch.fft.fft2(tint(impulse, colour)).abs().to(x1.device)  # E |F[x0]|^2 = H W gain^2
-    shares = 0
+    shares = torch.zeros(B, len(labels), len(masks), device=x1.device)
     for i in range(draws):
         t = NEAR[0] + (NEAR[1] - NEAR[0]) * (i + 0.5) / draws
         x0 = draw_noise((C, H, W), generator, colour).to(x1.device)
-        xt, times, share = (1 - t) * x0 + t * x1, torch.full((B,), t, device=x1.device), []
-        for y in labels:
+        xt, times = (1 - t) * x0 + t * x1, torch.full((B,), t, device=x1.device)
+        for k, y in enumerate(labels):
             vt = model(xt, times, torch.full((B,), y, device=x1.device)).float()
             power = (torch.fft.fft2(vt - (x1 - x0)) / gain).abs().square().mean(1) / (H * W)  # (B, H, W)
-            share.append(torch.stack([power[:, mask].mean(1) for mask in masks], 1))
-        shares = shares + torch.stack(share, 1) / draws
+            shares[:, k] += torch.stack([power[:, mask].mean(1) for mask in masks], 1) / draws
     return shares
 
 
 def label_of(shares, H, W):
     """The label, the runner-up and whether the two are close, each (B,), from `unexplained` (B, L, O).
-
     The label has the smallest sum over octaves of n log(share), for n frequencies each: the likelihood of a
-    Gaussian error of unknown variance. (The sum of the errors is that of coarse detail, and tells no doses.)
-    """
+    Gaussian error of unknown variance. (The sum of the errors themselves tells no doses apart.)"""
     n = octaves(H, W, shares.device).sum((1, 2))
-    score = (n / n.sum() * shares.log()).sum(-1)  # (B, L)
-    best, labels = score.topk(2, largest=False)
+    best, labels = (n / n.sum() * shares.log()).sum(-1).topk(2, largest=False)  # (B, 2)
     return labels[:, 0], labels[:, 1], best[:, 1] - best[:, 0] < CLOSE
 
 
@@ -70,32 +62,21 @@ def far(shares):
 
 
 def source_labels(x1, names, model, state, source, target, seed):
-    """Labels (B,) of images x1 (B, C, H, W): that of the domain `source`; if it is "auto", the inferred ones.
-
-    Prints what was inferred, and warns of an image that is far from every domain. Eight evaluations for each
-    domain infer a label; a given label takes two, and an image that is far from it is looked at in full.
-    """
-    domains, colour = state["domains"], state["config"]["colour"]
-
-    def look(x, labels, draws):
-        return in_batches(lambda part: unexplained(model, part, labels, seed, colour, draws), x, len(x))
-
-    if source == "auto":
-        suspects = torch.arange(len(x1), device=x1.device)
-        shares = look(x1, range(len(domains)), 8)
-        labels, second, close = label_of(shares, *x1.shape[-2:])
-        for name, y, other, in_doubt in zip(names, labels.tolist(), second.tolist(), close.tolist()):
-            doubt = f" ({domains[other]} is close)" if in_doubt else ""
-            same = ", the target itself: nothing to change" if domains[y] == target else ""
-            print(f"{name}: taken for {domains[y]}{doubt}{same}")
-    else:
-        y = domains.index(source)
-        labels = torch.full((len(x1),), y, device=x1.device)
-        suspects = far(look(x1, [y], 2)).nonzero()[:, 0]
-        if not len(suspects):
-            return labels
-        shares = look(x1[suspects], range(len(domains)), 8)
-    for i in suspects[far(shares)].tolist():
-        print(f"warning: {names[i]} looks like no domain of this network: its translation means little",
-              file=sys.stderr)
+    """Labels (B,) of images x1 (B, C, H, W): that of `source`, or if it is "auto" the inferred ones, printed.
+    Warns of an image that is far from `source`, or with "auto" from every domain."""
+    domains = state["domains"]
+    wanted, draws = (range(len(domains)), 8) if source == "auto" else ([domains.index(source)], 4)
+    look = lambda part: unexplained(model, part, wanted, seed, state["config"]["colour"], draws)
+    shares = in_batches(look, x1, len(x1))
+    for i in far(shares).nonzero()[:, 0].tolist():
+        nearest = "any domain of this network" if source == "auto" else source
+        says = f"does not look like {nearest}: its translation means little"
+        print(f"warning: {names[i]} {says}", file=sys.stderr)
+    if source != "auto":
+        return torch.full((len(x1),), wanted[0], device=x1.device)
+    labels, second, close = label_of(shares, *x1.shape[-2:])
+    for name, y, other, in_doubt in zip(names, labels.tolist(), second.tolist(), close.tolist()):
+        doubt = f" ({domains[other]} is close)" if in_doubt else ""
+        same = ", the target itself: nothing to change" if domains[y] == target else ""
+        print(f"{name}: taken for {domains[y]}{doubt}{same}")
     return labels

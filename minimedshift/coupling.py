@@ -16,8 +16,7 @@ pi_ij is the share of image i that goes to noise j. (For C = 1/2 ||.||^2 it woul
 All are called alike: x0, x1, plan = couple(x0, y, generator) takes noises and their labels, and gives pairs.
 A new coupling that pairs the noises and images of a batch is a function and its entry in PAIRINGS. Pairs are
 made inside each label: a label-blind plan would train a p(x0 | y) that is not N(0, I), while sampling starts
-from N(0, I) (arXiv:2503.10636). With coloured noise (flow.draw_noise) its own Gaussian stands for N(0, I).
-"""
+from N(0, I) (arXiv:2503.10636). With coloured noise (flow.draw_noise) its own Gaussian stands for N(0, I)."""
 
 from typing import NamedTuple
 
@@ -58,9 +57,7 @@ def exact(x0, x1, y, eps=0.0, generator=None):
 
 def sinkhorn(x0, x1, y, eps, generator=None, iterations=ITERATIONS):
     """Entropic optimal transport: for each image a noise drawn from pi(. | image). Stores n^2 numbers.
-
-    Raises ValueError unless eps > 0.
-    """
+    Raises ValueError unless eps > 0."""
     if not eps > 0:
         raise ValueError(f"sinkhorn needs eps > 0, got {eps}")
     matrix = minus_cost(x0, x1, y)
@@ -75,10 +72,8 @@ def sinkhorn(x0, x1, y, eps, generator=None, iterations=ITERATIONS):
 
 def centred(x):
     """x (n, ...) as (n, d) float32 less its mean.
-
     Only -2 <x1, x0> of ||x1 - x0||^2 matters to a plan, up to row and column constants. Between centred
-    vectors it is a small number, exact enough in float32.
-    """
+    vectors it is a small number, exact enough in float32."""
     x = x.flatten(1).float()
     return x - x.mean(0)
 
@@ -96,8 +91,7 @@ def potentials(matrix, eps, iterations=ITERATIONS):
 
     matrix (n, n) is -C. The means are over i's label. After the first every row of the plan has its weight,
     after the second every column. eps shrinks to its value during the first half of the iterations; g is in
-    units of the eps of the moment, so it is rescaled by before / now.
-    """
+    units of the eps of the moment, so it is rescaled by before / now."""
     log_count = torch.isfinite(matrix).sum(1).log()  # (n,): how many have i's label
     g, now = torch.zeros_like(log_count), eps
     for i in range(iterations):
@@ -139,15 +133,11 @@ class Minibatch:
         return x0[index], x1, Plan(entropy, relative_cost(index, x0, x1, y), error)
 
 
-# ---------------------------------------------------------------- semidiscrete: all training images at once
-
 class Semidiscrete:
     """Optimal transport from all noise to all training images of a label: to argmax_j <x0, x_j> + g_j
     (arXiv:2509.25519; there the potential is g_j + ||x_j||^2 / 2).
-
     images: one (N, ...) array or tensor a label; g: the potentials (N,) of each, from `learn_potentials`.
-    dtype: of a first look at all images. After one in bfloat16 the CLOSEST are compared again in float32.
-    """
+    dtype: of a first look at all images. After one in bfloat16 the CLOSEST are compared again in float32."""
 
     def __init__(self, images, g, device="cpu", dtype=torch.float32):
         self.images = [torch.tensor(np.asarray(x), device=device).float() for x in images]
@@ -190,8 +180,7 @@ def learn_potentials(x, weight=None, noises=200, batch=512, rank=256, seed=0, de
 
     whose gradient in g_j is w_j less the share of noises that pick j. Scores <x0, x_j> of white noise are
     Gaussian with covariance x x^T; they are drawn from its leading `rank` directions. About `noises` an image
-    are seen. Returns the mean of g over the second half of the batches.
-    """
+    are seen. Returns the mean of g over the second half of the batches."""
     x = centred(torch.as_tensor(np.asarray(x), device=device))
     N = len(x)
     draw = torch.Generator(device).manual_seed(seed)

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -73,18 +73,6 @@ class Dataset:
         """`count` training images of domain d (None: as many as there are), as often as in training."""
         count = count or len(self.train_images[d])
         return self.train_images[d][self.pick(d, (np.arange(count) + .5) / count)]
-
-
-def select_domains(dataset, names):
-    """The domains `names` alone, in this order. Raises UserError for fewer than two, or an unknown one."""
-    keep = [dataset.domains.index(name) for name in names if name in dataset.domains]
-    refuse(len(set(keep)) < max(2, len(names)),
-           f"--domains needs two or more different names of {', '.join(dataset.domains)}")
-    some = lambda per_domain: per_domain and [per_domain[d] for d in keep]
-    valid, test = (pairs and pairs.only(keep) for pairs in (dataset.valid_pairs, dataset.test_pairs))
-    return replace(dataset, domains=tuple(names), train_images=some(dataset.train_images),
-                   test_images=some(dataset.test_images), weights=some(dataset.weights),
-                   valid_pairs=valid, test_pairs=test)
 
 
 def by_domain(base):
@@ -182,7 +170,7 @@ def sample(images):
 
 
 def check(dataset, path):
-    """Draw a grid of examples to `path`. Print a line per domain, its count and values, and what looks wrong."""
+    """Draw a grid of examples to `path`. Print a line per domain: its count and values, and what is wrong."""
     rows = []
     for domain, images, kept in zip(dataset.domains, dataset.train_images, dataset.test_images):
         some = sample(images)

@@ -5,8 +5,7 @@
                                        realism, also test heads of the source's own population
 
 The command leaves in OUT: table.md, results.json, pareto.png. Test images that are no pairs are scored by
-realism alone. Everything about the phantom is simulated, its "real" domains too.
-"""
+realism alone. Everything about the phantom is simulated, its "real" domains too."""
 
 import sys
 import time
@@ -17,7 +16,7 @@ from types import SimpleNamespace
 
 import torch
 
-from minimedshift import balance, batches, data, metrics, phantom, realism, sampler, student, tables
+from minimedshift import batches, metrics, phantom, realism, sampler, student, tables
 from minimedshift.methods import TAUS, answer, every_method, main_domains, question, scorer
 from minimedshift.model import load_model
 from minimedshift.phantom import sets
@@ -43,7 +42,6 @@ class Config:
 
 OF_A_PAIR = ("structure", "E", "gap_closed", "same_head", "noise", "seconds")  # kept of each ordered pair
 OF_A_SETTING = ("setting", "gap_closed", "structure", "kernel")  # kept of each setting that is tried
-SAID = (("structure", ".2f"), ("gap_closed", ".0%"), ("noise", ".2f"))  # printed of each method
 
 
 def bounds(q, curve):
@@ -57,10 +55,8 @@ def bounds(q, curve):
 
 def score(methods, q, limits, reference=None):
     """{method: row}, all numbers of each method's answer to a Question; who does not know it has no row.
-
     limits: its `bounds`. A row holds kind, knob, setting, seconds, metrics.SCORES, and with a
-    realism.Reference how real the translations look.
-    """
+    realism.Reference how real the translations look."""
     rows = {}
     for method in methods:
         x, seconds = answer(method, q)
@@ -155,8 +151,7 @@ def evaluation(dataset, methods, s, t, device, heads=128, heads_each=32, valid_h
         all_pairs            {population: {"pairs", "means"}}, see `all_pairs`: with default settings
         pareto               `sweep` of the main pair, where its settings are chosen
     valid_heads: settings are chosen on so many; 0: the defaults, and only ours on every pair. own(s): test
-    `Pairs` of the source's own population. Unpaired test images have no truth: only realism is measured.
-    """
+    `Pairs` of the source's own population. Unpaired test images have no truth: only realism is measured."""
     start, domains, pairs = time.time(), dataset.domains, dataset.test_pairs
     simulated = pairs is not None and pairs.truth is not None
     found = dict(source=domains[s], target=domains[t], simulated=simulated, main_pair={}, all_pairs={},
@@ -176,10 +171,7 @@ def evaluation(dataset, methods, s, t, device, heads=128, heads_each=32, valid_h
         print(f"{domains[s]} -> {domains[t]}, {len(q.x)} test heads, EMA weights:", flush=True)
         found |= dict(heads=len(q.x), heads_each=min(heads_each, len(q.x)))
         rows = found["main_pair"][population] = main_pair(chosen, q, curve, reference)
-        for name, row in rows.items():
-            dB, gap, noise = (tables.cell(row[key], form) for key, form in SAID)
-            print(f"  {tables.label(name, row)}: structure {dB} dB, gap closed {gap}, noise {noise}, "
-                  f"{row['seconds']:.1f} s", flush=True)
+        print(tables.markdown(rows, tables.SHORT), flush=True)
         if pairs is not None:
             rows, means = all_pairs(everywhere, test_of, domains, curve, heads_each, device)
             found["all_pairs"][population] = dict(pairs=rows, means=means)
@@ -192,9 +184,7 @@ def report(model, student, dataset, how, device="cpu"):
     s, t = main_domains(dataset.domains)
     methods = every_method(dataset, model, how, student)
     found = evaluation(dataset, methods, s, t, device)
-    for name, row in found["all_pairs"]["shared"]["means"].items():
-        gap, same = (tables.cell(row[key], ".0%") for key in ("gap_closed", "same_head"))
-        print(f"all {row['pairs']} ordered pairs, {name}: gap closed {gap}, same head {same}", flush=True)
+    print("all ordered pairs:\n" + tables.markdown(found["all_pairs"]["shared"]["means"], tables.ALL))
     return dict(translation=how) | found
 
 
@@ -223,22 +213,13 @@ def picture(path, model, student, how, pairs, domains, s, t, device, taus=None, 
 
 def open_data(c, state):
     """The Dataset that a checkpoint is scored on: the simulated one it was trained on, or a folder."""
-    domains, image = state["domains"], state["image"]
+    image = state["image"]
     config = state["config"] | dict(size=image["size"], valid_heads=c.valid_heads, test_heads=c.heads)
-    config.update(data=c.data or config["data"], domains="", balance=False)
-    dataset = batches.load_dataset(SimpleNamespace(**config))
-    refuse(not set(domains) <= set(dataset.domains) or dataset.channels != image["channels"],
-           f"{c.checkpoint} knows {', '.join(domains)} and {image['channels']} channels; "
-           f"the data has {', '.join(dataset.domains)} and {dataset.channels}")
-    dataset = data.select_domains(dataset, domains)
-    return balance.balanced(dataset) if state["config"]["balance"] else dataset
-
-
-def own_population(dataset, heads, seed):
-    """The function from a source's number to the test `Pairs` of its own population."""
-    keep = [phantom.DOMAINS.index(name) for name in dataset.domains]
-    prior = lambda s: dataset.domains[s] if dataset.domains[s] in phantom.PRIORS else None
-    return cache(lambda s: sets.paired_heads(dataset.size, heads, "test", seed, prior(s)).only(keep))
+    dataset = batches.load_dataset(SimpleNamespace(**config | dict(data=c.data or config["data"])))
+    known, found = (state["domains"], image["channels"]), (list(dataset.domains), dataset.channels)
+    refuse(found != known, f"{c.checkpoint} knows {', '.join(known[0])} and {known[1]} channels; "
+           f"the data has {', '.join(found[0])} and {found[1]}")
+    return dataset
 
 
 def main(argv=None, extra_methods=()):
@@ -267,13 +248,14 @@ def main(argv=None, extra_methods=()):
     reference = realism.Reference(to_float(dataset.train_images[t], scorer(device)), features)
     methods = [*every_method(dataset, model, state["translate"], pupil), *extra_methods]
     simulated = dataset.test_pairs is not None and dataset.test_pairs.truth is not None
-    own = own_population(dataset, c.heads, config["seed"]) if simulated else None
+    prior = lambda s: domains[s] if domains[s] in phantom.PRIORS else None
+    own = cache(lambda s: sets.paired_heads(dataset.size, c.heads, "test", config["seed"], prior(s)))
     results = dict(
         command=" ".join(["python -m minimedshift.evaluate", *(argv or sys.argv[1:])]), seed=config["seed"],
         checkpoint=c.checkpoint, steps=state["step"], weights="EMA", machine=machine_name(device),
         torch=torch.__version__, shift=config["shift"], references=reference.count)
     how_many = c.heads, c.heads_each, c.valid_heads
-    results |= evaluation(dataset, methods, s, t, device, *how_many, own, reference)
+    results |= evaluation(dataset, methods, s, t, device, *how_many, own if simulated else None, reference)
     if "pareto" in results:
         tables.pareto(out / "pareto.png", results)
     write_json(out / "results.json", results)

@@ -3,9 +3,8 @@
     tone    the histogram of each pyramid band, then of the pixels, is brought to the target's
     grain   fine bands get the strength of noise that the target has, by grey level
 
-Where the flow is wrong in the same way on every head, so is the median of its translations, but histograms
-show it. And a median is smooth, while strong noise of the source passes through a local network.
-"""
+A median does not mend what the flow does wrong on every head, but histograms show it. And a median is smooth,
+while strong noise of the source passes through a local network."""
 
 import itertools
 import math
@@ -29,9 +28,7 @@ UNIT = (0.87252, 0.18928)  # White noise of variance 1 has these deviations in i
 
 def smooth(x, width):
     """Gaussian blur of `width` pixels over what lies inside the frame.
-
-    `low_pass` mirrors noise at the frame, where it counts twice: that moved noise ratios by up to 3 %.
-    """
+    `low_pass` mirrors noise at the frame, where it counts twice: that moved noise ratios by up to 3 %."""
     radius = math.ceil(4 * width)
     total = lambda z: blur(F.pad(z, (radius,) * 4), width, radius)
     return total(x) / total(torch.ones_like(x[:1]))
@@ -39,19 +36,15 @@ def smooth(x, width):
 
 def fine_bands(x):
     """Three images whose sum is x (B, C, H, W): two bands of grain and the rest.
-
-    The first band is what a blur of 1 pixel takes away, the second what a blur of 2 takes beyond that.
-    """
+    The first band is what a blur of 1 pixel takes away, the second what a blur of 2 takes beyond that."""
     narrow, wide = smooth(x, 1), smooth(x, 2)
     return x - narrow, narrow - wide, wide
 
 
 def grain(images, robust):
     """The noise of images (N, C, H, W): for each band of grain a Curve, grey level -> standard deviation.
-
     It is measured in flat places inside heads and in the air around. robust: from the median of |band|, which
-    a bit of fine texture does not move; else from its mean square.
-    """
+    a bit of fine texture does not move; else from its mean square."""
     *bands, coarse = fine_bands(images)
     flat = (flat_region(images) | erode(~inside(images), 3)).expand_as(images)
     ends = torch.linspace(-1, 1, LEVELS + 1)[1:-1].to(images)
@@ -77,8 +70,7 @@ def regrain(x, own, wanted, noise):
         band <- gain band + sqrt(max(0, w^2 - o^2)) e        o, w: own and wanted deviation at the grey level
         gain^2 = 1 - max(0, o^2 - w^2) / P                   P: the band's power around; gain at least w / o
 
-    e is noise in this band, of variance 1. The gain is a Wiener filter's: 1 near edges, far above the noise.
-    """
+    e is noise in this band, of variance 1. The gain is a Wiener filter's: 1 far above the noise."""
     *bands, coarse = fine_bands(x)
     *fresh, _ = fine_bands(noise)
     out = coarse

@@ -5,21 +5,12 @@
 
 The network sees xt and is asked for ut. Its best answer is the mean of ut over all bridges through xt: the
 velocity v of a flow that carries all noise to all images. sigma = 0 is plain flow matching. sigma > 0 is a
-Brownian bridge; with the coupling of entropic optimal transport (coupling.py) it is the Schrodinger bridge.
-"""
+Brownian bridge; with the coupling of entropic optimal transport it is the Schrodinger bridge."""
 
 import torch
 
 COARSE = 3  # periods per frame
 EDGE = 1e-3  # with sigma > 0, t stays this far away from 0 and 1
-
-
-def draw_t(count, generator=None, device="cpu"):
-    """The t (B,) of a training step's images, uniform in [0, 1): how often each level of noise is seen.
-
-    Another noise schedule changes this function alone, and not the paths (arXiv:2303.00848).
-    """
-    return torch.rand(count, generator=generator, device=device)
 
 
 def draw_noise(shape, generator=None, colour=0.0, device="cpu"):
@@ -28,8 +19,7 @@ def draw_noise(shape, generator=None, colour=0.0, device="cpu"):
         noise = F^-1 [ max(|k|, COARSE)^-colour F[e] ],  e ~ N(0, I),  rescaled      |k| in periods a frame
 
     colour = 0 is white noise: all but the finest detail is still visible at t = .2, and a translation can no
-    longer change it. colour = 1 falls like natural images: edges and shades drown at the same t.
-    """
+    longer change it. colour = 1 falls like natural images: edges and shades drown at the same t."""
     return tint(torch.randn(shape, generator=generator, device=device), colour)
 
 
@@ -49,10 +39,8 @@ def tint(x, colour):
 
 def bridge(x0, x1, t, sigma=0.0, e=None):
     """The point xt of the bridge and its velocity ut (equations above), each like x1.
-
     x0, x1, e (B, ...), t (B,) in [0, 1], sigma >= 0. e, white noise, is needed where sigma > 0.
-    Raises ValueError for a negative sigma, or sigma > 0 without e.
-    """
+    Raises ValueError for a negative sigma, or sigma > 0 without e."""
     if sigma < 0 or (sigma > 0 and e is None):
         raise ValueError(f"bridge needs sigma >= 0, and e with sigma > 0; got sigma = {sigma}")
     t = t.reshape(-1, *[1] * (x1.ndim - 1))  # (B, 1, ...)
@@ -68,9 +56,7 @@ def bridge(x0, x1, t, sigma=0.0, e=None):
 
 def weight(t, sigma=0.0):
     """The loss weight of each time, 1 / (1 + variance that e gives to ut): 1 for sigma = 0.
-
-    The slope of sqrt(t (1 - t)) is infinite at both ends, where ut would drown all other errors.
-    """
+    The slope of sqrt(t (1 - t)) is infinite at both ends, where ut would drown all other errors."""
     t = t.clamp(EDGE, 1 - EDGE)
     return 1 / (1 + sigma**2 * (1 - 2 * t) ** 2 / (4 * t * (1 - t)))
 

@@ -5,8 +5,7 @@ are the translations, `images` what the target domain really takes, `truth` the 
 `materials` (N, 3, H, W) how many cm of bone, soft tissue and brain each ray crosses.
 
 Plain PSNR against the truth rewards blur. So read structure and noise together. `score` collects everything.
-A metric of your own is a function and a line in METRICS.
-"""
+A metric of your own is a function and a line in METRICS."""
 
 import torch
 import torch.nn.functional as F
@@ -55,18 +54,12 @@ def ssim(x, truth):
     return value.flatten(1).mean(1)
 
 
-def high_pass(x):
-    """The detail that `low_pass` removes: noise and fine texture."""
-    return x - low_pass(x)
-
-
-def noise_residuals(x, images, truth, mask, fine=high_pass):
+def noise_residuals(x, images, truth, mask, fine=lambda x: x - low_pass(x)):
     """Noise of the translations and of the target's own images, 0 outside the mask: (N, C, H, W) float64.
 
         r = fine(x) - a fine(truth)        right = fine(images - truth)
     fine: a filter that keeps fine detail. a: by least squares, one number per image, so that texture which is
-    weak or missing is not called noise, and texture of another pattern is.
-    """
+    weak or missing is not called noise, and texture of another pattern is."""
     detail, known = fine(x).double() * mask, fine(truth).double() * mask
     overlap, power = (detail * known).flatten(1).sum(1), known.square().flatten(1).sum(1)
     a = overlap / power.clamp(min=1e-30)  # 0 where the truth has no fine detail
@@ -109,8 +102,7 @@ def edge_width(x, materials, level=.5, width=1.5):
 
         range of the mean grey in each pixel of distance, 6 each way / mean slope along the normal
     A step blurred by a Gaussian of s pixels has sqrt(2 pi) s. Distance: a low-passed straight edge is
-    Phi(distance / width).
-    """
+    Phi(distance / width)."""
     skull, x = low_pass((materials[:, :1] > level).to(x), width), x.mean(1, keepdim=True)  # (N, 1, H, W)
     distance = width * torch.special.ndtri(skull)  # pixels, positive inside
     near, edge = distance.abs() < 6, distance.abs() < .75
@@ -164,10 +156,8 @@ def worst_tenth(E):
 
 def bootstrap(statistic, *per_head, draws=2000, seed=0):
     """95 % interval of a statistic over heads, as (low, high): percentile bootstrap (Efron 1979).
-
     per_head: tensors (..., N). Each draw takes N heads with replacement, the same in all tensors: differences
-    are paired. statistic: gets them as (..., draws, N), gives (..., draws). low, high: floats, or lists.
-    """
+    are paired. statistic: gets them as (..., draws, N), gives (..., draws). low, high: floats, or lists."""
     n = per_head[0].shape[-1]
     pick = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed)).to(per_head[0].device)
     values = statistic(*(a.double()[..., pick] for a in per_head))
@@ -197,11 +187,9 @@ SCORES = ("structure", "median", "worst_tenth", "E", "E_heads", "gap_closed", "g
 @torch.no_grad()
 def score(x, truth, images, E_curve, E_second, decoys=None, materials=None):
     """All numbers of one set of translations, SCORES: a flat dict that json can write.
-
     E_curve, E_second: (N,), errors of the curve and of the second exposure. decoys: see `same_head`. In dB:
     structure (mean over heads), median, worst_tenth (of its mean E). None: what is not known without truth,
-    decoys, materials, or noise in the images.
-    """
+    decoys, materials, or noise in the images."""
     row = dict.fromkeys(SCORES)
     if truth is None:
         return row

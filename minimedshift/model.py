@@ -8,8 +8,7 @@
     knows t                                                      knows t and y
 
 Only the way up knows the label: the way down describes what is in the picture, whatever its domain, and the
-way up draws it in one domain. Fully convolutional: any height and width that the levels can halve.
-"""
+way up draws it in one domain. Fully convolutional: any height and width that the levels can halve."""
 
 import math
 from dataclasses import dataclass
@@ -85,9 +84,7 @@ class Attention(nn.Module):
 
 class UNet(nn.Module):
     """v(xt, t, y) -> vt. xt, vt (B, C, H, W) float, t (B,) in [0, 1], y (B,) int64 in 0..num_domains.
-
-    Label num_domains means no label, for guidance. Raises ValueError where `stride` does not divide H and W.
-    """
+    Label num_domains means no label. Raises ValueError where `stride` does not divide H and W."""
 
     def __init__(self, shape):
         super().__init__()
@@ -170,9 +167,7 @@ PRESETS = {  # GFLOPs: of one evaluation of one image, a multiply-add counted as
 
 def load_model(path, device="cpu"):
     """The network of a checkpoint with its EMA weights, in eval mode, and the checkpoint itself.
-
-    Raises UserError where the file holds no such network.
-    """
+    Raises UserError where the file holds no such network."""
     state = checkpoint.load(path, device)
     checkpoint.check_settings(state, path)
     with torch.device("meta"):  # without memory: what the shape claims may not be in the file

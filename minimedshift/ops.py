@@ -3,11 +3,9 @@
     norm_film_silu   silu(GroupNorm(x) (1 + scale) + shift), what stands before a convolution of the network
 
 The reference says what is computed. A kernel is one program run many times at once, each time on its own
-tile of numbers: it loads them (a mask drops what lies beyond the edge), computes in registers in float32,
-and stores. What programs need of each other goes through memory, from one kernel to the next. torch.compile
-cannot look into a custom_op: register_fake tells it the shapes, register_autograd the gradient. On a CPU the
-reference is called, which it can look into.
-"""
+tile of numbers: it loads them (a mask drops what lies beyond the edge), computes in float32, and stores. What
+programs need of each other goes through memory, from one kernel to the next. torch.compile cannot look into a
+custom_op: register_fake tells it the shapes, register_autograd the gradient. A CPU takes the reference."""
 
 from functools import cache
 from types import SimpleNamespace
@@ -61,8 +59,7 @@ def fused_norm_film_silu(x, weight, bias, groups, scale=None, shift=None, eps=1e
         dx = rstd (gain du - A0 - A1 xhat)
         A0 = mean gain du = sum_channels gain S0 / n,    A1 = mean gain du xhat = sum_channels gain S1 / n
 
-    Two kernels forward (moments of chunks of pixels, then y), two backward (S of chunks, then dx).
-    """
+    Two kernels forward (moments of chunks of pixels, then y), two backward (S of chunks, then dx)."""
     gain, offset = weight.float().expand(x.shape[:2]), bias.float().expand(x.shape[:2])
     if scale is not None:
         factor = 1 + scale.float()

@@ -6,8 +6,7 @@ Muon is momentum whose update has all its singular values made equal, for the we
     W <- W - lr sqrt(max(1, rows / columns)) U V^T          U S V^T the SVD of M as a matrix (out, in x 3 x 3)
 
 A gradient's few large singular values would drown the many small ones. Here each direction moves alike.
-U V^T comes from five Newton-Schulz steps, which are matrix products only. (github.com/KellerJordan/Muon)
-"""
+U V^T comes from five Newton-Schulz steps, which are matrix products only. (github.com/KellerJordan/Muon)"""
 
 import copy
 
@@ -16,10 +15,8 @@ import torch
 
 def orthogonalise(matrices, rounds=5):
     """About U V^T of each matrix (R, C) of a list: singular values between .7 and 1.2.
-
     Newton-Schulz is x <- p(s) x with s = x x^T, p(s) = a + b s + c s^2. All factors are polynomials in the
-    small s and commute, so s <- p^2 s, q <- p q, and only the last product q x is as large as x.
-    """
+    small s and commute, so s <- p^2 s, q <- p q, and only the last product q x is as large as x."""
     turned = [m.mT if m.shape[0] > m.shape[1] else m for m in matrices]  # at least as wide as high
     done = list(turned)
     for side in {len(x) for x in turned}:
@@ -77,8 +74,7 @@ class EMA:
         ema <- beta ema + (1 - beta) theta,    beta = (1 - 1 / step)^(gamma + 1)     arXiv:2312.02696, eq. 127
 
     At step 1 beta is 0. gamma 6.94 averages over about the last tenth of the steps, 16.97 over a twentieth.
-    `model` is a copy of the model in eval mode, which holds the mean. Make it before the model is compiled.
-    """
+    `model` is a copy of the model in eval mode, which holds the mean; make it before compiling."""
 
     def __init__(self, model, gamma=6.94):
         self.gamma, self.live = gamma, list(model.parameters())

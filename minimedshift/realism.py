@@ -2,8 +2,7 @@
 
 The distances are between features of a small network that is trained here. Two sets of real images differ
 too: compare a number with that of real against real, for the same number of images. The Frechet distance is
-biased when images are few, the kernel distance is not.
-"""
+biased when images are few, the kernel distance is not."""
 
 import numpy as np
 import torch

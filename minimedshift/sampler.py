@@ -8,8 +8,7 @@ realism. In the paper t_image is 1. But near t = 1 the noise that is left, (1 - 
 velocity x1 - x0 holds x0 in full: the network must guess it. So an image counts as xt at t = t_image < 1.
 
 A solver is a generator: from a velocity v, a start x and any monotone list of times, it yields every (t, xt),
-the start too. The same code runs both ways.
-"""
+the start too. The same code runs both ways."""
 
 import torch
 
@@ -22,8 +21,7 @@ class Velocity:
         v = v(x, t, null) + w (v(x, t, y) - v(x, t, null))                        arXiv:2207.12598, eq. 6
 
     w = 1 is no guidance; any other w costs two evaluations, made in one call. x (B, C, H, W), t a float.
-    Returns float32 like x, made in bfloat16 on CUDA.
-    """
+    Returns float32 like x, made in bfloat16 on CUDA."""
 
     def __init__(self, model, y, guidance=1.0):
         self.model, self.y, self.guidance = model, y, guidance
@@ -41,15 +39,12 @@ class Velocity:
         return null + self.guidance * (out - null)
 
 
-# ---------------------------------------------------------------- solvers
-
 def grid(tau, steps, t_image=1.0):
     """steps + 1 times from t_image down to tau; reversed they are the way up.
 
         t = t_image - (t_image - tau) s^1.5,  s = 0..1          denser near the image, where the ODE is stiff
 
-    Raises ValueError unless 0 <= tau < t_image <= 1 and steps >= 1.
-    """
+    Raises ValueError unless 0 <= tau < t_image <= 1 and steps >= 1."""
     if not 0 <= tau < t_image <= 1 or steps < 1:
         raise ValueError("grid needs 0 <= tau < t_image <= 1 and steps >= 1, "
                          f"got {tau = }, {t_image = }, {steps = }")
@@ -75,9 +70,7 @@ def heun(v, x, times):
 
 def fireflow(v, x, times):
     """x <- x + h v(x + h/2 v_before, t + h/2): second order, one evaluation a step, one more at the start.
-
-    v_before is the midpoint velocity of the step before, at first v(x, t) (arXiv:2412.07517).
-    """
+    v_before is the midpoint velocity of the step before, at first v(x, t) (arXiv:2412.07517)."""
     yield times[0], x
     midpoint = v(x, times[0])
     for t, after in zip(times[:-1], times[1:]):
@@ -97,14 +90,10 @@ def last(states):
     return xt
 
 
-# ---------------------------------------------------------------- from image to image
-
 @torch.inference_mode()
 def encode(model, x1, y, tau, steps=3, solver="fireflow", t_image=0.97):
     """From images x1 (B, C, H, W) at t = t_image back to z at t = tau, under label y, never guided.
-
-    Raises ValueError as `grid` does.
-    """
+    Raises ValueError as `grid` does."""
     return last(SOLVERS[solver](Velocity(model, y), x1, grid(tau, steps, t_image)))
 
 
@@ -118,9 +107,7 @@ def decode(model, z, y, tau, guidance=1.0, steps=3, solver="fireflow", t_image=0
 def trajectory(model, x1, y_source, y_target, tau=0.3, guidance=1.0, steps=3, solver="fireflow",
                t_image=0.97):
     """Every (t, xt) of images x1 (B, C, H, W) on their way down to z at tau and up to the translation.
-
-    y_source, y_target: ints or (B,) int64. steps: of each leg. The last xt is the translation, not clipped.
-    """
+    y_source, y_target: ints or (B,) int64. steps: of each leg. The last xt is the translation."""
     times = grid(tau, steps, t_image)
     *down, (_, z) = SOLVERS[solver](Velocity(model, y_source), x1, times)
     yield from down

@@ -7,8 +7,7 @@ the median of all its lessons, which rare errors do not move (an L2 loss would g
     student(x, s, t) = argmin_f  E | f(x) - flow(x, s, t) |          over training images x of domain s
 
 What differs between two domains is local, so the student may be. A median has no noise of its own, and a tone
-that is wrong in all lessons stays wrong: finish.py mends both.
-"""
+that is wrong in all lessons stays wrong: finish.py mends both."""
 
 import itertools
 import time
@@ -69,10 +68,8 @@ class Block(nn.Module):
 
 class LocalNet(nn.Module):
     """One network for all ordered pairs: images x (B, C, H, W) in [-1, 1] -> x + net(x), not clipped.
-
     y_source, y_target: (B,) int64. `stem` divides H and W. There is no normalisation and no attention, so
-    nothing looks at the whole image.
-    """
+    nothing looks at the whole image."""
 
     def __init__(self, shape):
         super().__init__()
@@ -99,9 +96,7 @@ def spread_out(dataset, count):
 @torch.inference_mode()
 def lessons(flow, images, tau, batch=64, **how):
     """What the flow makes of images (D, N, C, H, W), N of each domain: (D, D, N, C, H, W) float16.
-
-    [s, t] is domain s translated to domain t; [s, s] stays empty. how: steps, solver, t_image of the sampler.
-    """
+    [s, t] is domain s translated to domain t; [s, s] stays empty. how: the sampler's steps, t_image."""
     start, (D, N) = time.time(), images.shape[:2]
     device = next(flow.parameters()).device
     answers = torch.zeros(D, D, *images.shape[1:], dtype=torch.float16)
@@ -126,9 +121,7 @@ def turned(x, way):
 
 def learn(shape, images, answers, steps, batch=32, lr=1.5e-3, seed=0, dtype=torch.float32, device="cpu"):
     """A LocalNet, in eval mode, that has learned answers (D, D, N, C, H, W) to images (D, N, C, H, W).
-
-    Its loss, mean |net(x) - answer|, seeks the median. Its weights are the running mean of the optimizer's.
-    """
+    Its loss, mean |net(x) - answer|, seeks the median. Its weights are a running mean."""
     start, (D, N) = time.time(), images.shape[:2]
     device, draw = torch.device(device), torch.Generator().manual_seed(seed)
     pairs = torch.tensor(list(itertools.permutations(range(D), 2)))
@@ -160,10 +153,8 @@ def learn(shape, images, answers, steps, batch=32, lr=1.5e-3, seed=0, dtype=torc
 
 class Student:
     """A LocalNet with the `finish.Finish` of every ordered pair: translates x (B, C, H, W), not clipped.
-
     y_source, y_target: ints or (B,) int64. seed: of the noise that is added where the target has more.
-    finished=False gives the network's own answer.
-    """
+    finished=False gives the network's own answer."""
 
     def __init__(self, net, finishes):
         self.net, self.finishes = net, finishes
@@ -207,9 +198,7 @@ def restore(state, device="cpu", path="the checkpoint"):
 
 def teach(model, dataset, count, steps, dtype, device, seed=0):
     """The Student of a trained flow: LESSONS on `count` training images of each domain, then its finish.
-
-    steps: of the optimizer. dtype: of the arithmetic.
-    """
+    steps: of the optimizer. dtype: of the arithmetic."""
     images = spread_out(dataset, count)
     with autocast(device, dtype):
         answers = lessons(model, images, **LESSONS)

@@ -14,6 +14,7 @@ MAIN = {  # column of the main pair: key of a row, format
     "less ours": ("less_ours", "+.0%"), "same head": ("same_head", ".0%"),
     **{name: (name, ".3g") for name in METRICS}, "Frechet": ("frechet", ".2f"), "kernel": ("kernel", ".4f"),
     **{name: (name, ".2f") for name in PHYSICS}}
+SHORT = {name: MAIN[name] for name in ("structure, dB", "gap closed", "same head", "noise")}
 ALL = {  # column of the means over pairs
     "mean gap closed": ("gap_closed", ".0%"), "95%": ("gap_interval", ".0%"), "pairs": ("pairs", "d"),
     "with a gap": ("pairs_with_gap", "d"), "worst pair": ("worst_pair", ".0%"),

@@ -4,15 +4,13 @@
     PRIORS                               how anatomies, poses and frames are drawn, for each population
     Head                                 one anatomy in one pose and frame, from a seed
 
-Head coordinates in cm: x to the side, y to the front, z up; origin at the centre of the cranium.
-"""
+Head coordinates in cm: x to the side, y to the front, z up; origin at the centre of the cranium."""
 
 import dataclasses
 import math
 
 import numpy as np
 
-# ---------------------------------------------------------------- the parts
 # Overlaps add: the density of a material at a point is the sum over all parts that contain the point. So a
 # hollow is a part with negative density. Each kind of part adds (bone, soft tissue, brain), 1 = full density.
 FILLS = {
@@ -164,11 +162,9 @@ def euler(x, y, z):
 
 def build_parts():
     """All K parts as a dict of arrays (K, ...), which `Head` varies and poses.
-
     Part k is {x : y = axes^-1 rotation^T (x - centre) is within distance 1 of the segment |y_z| <= length},
     cut by up to two half-spaces n.x <= h. length 0 is an ellipsoid.
-    The mirror image of a part follows it; both have the same `pair`, so that they vary together.
-    """
+    The mirror image of a part follows it; both have the same `pair`, so that they vary together."""
     parts = []
 
     def add(group, fill, centre, axes, rotation, length=0., cuts=(), depth=0.):
@@ -209,7 +205,6 @@ PARTS = build_parts()
 CUTS = (PARTS["cuts"][:, :, :3] != 0).any(2).sum(1)     # (K,) how many half-spaces cut each part
 FINE = PARTS["fill"] >= FILL_NAMES.index("suture")      # (K,) fine lines
 
-# ---------------------------------------------------------------- the priors
 # Angles are in degrees, lengths in cm. A pair is (mean, spread) unless said otherwise.
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +252,6 @@ def population(seed, domain, shift):
     return domain if own and domain in PRIORS else None
 
 
-# ---------------------------------------------------------------- a head
 
 class Head:
     """One anatomy, pose and frame, a function of (seed, prior, anatomy).
@@ -266,8 +260,7 @@ class Head:
     anatomy: the seed of the body, if it is another person's in this head's view.
     matrix (K, 3, 3) takes camera space to each part's own space, centre (K, 3), cuts (K, 2, 4).
     field: half the frame's side. view: turn, tilt, roll in degrees. Camera coordinates are in cm: (u, v) is
-    the pixel's place in the isocentre plane, and the third axis points away from the source.
-    """
+    the pixel's place in the isocentre plane, and the third axis points away from the source."""
 
     def __init__(self, seed, prior=None, anatomy=None):
         self.seed, self.prior = int(seed), prior  # numpy integers would hash differently

@@ -2,8 +2,7 @@
 
 A ray is x(t) = (u, v, 0) + t d, d = (u, v, D): it starts at the source, (0, 0, -D), and passes pixel (u, v).
 In a part's own space it is y0 + t w, with w = M d and the part's matrix M. Where the ray is level with the
-part's centre, y0 = k (M_u du + M_v dv) is linear in the distance (du, dv) from the projected centre.
-"""
+part's centre, y0 = k (M_u du + M_v dv) is linear in the distance (du, dv) from the projected centre."""
 
 import contextlib
 import itertools
@@ -24,8 +23,7 @@ def outline(mu, mv, mw, centre):
     (uc, vc), the level k, w at the centre, and the coefficients of two polynomials in (du, dv):
     A = |w|^2 = A0 + A1 du + A2 dv + A3 du^2 + A4 du dv + A5 dv^2 and
     Q = |y0 x w|^2 = Q0 du^2 + Q1 du dv + Q2 dv^2.
-    The cross product is linear and vanishes at the centre, so Q has no lower terms: float32 loses nothing.
-    """
+    The cross product is linear and vanishes at the centre, so Q has no lower terms: float32 loses nothing."""
     dot = lambda x, y: (x * y).sum(0)
     k = 1 + centre[2] / SOURCE_DISTANCE
     uc, vc = centre[:2] / k
@@ -76,9 +74,7 @@ def polynomial(c, du, dv):
 
 def ellipsoid_spans(part, u, v, du, dv, cuts):
     """The length of each ray inside ellipsoids, in units of t, between (-y0.w +- sqrt(A - Q)) / A.
-
-    part: tensors (..., n, 1, 1) of n parts; u, du (n, 1, columns); v, dv (n, rows, 1).
-    """
+    part: tensors (..., n, 1, 1) of n parts; u, du (n, 1, columns); v, dv (n, rows, 1)."""
     a0, a1, a2, a3, a4, a5 = part["A"]
     q0, q1, q2 = part["Q"]
     area = polynomial(part["A"], du, dv)
@@ -141,11 +137,9 @@ def one_thread():
 @one_thread()
 def project(heads, size, fine=False):
     """Line integrals through bone, soft tissue and brain, (B, 3, size, size), in cm of full density.
-
     fine: with sutures and grooves. Parts of a kind and of similar size in the picture are computed together
     as small patches, which are added in an order that depends on the head alone. So the bytes of a head do
-    not depend on which other heads are drawn with it.
-    """
+    not depend on which other heads are drawn with it."""
     single = lambda x: torch.from_numpy(x.astype(np.float32))
     g = geometry(heads)
     field = np.array([head.field for head in heads])[:, None]

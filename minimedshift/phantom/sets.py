@@ -4,8 +4,7 @@
     paired heads       validation and test: each head in every domain, so that a translation has a truth
     decoys             for each test head a few other people in exactly the same view
 
-Every head has a seed of its own. Paired heads do not depend on `shift`: the same heads score all shifts.
-"""
+Every head has a seed of its own. Paired heads do not depend on `shift`: the same heads score all shifts."""
 
 import inspect
 import multiprocessing
@@ -67,9 +66,7 @@ def in_all_domains(heads, size, **how):
 
 def render_in_processes(render, jobs):
     """Yield render(*job), job after job, made by one process a core: threads take twice as long.
-
-    The bytes do not depend on the number of processes. Raises UserError if one of them is killed.
-    """
+    The bytes do not depend on the number of processes. Raises UserError if one of them is killed."""
     spawn = multiprocessing.get_context("spawn")
     no_ctrl_c = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     with ProcessPoolExecutor(min(os.cpu_count(), 16), spawn, **no_ctrl_c) as pool:
@@ -84,9 +81,7 @@ def render_in_processes(render, jobs):
 
 def load_or_render(render, jobs, images, name, cache):
     """All that render(*job) returns for `jobs`, one after the other, as a dict of arrays on disk.
-
-    There are `images` in all. Code of the simulator, torch and the jobs determine them, and are the key.
-    """
+    There are `images` in all. Code of the simulator, torch and the jobs determine them, and are the key."""
     def save_blocks(folder):
         start, done = time.time(), []
         blocks = render_in_processes(render, jobs) if images > BIG else (render(*job) for job in jobs)
@@ -127,10 +122,8 @@ def paired_heads(size, count, split, seed=0, prior=None, cache=None):
 
 def phantom_set(size, train_images=5000, valid_heads=64, test_heads=128, seed=0, shift=.1, cache=None):
     """The simulated five-domain set. No training head appears twice; other heads appear in every domain.
-
     shift: the share of each domain's training heads that comes from its own population, in [0, 1].
-    Validation and test heads are from the population that all share. Raises UserError for a set too small.
-    """
+    Validation and test heads are from the population that all share. Raises UserError for a set too small."""
     D = len(phantom.DOMAINS)
     if train_images < D or valid_heads < 1 or test_heads < 1 or size < 8:
         raise UserError(f"a phantom set needs at least {D} training images, 1 head to validate and 1 to test "

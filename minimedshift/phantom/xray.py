@@ -3,8 +3,7 @@
     attenuate -> add_scatter -> blur -> add_quantum_noise -> log_image -> enhance -> lookup
 
 `picture` is the chain, and `render` draws heads with it. Images are (B, 1, H, W). A signal is 1 in air.
-The log image p = -ln(signal) is 0 in air and about 4 behind a head.
-"""
+The log image p = -ln(signal) is 0 in air and about 4 behind a head."""
 
 import dataclasses
 import math
@@ -91,10 +90,8 @@ def blur(x, width):
 
 def add_quantum_noise(rate, dose, white, electronic=0., hiss=0.):
     """Detected signal per incident quantum, (N + sqrt(N) z + e z') / dose with N = dose rate.
-
     That is the Gaussian limit of Poisson counts. Counts stay above 2, for the log. white z and hiss z' are
-    standard normal fields like rate (B, 1, H, W); the electronic noise e is in quanta.
-    """
+    standard normal fields like rate (B, 1, H, W); the electronic noise e is in quanta."""
     counts = rate * dose
     return (counts + counts.sqrt() * white + electronic * hiss).clamp(min=2.) / dose
 
@@ -116,11 +113,9 @@ def larger(x, like):
 
 def enhance(p, coarse, fine, rest):
     """Multi-scale enhancement of the log image.
-
     Each band x of a Laplacian pyramid becomes gain x (x^2 + e^2)^((q-1)/2), q = .7. That is the compression
     sign(x) |x|^q made smooth at 0. Gains rise from `coarse` (an eighth of the frame) to `fine` (one pixel).
-    What is left is multiplied by `rest`, which flattens the brain and leaves the halo round the skin.
-    """
+    What is left is multiplied by `rest`, which flattens the brain and leaves the halo round the skin."""
     levels = max(1, round(math.log2(max(2, p.shape[-1]))) - 2)
     bands, x = [], p
     for _ in range(levels):
@@ -148,9 +143,7 @@ def lookup(p, slope, air):
 
 def fine_bone(bone, heads, exposure=0):
     """Bone path (B, 1, H, W) with trabeculae at two scales and thin curved channels, set per rendered pixel.
-
-    A local mean is taken off. Their power is at high frequencies, so a low-pass hardly sees another seed.
-    """
+    A local mean is taken off. Their power is at high frequencies, so a low-pass hardly sees another seed."""
     size = bone.shape[-1]
     grain = randn(heads, size, "grain", exposure)
     fine = grain - blur(grain, .8)
@@ -183,10 +176,8 @@ def picture(materials, heads, domain, noise=True, exposure=0):
 
 def render(heads, domain, size, noise=True, exposure=0):
     """The picture of each head in a domain, float32 in [-1, 1], air white.
-
     (1, size, size) for one Head, (B, 1, size, size) for a list. noise=False is the truth. exposure > 0 is
-    another exposure, with fresh noise and fresh fine texture.
-    """
+    another exposure, with fresh noise and fresh fine texture."""
     if isinstance(heads, Head):
         return render([heads], domain, size, noise, exposure)[0]
     together = max(1, 2 ** 16 // size ** 2)  # what a processor's cache likes

@@ -1,11 +1,9 @@
 """Checkpoints: save, load, and the checks that keep a damaged or a stranger's file from doing harm.
 
 A checkpoint is one file of plain types and tensors. All randomness of a run is a function of (seed, step), so
-weights, their mean, the optimizers and the step are its whole state.
-"""
+weights, their mean, the optimizers and the step are its whole state."""
 
 import io
-import zipfile
 from pathlib import Path
 
 import torch
@@ -27,16 +25,10 @@ def save(path, state):
 
 def load(path, device="cpu"):
     """The dict of a checkpoint. Raises UserError if it is none of ours.
-
-    Nothing in the file is run (weights_only), and it takes no more memory than its size.
-    """
+    Nothing in the file is run (weights_only), and it takes no more memory than its size."""
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}: train one with `python train.py`")
     try:
-        with zipfile.ZipFile(path) as archive:  # as torch.save writes it, without compression
-            claimed = sum(entry.file_size for entry in archive.infolist())
-        if claimed > Path(path).stat().st_size:
-            raise ValueError("compressed")
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
@@ -62,9 +54,7 @@ def check_settings(state, path):
 
 def fill(module, weights, path):
     """Put a dict of tensors into the module, which may be on torch's "meta" device: it moves to theirs.
-
-    Raises UserError naming the first tensor that is missing, of another shape, or not finite.
-    """
+    Raises UserError naming the first tensor that is missing, of another shape, or not finite."""
     shape = lambda x: tuple(x.shape) if torch.is_tensor(x) else "nothing"
     own, weights = module.state_dict(), weights if isinstance(weights, dict) else {}
     for name in sorted(own.keys() | weights.keys(), key=str):

@@ -1,7 +1,6 @@
 """What every command shares: its flags, and how it ends when a user made a mistake.
 
-The flags of a command are the fields of a frozen dataclass, each made by `flag`.
-"""
+The flags of a command are the fields of a frozen dataclass, each made by `flag`."""
 
 import argparse
 import math
@@ -34,10 +33,8 @@ def refuse(wrong, message):
 
 def flag(default, text, group="options", choices=None, kind=None, **limits):
     """A dataclass field that is also a command-line flag.
-
     text, group: for --help; the group "positional" is for arguments without a name. choices: allowed values.
-    kind: its type, if not the default's. limits: what a number may be, by the names in LIMITS.
-    """
+    kind: its type, if not the default's. limits: what a number may be, by the names in LIMITS."""
     kind = kind or (str if default is None else type(default))
     metadata = dict(text=text, group=group, choices=choices, kind=kind, limits=limits)
     return field(default=default, metadata=metadata)

@@ -5,8 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,6 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-
-DAY = 24 * 60 * 60  # seconds
 
 
 @contextmanager
@@ -34,10 +31,8 @@ def explain_os_error(path, does="cannot be written", advice=""):
 @contextmanager
 def write_whole(path):
     """A hidden name beside `path` to write to, which replaces it at the end: the file is whole or not there.
-
     The folder is made. What a killed process leaves under the hidden name is written over the next time.
-    Raises UserError if the file cannot be written.
-    """
+    Raises UserError if the file cannot be written."""
     path = Path(path)
     work = path.with_name(f".unfinished-{path.name}")
     with explain_os_error(path):
@@ -66,9 +61,7 @@ def digest(array):
 @contextmanager
 def lock_folder(folder):
     """In this block no other process has the folder, which is made. Raises UserError if one has it already.
-
-    The system frees it however a process ends, by kill -9 too. Without fcntl (Windows) nobody is refused.
-    """
+    The system frees it however a process ends, by kill -9 too. Without fcntl (Windows) nobody is refused."""
     with explain_os_error(folder, "cannot be made"):
         Path(folder).mkdir(parents=True, exist_ok=True)
         file = open(Path(folder) / ".lock", "w")
@@ -83,32 +76,16 @@ def lock_folder(folder):
         yield
 
 
-def cache_root():
-    """Where caches are: $MINIMEDSHIFT_CACHE, or ~/.cache/minimedshift; without a home, the system's temporary
-    folder."""
-    try:
-        home = Path.home() / ".cache"
-    except RuntimeError:  # an unknown user, as in a container
-        home = Path(tempfile.gettempdir())
-    return Path(os.environ.get("MINIMEDSHIFT_CACHE") or home / "minimedshift")
-
-
 def cached(root, name, content, make):
-    """The folder root/name-KEY, made by make(folder) unless it is there. root: None for `cache_root`.
-
+    """The folder root/name-KEY, made by make(folder) unless it is there. root: None for the usual cache.
     KEY is a hash of `content`, which is all that determines the folder. It is made under another name and
-    renamed last, so two processes may make it at once. Raises UserError if the cache cannot be written.
-    """
-    root = Path(root or cache_root())
+    renamed last, so two processes may make it at once. Raises UserError if the cache cannot be written."""
+    root = Path(root or os.environ.get("MINIMEDSHIFT_CACHE") or Path.home() / ".cache" / "minimedshift")
     final = root / f"{name}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}"
     with explain_os_error(f"the cache {root}", advice=": set MINIMEDSHIFT_CACHE to a folder that can"):
         if final.is_dir():
             return final
         root.mkdir(parents=True, exist_ok=True)
-        for left in root.glob(".unfinished-*"):  # by a killed process, or still in use by another
-            with suppress(FileNotFoundError):
-                if time.time() - left.stat().st_mtime > DAY:
-                    shutil.rmtree(left, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=root))
         try:
             make(work)

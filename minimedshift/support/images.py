@@ -21,7 +21,6 @@ FORMATS = {  # extension -> format, the modes it can hold, how it is saved witho
 }
 READ = tuple({name for name, _, _ in FORMATS.values()})  # some others that Pillow knows run programs
 PIXELS = 64_000_000  # the most in an image, 8000 x 8000; in colour it then takes 2 GB
-LONG = 16            # the most that an image is longer than wide: it is translated as that many squares
 FORMATS |= {".tiff": FORMATS[".tif"], ".jpeg": FORMATS[".jpg"]}
 LUMINANCE = (.299, .587, .114)  # ITU-R BT.601
 warnings.filterwarnings("ignore", module="PIL")  # a doubtful part of a header is kept or dropped
@@ -38,10 +37,8 @@ class Info:
 
 def read_image(path):
     """x (C, H, W) float32 in [-1, 1] and its Info; C = 1 where all channels are equal, else 3.
-
     Alpha is put aside: colours count as stored, and so does the way up: a tag that turns the image is kept. A
-    palette becomes RGB. Raises UserError if unreadable.
-    """
+    palette becomes RGB. Raises UserError if unreadable."""
     refuse(not Path(path).is_file(), f"{path}: there is no such file")  # a pipe may never end
     try:
         mode, pixels, extra = decode(path)
@@ -65,8 +62,7 @@ def decode(path):
     with Image.open(path, formats=READ) as image:
         width, height = image.size
         refuse(width * height > PIXELS, f"{path}: {width} x {height} pixels are too many: make it smaller")
-        refuse(max(width, height) > LONG * min(width, height),
-               f"{path}: {width} x {height} is more than {LONG} times as long as wide: cut out what matters")
+        refuse(max(width, height) > 16 * min(width, height), f"{path}: {width} x {height} is too thin")
         pages = getattr(image, "n_frames", 1)
         deep = ";16" in str(getattr(image, "tile", ""))
         image.load()
@@ -125,9 +121,7 @@ def to_pixels(x, bits=8):
 
 def image_files(folder, above=()):
     """The files in a folder and below that are images by name, sorted, without hidden ones.
-
-    A link to a folder is followed, unless it leads back to a folder that it lies in, one of `above`.
-    """
+    A link to a folder is followed, unless it leads back to a folder that it lies in, one of `above`."""
     folder, found = Path(folder), []
     if not folder.is_dir() or folder.resolve() in above:
         return found

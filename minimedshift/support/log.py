@@ -28,10 +28,8 @@ def row_of(line):
 
 class Log:
     """log.csv, loss.png and the progress line of a run.
-
     out: its folder. first: the step to go on from; rows of earlier steps are kept. silent: writes and says
-    nothing. steps_after: what comes after the training takes about as long as so many steps.
-    """
+    nothing. steps_after: what comes after the training takes about as long as so many steps."""
     COLUMNS = ("step", "loss", "grad_norm", "lr", "entropy", "cost", "marginal_error", "coupling_seconds",
                "seconds")
 
@@ -86,14 +84,6 @@ class Log:
 
     def column(self, name):
         return [row[self.COLUMNS.index(name)] for row in self.rows]
-
-    def coupling(self):
-        """A line: what the coupling was, in the mean over the run, and its share of the time."""
-        self.flush()
-        entropy, cost, error = (np.mean(self.column(name)) for name in ("entropy", "cost", "marginal_error"))
-        share = sum(self.column("coupling_seconds")) / self.column("seconds")[-1]
-        return (f"coupling: normalised entropy {entropy:.3f}, cost {cost:.3f} of independent, "
-                f"marginal error {error:.1g}, {share:.1%} of the time")
 
     def draw(self):
         """loss.png: every step's loss and its running mean."""

@@ -31,9 +31,7 @@ def pick_device(name):
 @cache
 def pick_formats(dtype, device):
     """The number format of arithmetic and the memory format of weights with which a convolution is fastest.
-
-    On a CPU they are measured, in about a second. dtype: "auto", or the name of the one to take.
-    """
+    On a CPU they are measured, in about a second. dtype: "auto", or the name of the one to take."""
     wanted = [torch.float32, torch.bfloat16] if dtype == "auto" else [getattr(torch, dtype)]
     if device.type == "cuda":
         can = dtype != "auto" or has_bfloat16()
@@ -68,17 +66,9 @@ def has_bfloat16():
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-@cache
 def can_compile(device):
     """Whether torch.compile can make kernels here: CUDA, Triton, compute capability 7.0 or newer."""
-    if device.type != "cuda" or triton is None or torch.cuda.get_device_capability() < (7, 0):
-        return False
-    try:
-        triton.runtime.driver.active.utils  # builds its launcher: needs a C compiler and Python's headers
-    except Exception as error:
-        print(f"not compiling the network: {error}")
-        return False
-    return True
+    return device.type == "cuda" and triton is not None and torch.cuda.get_device_capability() >= (7, 0)
 
 
 def try_compile(model, x, dtype):
@@ -121,9 +111,7 @@ def to_float(array, device):
 
 def in_batches(function, x, batch=64):
     """function applied to slices of x (N, ...), joined again. A batch that a GPU has no memory for is halved.
-
-    Raises torch.OutOfMemoryError where a single image does not fit.
-    """
+    Raises torch.OutOfMemoryError where a single image does not fit."""
     while True:
         try:
             return torch.cat([function(part) for part in x.split(batch)])
@@ -139,11 +127,8 @@ def name_of(torch_constant):
 
 
 def machine_name(device):
-    """The name of the processor or GPU, for a report."""
+    """The name of the GPU, or of the processor and how many threads it runs, for a report."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()
-    try:
-        lines = [line for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        return f"{len(lines)} x {lines[0].split(':')[1].strip()}"
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
+    found = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 has none
+    return f"{torch.get_num_threads()} x {found.get('cpu_name', platform.machine())}"

@@ -1,8 +1,7 @@
 """To the size a network works at, and back: the change it made is carried to full resolution.
 
 In every window of the small image the translation is a line in the source, a x + b, by least squares. The
-lines are enlarged and applied to the full image, whose own fine detail so stays (arXiv:1505.00996).
-"""
+lines are enlarged and applied to the full image, whose own fine detail so stays (arXiv:1505.00996)."""
 
 from functools import partial
 
@@ -35,8 +34,7 @@ def carry_to_full_size(full, x1, out, radius=1, eps=1e-3):
         change = a x1 + b in each window:  a = cov(x1, change) / (var(x1) + eps), b = mean(change - a x1)
         result = full + A full + B,  A, B window means of a, b, upsampled      arXiv:1505.00996, Algorithm 2
 
-    The code's last term is what no line explains, such as noise.
-    """
+    The code's last term is what no line explains, such as noise."""
     change, up = out - x1, partial(resize, shape=full.shape[-2:])
     size = 2 * radius + 1
     mean = partial(F.avg_pool2d, kernel_size=size, stride=1, padding=radius, count_include_pad=False)

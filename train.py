@@ -35,29 +35,23 @@ from minimedshift.support.machine import (autocast, can_compile, has_bfloat16, k
 class Config:
     data: str = flag(None, "folder of images, DIR/DOMAIN/*.png (default: simulated heads)", "data")
     size: int = flag(0, "side of the training images in pixels; 0 is the preset's", "data", low=0, high=4096)
-    train_images: int = flag(10000, "simulated training images, all domains together", "data", low=5,
-                             high=10**7)
+    train_images: int = flag(10000, "simulated training images, all domains together", "data", low=5)
     valid_heads: int = flag(64, "simulated validation heads, each in all domains", "data", low=1, high=10**6)
     test_heads: int = flag(128, "simulated test heads, each in all domains", "data", low=1, high=10**6)
-    shift: float = flag(0.1, "share of a domain's simulated training heads that are from its own population",
-                        "data", low=0, high=1)
+    shift: float = flag(0.1, "share of training heads from a domain's own population", "data", low=0, high=1)
     balance: bool = flag(True, "draw images less often that are rare in the other domains", "data")
     check_data: bool = flag(False, "write a picture and a line per domain, then stop", "data")
     preset: str = flag("auto", "network and training settings", "method", ("auto", *PRESETS))
     coupling: str = flag("semidiscrete", "which noise goes with which image", "method",
                          batches.coupling.COUPLINGS)
-    ot_batch: int = flag(0, "batches that are paired at once; 0: as the coupling needs", "method", low=0,
-                         high=10**5)
+    ot_batch: int = flag(0, "batches that are paired at once; 0: as the coupling needs", "method", low=0)
     sigma: float = flag(0.0, "width of the bridge between noise and image", "method", low=0)
-    colour: float = flag(1.0, "fall of the noise's amplitude with frequency: 0 white, 1 like natural images",
-                         "method", low=0, high=2)
+    colour: float = flag(1.0, "colour of the noise: 0 white, 1 like natural images", "method", low=0, high=2)
     drop_label: float = flag(0.1, "share of labels that are hidden, for guidance", "method", low=0, below=1)
     steps: int = flag(0, "optimizer steps; 0 is the preset's", "training", low=0)
     batch_size: int = flag(0, "images a step; 0 is the preset's", "training", low=0, high=10**5)
-    lr: float = flag(0.02, "peak learning rate of the convolutions (Muon); the rest (AdamW) has a twentieth",
-                     "training", above=0)
-    ema: float = flag(16.97, "exponent of the EMA: 16.97 averages a twentieth of the run, 6.94 a tenth",
-                      "training", low=0)
+    lr: float = flag(0.02, "peak rate of the convolutions (Muon); AdamW has a twentieth", "training", above=0)
+    ema: float = flag(16.97, "EMA exponent; 16.97 averages over a twentieth of the run", "training", low=0)
     seed: int = flag(0, "all randomness is a function of the seed and the step", "training", low=0)
     tau: float = flag(0.3, "how far back: 1 keeps structure, 0 favours realism", "translation", low=0)
     guidance: float = flag(1.0, "guidance scale of the forward leg; 1 is none", "translation")
@@ -65,8 +59,7 @@ class Config:
     solver_steps: int = flag(3, "solver steps of each leg", "translation", low=1, high=1000)
     solver: str = flag("fireflow", "ODE solver", "translation", tuple(sampler.SOLVERS))
     student: bool = flag(True, "at the end, teach a small network to translate in one evaluation", "student")
-    student_images: int = flag(0, "images of a domain that the flow translates for it; 0 is the preset's",
-                               "student", low=0, high=10**5)
+    student_images: int = flag(0, "images of a domain it learns from; 0 is the preset's", "student", low=0)
     student_steps: int = flag(0, "its optimizer steps, 32 images each; 0 is the preset's", "student", low=0)
     out: str = flag("out", "folder for everything the run leaves", "run")
     resume: bool = flag(False, "go on from OUT/checkpoint.pt: give the flags of that run again", "run")
@@ -158,8 +151,6 @@ def train(config, dataset, device, dtype, memory, file, before=None):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ranks.leave()  # what remains is small, and rank 0's
-    if first == config.steps:
-        print("all steps were done before", flush=True)
     return ema.model
 
 

@@ -13,8 +13,7 @@ SORTED, KNOTS = 2**16, 4096  # A histogram is made from about 2^16 pixels, a cur
 
 @dataclass(frozen=True)
 class Curve:
-    """A function of the grey value: straight between K equally spaced knots, constant outside.
-    values (K,) are those at the knots, from low to high."""
+    """A function of the grey value: values (K,) at equally spaced knots, linear between, constant outside."""
     low: float
     high: float
     values: torch.Tensor
@@ -43,8 +42,8 @@ def fit_histogram(source, target):
 
 
 def pixels(images):
-    """About SORTED values of images, in order. An odd stride sees all columns of images 2^n pixels wide."""
-    stride = max(1, images.numel() // SORTED) | 1  # odd
+    """About SORTED values of images, in order."""
+    stride = max(1, images.numel() // SORTED) | 1  # odd: sees all columns of images 2^n pixels wide
     return images.flatten()[::stride].sort().values
 
 
@@ -57,7 +56,7 @@ def ends(values):
 def laplacian(x, levels=None):
     """The Laplacian pyramid, levels + 1 bands: [detail at H, at H / 2, ..., the rest].
     Halving weighs four pixels 1, 3, 3, 1 each way (Burt and Adelson 1983). levels: None for as many as leave
-    about COARSEST pixels. Curves fitted to the bands of the simulator's own pyramid are .1 to .5 dB worse."""
+    about COARSEST pixels."""
     if levels is None:
         levels = max(1, round(math.log2(min(x.shape[-2:]) / COARSEST)))
     bands = []
@@ -79,8 +78,7 @@ def join(bands):
 
 @dataclass(frozen=True)
 class BandCurves:
-    """A curve for each band of a Laplacian pyramid, from fine to coarse."""
-    curves: tuple
+    curves: tuple  # one for each band of a Laplacian pyramid, from fine to coarse
 
     def __call__(self, x):
         bands = laplacian(x, len(self.curves) - 1)

@@ -36,7 +36,6 @@ class Plan(NamedTuple):
     error: torch.Tensor    # mean relative error of the plan's column sums; its row sums are exact
 
 
-# ---------------------------------------------------------------- pairs of a batch
 # function(x0, x1, y, eps, generator) -> index, entropy, error: x0[index] goes with x1, whose labels are y.
 # x0, x1 (n, ...) are on any device. y (n,), on the host, has the label of noise i and of image i.
 

@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +19,14 @@ from minimedshift.bands import BandCurves, Curve, blur, erode, fit_bands, fit_hi
 from minimedshift.support.log import progress
 from minimedshift.support.machine import autocast
 
-IMAGES = 1000    # Tone is fitted to so many images of a domain; with fewer, histograms pull it off.
-NOISY = 250      # About so many images of a domain are enough for its noise.
+IMAGES, NOISY = 1000, 250  # images of a domain: fewer pull its tone off; so many are enough for its noise
 LEVELS, ENOUGH = 16, 100  # Noise is measured at 16 levels of grey, where a level has 100 pixels.
 NORMAL = 0.6745  # This is the median of |N(0, 1)|.
 UNIT = (0.87252, 0.18928)  # White noise of variance 1 has these deviations in its bands of grain.
 
 
 def smooth(x, width):
-    """Gaussian blur of `width` pixels over what lies inside the frame.
-    `low_pass` mirrors noise at the frame, where it counts twice: that moved noise ratios by up to 3 %."""
+    """Gaussian blur of `width` pixels over what lies inside the frame: a mirror would count noise twice."""
     radius = math.ceil(4 * width)
     total = lambda z: blur(F.pad(z, (radius,) * 4), width, radius)
     return total(x) / total(torch.ones_like(x[:1]))
@@ -42,9 +40,8 @@ def fine_bands(x):
 
 
 def grain(images, robust):
-    """The noise of images (N, C, H, W): for each band of grain a Curve, grey level -> standard deviation.
-    It is measured in flat places inside heads and in the air around. robust: from the median of |band|, which
-    a bit of fine texture does not move; else from its mean square."""
+    """The noise of images (N, C, H, W) in flat places and air: a Curve a band, grey level -> deviation.
+    robust: from the median of |band|, which fine texture does not move; else from its mean square."""
     *bands, coarse = fine_bands(images)
     flat = (flat_region(images) | erode(~inside(images), 3)).expand_as(images)
     ends = torch.linspace(-1, 1, LEVELS + 1)[1:-1].to(images)
@@ -105,17 +102,13 @@ class Finish:
 
     def state(self):
         """As plain types and tensors."""
-        plain = lambda curves: [(curve.low, curve.high, curve.values) for curve in curves]
-        return dict(bands=plain(self.bands.curves), pixels=plain([self.pixels]), own=plain(self.own),
-                    wanted=plain(self.wanted))
+        groups = dict(bands=self.bands.curves, pixels=[self.pixels], own=self.own, wanted=self.wanted)
+        return {name: [astuple(curve) for curve in curves] for name, curves in groups.items()}
 
 
 def restore(state):
-    """The Finish of Finish.state(). Raises ValueError, KeyError or TypeError for a damaged one."""
+    """The Finish of Finish.state()."""
     groups = {name: [Curve(*curve) for curve in curves] for name, curves in state.items()}
-    for curve in sum(groups.values(), []):
-        if not -math.inf < curve.low < curve.high < math.inf or not curve.values.isfinite().all():
-            raise ValueError("no curve")
     return Finish(BandCurves(tuple(groups["bands"])), groups["pixels"][0], groups["own"], groups["wanted"])
 
 
@@ -128,16 +121,14 @@ def fit(net, images, dtype=torch.float32, batch=64):
     wanted = [grain(target[some].float(), robust=True) for target in images]
     finishes = {}
     for s, t in pairs:
-        answers, target = [], images[t].float()
+        answers, labels = [], torch.tensor([[s], [t]], device=device)
         for x in images[s].float().split(batch):
-            labels = (torch.full((len(x),), y, device=device) for y in (s, t))
             with autocast(device, dtype):
-                answers.append(net(x.to(device), *labels).float().cpu())
-        x = torch.cat(answers)
+                answers.append(net(x.to(device), *labels.expand(2, len(x))).float().cpu())
+        x, target = torch.cat(answers), images[t].float()
         bands = fit_bands(x, target)
         x = bands(x)
         pixels = fit_histogram(x, target)
-        own = grain(pixels(x[some]), robust=False)
-        finishes[s, t] = Finish(bands, pixels, own, wanted[t])
+        finishes[s, t] = Finish(bands, pixels, grain(pixels(x[some]), robust=False), wanted[t])
         progress(len(finishes), len(pairs), start, "its finish", "pairs")
     return finishes

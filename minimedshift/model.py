@@ -45,8 +45,7 @@ def act(norm, x, scale=None, shift=None):
 
 
 class Block(nn.Module):
-    """x + conv2(act(norm2, conv1(act(norm1, x, scale, shift)))), scale and shift from emb.
-    The weight of conv2 is zero at the start."""
+    """x + conv2(act(norm2, conv1(act(norm1, x, scale, shift)))), scale and shift from emb: x at the start."""
 
     def __init__(self, width, emb):
         super().__init__()
@@ -166,8 +165,7 @@ PRESETS = {  # GFLOPs: of one evaluation of one image, a multiply-add counted as
 
 
 def load_model(path, device="cpu"):
-    """The network of a checkpoint with its EMA weights, in eval mode, and the checkpoint itself.
-    Raises UserError where the file holds no such network."""
+    """The network of a checkpoint with its EMA weights, in eval mode, and the checkpoint itself."""
     state = checkpoint.load(path, device)
     checkpoint.check_settings(state, path)
     with torch.device("meta"):  # without memory: what the shape claims may not be in the file

@@ -3,9 +3,8 @@
     norm_film_silu   silu(GroupNorm(x) (1 + scale) + shift), what stands before a convolution of the network
 
 The reference says what is computed. A kernel is one program run many times at once, each time on its own
-tile of numbers: it loads them (a mask drops what lies beyond the edge), computes in float32, and stores. What
-programs need of each other goes through memory, from one kernel to the next. torch.compile cannot look into a
-custom_op: register_fake tells it the shapes, register_autograd the gradient. A CPU takes the reference."""
+tile of numbers: it loads them (a mask drops what lies beyond the edge), computes in float32, and stores.
+torch.compile cannot look into a custom_op: register_fake tells the shapes, register_autograd the gradient."""
 
 from functools import cache
 from types import SimpleNamespace
@@ -28,8 +27,7 @@ FUSED = False  # on a GPU: the kernels, or the compiled reference; `python studi
 LAST = dict(memory_format=torch.channels_last)
 
 
-def wide(x):
-    """At least float32."""
+def wide(x):  # at least float32
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -51,8 +49,7 @@ def norm_film_silu_reference(x, weight, bias, groups, scale=None, shift=None, ep
 def fused_norm_film_silu(x, weight, bias, groups, scale=None, shift=None, eps=1e-5):
     """The same by kernels; y is channels-last.
 
-    In each channel of an image u = gain xhat + offset, xhat = (x - mean) rstd. Gain and offset (B, C) are
-    made here, so that autograd takes their gradients on to weight, bias, scale and shift. With
+    In each channel of an image u = gain xhat + offset, xhat = (x - mean) rstd, gain and offset (B, C). With
     du = dy silu'(u), sums over an image's pixels and means over a group's n elements:
 
         doffset = S0 = sum du,    dgain = S1 = sum du xhat
@@ -188,8 +185,7 @@ def norm_silu_backward(dy: Tensor, x: Tensor, gain: Tensor, offset: Tensor, mean
     table = table_of(mean, rstd, gain, offset)
     parts = gain.new_empty(len(x), grid[0], 2, x.shape[1])
     sums_kernel[grid](x, dy, parts, table, *sizes, num_warps=8)
-    S = parts.sum(1)
-    groups = mean.shape[1]
+    S, groups = parts.sum(1), mean.shape[1]
     A = (gain[:, None] * S).unflatten(2, (groups, -1)).sum(3) / (x[0].numel() // groups)  # (B, 2, groups)
     A = A.repeat_interleave(x.shape[1] // groups, 2)  # (B, 2, C)
     dx = torch.empty_like(x, **LAST)

@@ -1,8 +1,8 @@
 """The student: what the flow usually does, learned by a small local network in one evaluation.
 
-Why is it better than the flow? The flow's errors are rare and large: it redraws an outline some pixels off,
-here in one head and there in another. A small network without attention hardly learns where. What remains is
-the median of all its lessons, which rare errors do not move (an L2 loss would give the mean, which they do):
+The flow's errors are rare and large: it redraws an outline some pixels off, here in one head and there in
+another. A small network hardly learns where. What remains is the median of all its lessons, which rare errors
+do not move (an L2 loss would give the mean, which they do):
 
     student(x, s, t) = argmin_f  E | f(x) - flow(x, s, t) |          over training images x of domain s
 
@@ -68,8 +68,7 @@ class Block(nn.Module):
 
 class LocalNet(nn.Module):
     """One network for all ordered pairs: images x (B, C, H, W) in [-1, 1] -> x + net(x), not clipped.
-    y_source, y_target: (B,) int64. `stem` divides H and W. There is no normalisation and no attention, so
-    nothing looks at the whole image."""
+    y_source, y_target: (B,) int64. `stem` divides H and W. Nothing in it looks at the whole image."""
 
     def __init__(self, shape):
         super().__init__()
@@ -101,14 +100,12 @@ def lessons(flow, images, tau, batch=64, **how):
     device = next(flow.parameters()).device
     answers = torch.zeros(D, D, *images.shape[1:], dtype=torch.float16)
     for s in range(D):
-        for first in range(0, N, batch):
-            some = slice(first, first + batch)
+        for some in torch.arange(N).split(batch):
             x = images[s, some].to(device, torch.float32)
             z = sampler.encode(flow, x, s, tau, **how)  # the way back is the same for all targets
-            for t in range(D):
-                if t != s:
-                    answers[s, t, some] = sampler.decode(flow, z, t, tau, **how).half().cpu()
-            progress(s * N + min(N, first + batch), D * N, start, "the flow translates")
+            for t in set(range(D)) - {s}:
+                answers[s, t, some] = sampler.decode(flow, z, t, tau, **how).half().cpu()
+            progress(s * N + int(some[-1]) + 1, D * N, start, "the flow translates")
     return answers
 
 
@@ -186,10 +183,8 @@ def restore(state, device="cpu", path="the checkpoint"):
         shape, weights = LocalShape(**state["shape"]), state["weights"]
         with torch.device("meta"):  # without memory: what the shape claims may not be in the file
             net = LocalNet(shape)
-        finishes = {}
-        for pair, part in state["finishes"].items():
-            s, t = map(int, pair.split())
-            finishes[s, t] = finish.restore(part)
+        parts = state["finishes"].items()
+        finishes = {tuple(map(int, pair.split())): finish.restore(part) for pair, part in parts}
     except Exception as error:  # a damaged file can hold anything
         raise UserError(f"{path} holds a student that cannot be read ({type(error).__name__})") from None
     checkpoint.fill(net, weights, path)
@@ -197,14 +192,12 @@ def restore(state, device="cpu", path="the checkpoint"):
 
 
 def teach(model, dataset, count, steps, dtype, device, seed=0):
-    """The Student of a trained flow: LESSONS on `count` training images of each domain, then its finish.
-    steps: of the optimizer. dtype: of the arithmetic."""
+    """The Student of a trained flow: `steps` of the optimizer on `count` images a domain, then its finish."""
     images = spread_out(dataset, count)
     with autocast(device, dtype):
         answers = lessons(model, images, **LESSONS)
     stem = 2 ** (1 + (dataset.size >= 128) + (dataset.size >= 256))  # the view is the same share of any size
-    width = 128 if dataset.size >= 256 else 64
-    shape = LocalShape(len(dataset.domains), dataset.channels, width, stem)
+    shape = LocalShape(len(dataset.domains), dataset.channels, 128 if dataset.size >= 256 else 64, stem)
     net = learn(shape, images, answers, steps, seed=seed, dtype=dtype, device=device)
     enough = min(finish.IMAGES, max(map(len, dataset.train_images)))
     return Student(net, finish.fit(net, spread_out(dataset, enough), dtype))

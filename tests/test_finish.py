@@ -92,10 +92,10 @@ def test_taking_noise_away_leaves_edges():
 
 
 def test_a_level_without_pixels_takes_the_nearest_value():
-    nan = float("nan")
-    curve = finish.through_levels(torch.tensor([nan, 1.0, nan, nan, 2.0]))
-    assert curve.values.tolist() == [1, 1, 1, 2, 2]
-    assert finish.through_levels(torch.tensor([nan, nan])).values.tolist() == [0, 0]
+    """Only the discs, around level -.15, and the air, at the top, have pixels; where there are too few, 0."""
+    values = finish.grain(noisy(blobs(20, 128), .05), True)[0].values
+    assert (values > 0).all() and (values[:3] == values[0]).all()
+    assert not any(curve.values.any() for curve in finish.grain(torch.zeros(1, 1, 8, 8), True))
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +128,7 @@ def test_grain_is_measured_once_the_tone_is_right(fitted):
     assert (part.own[0].values - raw.values).abs().max() > .1 * raw.values.max()
 
 
-def test_a_finish_goes_through_plain_types_or_is_refused(fitted):
+def test_a_finish_goes_through_plain_types(fitted):
     finishes, a, _ = fitted
-    state = finishes[0, 1].state()
     e = noise(3, 1, 64, 64)
-    assert torch.equal(finish.restore(state)(a[:3], e), finishes[0, 1](a[:3], e))
-    low, high, values = state["pixels"][0]
-    for broken in (dict(bands=[]), dict(bands=16 * state["bands"][:1]), dict(pixels=[(low, high, values * torch.nan)]),
-                   dict(pixels=[(high, low, values)]), dict(pixels=[(low, high, values[:1])])):
-        with pytest.raises(ValueError):
-            finish.restore(state | broken)
+    assert torch.equal(finish.restore(finishes[0, 1].state())(a[:3], e), finishes[0, 1](a[:3], e))

@@ -128,8 +128,6 @@ def test_only_the_forward_leg_is_guided():
     assert seen == 2 * [0, 0] + 2 * [1, 1, 2, 2]
 
 
-
-
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_evaluations_are_counted_as_the_network_is_asked(solver, guidance):

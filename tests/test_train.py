@@ -124,7 +124,7 @@ def test_your_own_folder_trains(tmp_path, cache):
 def test_check_data_shows_and_stops(tmp_path, cache):
     status, output, _ = finish(start(tmp_path, cache, "--check-data"))
     assert status == 0 and all(f"{name}: 4 to train" in output for name in phantom.DOMAINS)
-    assert [p.name for p in tmp_path.iterdir()] == ["data.png"]
+    assert [p.name for p in tmp_path.glob("[!.]*")] == ["data.png"]
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -172,11 +172,10 @@ def test_a_finished_run_resumes_to_its_end_in_the_number_format_asked_for(tmp_pa
     monkeypatch.setenv("MINIMEDSHIFT_CACHE", cache["MINIMEDSHIFT_CACHE"])
     runs = {"--dtype float32": "float32", "--resume": "float32", "--resume --dtype bfloat16": "bfloat16"}
     for more, dtype in runs.items():
-        for path in tmp_path.glob("*.png"):  # it may have been killed before it drew them
-            path.unlink()
+        (tmp_path / "translations.png").unlink(missing_ok=True)  # it may have been killed before it drew it
         assert train.main([*TINY, "--steps", "2", "--no-evaluate", "--out", str(tmp_path), *more.split()]) == 0
         assert f"cpu, {dtype}," in capsys.readouterr().out
-        assert {path.name for path in tmp_path.glob("*.png")} == {"loss.png", "translations.png"}
+        assert (tmp_path / "translations.png").exists()
 
 
 def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(tmp_path, cache, monkeypatch, capsys):
@@ -218,10 +217,10 @@ def test_help_shows_groups_and_defaults():
     assert all(word in text for word in ("data:", "method:", "training:", "translation:", "run:", "(default: 0.02)"))
 
 
-def test_the_log_tells_what_a_coupling_did_and_cost(tmp_path, cache):
+def test_log_csv_tells_what_a_coupling_did_and_cost(tmp_path, cache):
     flags = "--steps 3 --coupling sinkhorn --sigma 2 --ot-batch 4 --no-evaluate".split()
     status, output, errors = finish(start(tmp_path, cache, *flags))
-    assert (status, errors) == (0, "") and "% of the time" in output
+    assert (status, errors) == (0, "")
     for line in (tmp_path / "log.csv").read_text().splitlines()[1:]:
         row = dict(zip(Log.COLUMNS, map(float, line.split(","))))
         assert 0.1 < row["entropy"] < 0.9 and 0 < row["cost"] < 1.2

@@ -56,10 +56,6 @@ def test_one_population_is_left_nearly_alone():
     assert min(balance.effective(w) for w in weights) > 900
 
 
-def test_the_effective_number_of_images():
-    assert balance.effective(np.ones(7)) == 7 and balance.effective(np.array([1.0, 0, 0, 0])) == 1
-
-
 def test_images_are_drawn_by_their_weights():
     images = np.arange(4, dtype=np.float16).reshape(4, 1, 1, 1)
     weights = [np.array([0, 1, 1, 2], np.float32), np.ones(4, np.float32)]
@@ -71,7 +67,7 @@ def test_images_are_drawn_by_their_weights():
         torch.testing.assert_close(share, torch.tensor(wanted), atol=.02, rtol=0)
     assert torch.equal(x1, plain.batch(torch.full((20000,), 1), torch.Generator().manual_seed(0)).flatten().long())
     assert dataset.drawn(0).flatten().tolist() == [1, 2, 3, 3]
-    assert dataset.drawn(1).flatten().tolist() == [0, 1, 2, 3] and plain.drawn(0) is images
+    assert dataset.drawn(1).flatten().tolist() == [0, 1, 2, 3] and plain.drawn(0).flatten().tolist() == [0, 1, 2, 3]
 
 
 def test_a_domain_apart_is_warned_of(capsys, tmp_path):
@@ -81,7 +77,7 @@ def test_a_domain_apart_is_warned_of(capsys, tmp_path):
     dataset = Dataset(("a", "b"), 32, 1, [left, np.concatenate([right, few])], [left[:0]] * 2)
     found = balance.balanced(dataset, tmp_path)
     said = capsys.readouterr().out
-    assert "effective images: a " in said and "warning: b shares few" in said
+    assert " effective images of 600\n" in said and " of 612: few are shared" in said
     assert found.weights[1][600:].mean() > 5 * found.weights[1][:600].mean()
     again = balance.balanced(dataset, tmp_path)  # from the cache
     assert all(np.array_equal(a, b) for a, b in zip(found.weights, again.weights))

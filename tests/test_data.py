@@ -1,9 +1,6 @@
 """A set is the same bytes every time, nothing leaks between its splits, and mistakes end in a sentence."""
 
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +12,6 @@ from minimedshift.support.command import UserError
 from minimedshift.support.sizes import crop_to_square
 
 noise = lambda *shape: np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-
-# ---------------------------------------------------------------- batches
 
 def test_a_batch_has_the_images_of_its_labels_and_depends_on_the_generator_alone():
     train = []
@@ -49,8 +44,6 @@ def test_a_set_of_some_domains_has_their_images_in_the_order_asked_for():
             data.select_domains(some, wrong)
 
 
-# ---------------------------------------------------------------- folders
-
 def fill(folder, count, start=0, picture=lambda i: Image.fromarray(np.full((20, 30), i, np.uint8))):
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(start, start + count):
@@ -67,63 +60,41 @@ def test_a_folder_becomes_domains_and_a_tenth_is_held_out(tmp_path):
     fill(root / "few", 4, 200)
     (root / "notes.txt").write_text("no image")
     (root / ".hidden").mkdir()
-    one, two = (data.folder_set(root, 16, seed=0, cache=tmp_path / "cache", progress=False) for _ in range(2))
+    one, two = (data.folder_set(root, 16, seed=0, cache=tmp_path / "cache") for _ in range(2))
     assert one.domains == ("few", "real-low", "synthetic") and one.channels == 1 and one.valid_pairs is None
     assert [len(x) for x in one.train_images] == [4, 18, 4] and [len(x) for x in one.test_images] == [0, 2, 1]
     assert all(x.shape[1:] == (1, 16, 16) and x.dtype == np.float16 for x in one.train_images)
     assert sorted(levels(one.train_images[1]) + levels(one.test_images[1])) == list(range(20))
     assert all(np.array_equal(a, b) for a, b in zip(one.train_images + one.test_images, two.train_images + two.test_images))
-    other = data.folder_set(root, 16, seed=5, cache=tmp_path / "cache", progress=False)
+    other = data.folder_set(root, 16, seed=5, cache=tmp_path / "cache")
     assert levels(other.test_images[1]) != levels(one.test_images[1])
     (root / "few" / "200.png").unlink()
-    assert len(data.folder_set(root, 16, cache=tmp_path / "cache", progress=False).train_images[0]) == 3
+    assert len(data.folder_set(root, 16, cache=tmp_path / "cache").train_images[0]) == 3
 
 
 def test_train_and_test_folders_are_taken_as_they_are(tmp_path):
     for domain in ("a", "b"):
         fill(tmp_path / "root" / "train" / domain, 10)
         fill(tmp_path / "root" / "test" / domain, 3, 50)
-    dataset = data.folder_set(tmp_path / "root", 16, cache=tmp_path / "cache", progress=False)
+    dataset = data.folder_set(tmp_path / "root", 16, cache=tmp_path / "cache")
     assert dataset.domains == ("a", "b")
     assert [levels(x) for x in dataset.train_images] == [list(range(10))] * 2
     assert [levels(x) for x in dataset.test_images] == [[50, 51, 52]] * 2
 
 
-def test_depths_and_colours_mix(tmp_path):
+def test_depths_and_colours_mix(tmp_path, capsys):
     fill(tmp_path / "root" / "a", 2, picture=lambda i: Image.fromarray(np.full((16, 16), 40000 + i, np.uint16)))
     fill(tmp_path / "root" / "b", 2, picture=lambda i: Image.fromarray(np.full((16, 16, 3), 7, np.uint8)))
-    grey = data.folder_set(tmp_path / "root", 16, cache=tmp_path / "cache", progress=False)
+    grey = data.folder_set(tmp_path / "root", 16, cache=tmp_path / "cache")
     assert grey.channels == 1
     np.testing.assert_allclose(grey.train_images[0].astype(np.float32), 40000 / 65535 * 2 - 1, atol=2e-4)
     fill(tmp_path / "root" / "b", 1, 2, picture=lambda i: Image.fromarray(noise(16, 16, 3)))
-    colour = data.folder_set(tmp_path / "root", 16, cache=tmp_path / "cache", progress=False)
+    colour = data.folder_set(tmp_path / "root", 16, cache=tmp_path / "cache")
     assert colour.channels == 3 and colour.train_images[0].shape == (2, 3, 16, 16)
-    line = data.check(colour, tmp_path / "grid.png")[0]
-    assert line.startswith("a: 2 to train, 0 held out; values 0.22 to 0.22")
+    data.check(colour, tmp_path / "grid.png")
+    said = capsys.readouterr().out
+    assert "a: 2 to train, 0 held out; values 0.22 to 0.22" in said and said.count("; few: ") == 2
     assert Image.open(tmp_path / "grid.png").size[0] > 100
-
-
-def test_a_domain_with_few_images_is_warned_of(tmp_path):
-    stacks = [np.zeros((count, 1, 16, 16), np.float16) for count in (49, 50, 3)]
-    dataset = data.Dataset(("a", "b", "c"), 16, 1, stacks, stacks)
-    lines = data.check(dataset, tmp_path / "grid.png")
-    assert [line[:1] for line in lines if "few" in line] == ["a", "c"]
-
-
-def test_reading_more_images_takes_no_more_memory(tmp_path):
-    """Peak memory of a process that reads 300 images of 512 KB, less that of one that reads 100."""
-    picture = noise(512, 512)
-    for domain in "ab":
-        fill(tmp_path / "few" / domain, 50, picture=lambda i: Image.fromarray(picture))
-        fill(tmp_path / "many" / domain, 150, picture=lambda i: Image.fromarray(picture))
-    code = ("import resource, sys; from minimedshift import data; data.folder_set(sys.argv[1], 512, cache=sys.argv[2], "
-            "progress=False); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-    peaks = []
-    for name in ("few", "many"):
-        command = [sys.executable, "-c", code, str(tmp_path / name), str(tmp_path / "cache")]
-        done = subprocess.run(command, cwd=Path(data.__file__).parents[1], capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout))
-    assert peaks[1] - peaks[0] < 40_000  # KB; 200 images are 100 MB
 
 
 def test_domains_of_opposite_polarity_are_warned_of(tmp_path, capsys):
@@ -134,7 +105,8 @@ def test_domains_of_opposite_polarity_are_warned_of(tmp_path, capsys):
     assert data.opposite(dataset) == []
     negative = replace(dataset, domains=("heads", "negatives"), train_images=[images[3], -images[4]])
     assert data.opposite(negative) == [("heads", "negatives")]
-    assert "negatives of each other" in data.check(negative, tmp_path / "grid.png")[-1]
+    data.check(negative, tmp_path / "grid.png")
+    assert "heads and negatives look like negatives of each other" in capsys.readouterr().out
     draw = np.random.default_rng(0)
     flat = [draw.uniform(-.1, .1, (300, 1, 32, 32)).astype(np.float16) for _ in range(2)]
     assert data.opposite(replace(negative, train_images=flat)) == []
@@ -150,26 +122,14 @@ def test_the_centre_of_the_shorter_side_is_kept():
     assert crop_to_square(white, 32).std() < .2  # antialiased: an 8 x 8 mean would leave 1/8, single pixels up to 1
 
 
-def test_bad_files_are_named_and_skipped_and_empty_folders_are_sentences(tmp_path, capsys):
+def test_bad_files_are_named_and_skipped(tmp_path, capsys):
     root = tmp_path / "root"
-    read = lambda: data.folder_set(root, 16, cache=tmp_path / "cache", progress=False)
-    with pytest.raises(UserError, match="no such folder"):
-        read()
+    read = lambda: data.folder_set(root, 16, cache=tmp_path / "cache")
     fill(root / "a", 6)
-    with pytest.raises(UserError, match="found: a"):
-        read()
     fill(root / "b", 6)
     (root / "b" / "bad.jpg").write_bytes(b"\xff\xd8 nothing")
     assert len(read().train_images[1]) == 5
     for _ in range(2):  # from the cache too
         err = capsys.readouterr().err
         assert "bad.jpg" in err and "skipped 1 unreadable" in err
-        read()
-    for path in (root / "b").glob("0*.png"):
-        path.unlink()
-    with pytest.raises(UserError, match="the domain b has no image that can be read"):
-        read()
-    (root / "test" / "c").mkdir(parents=True)
-    fill(root / "test" / "c", 1)
-    with pytest.raises(UserError, match="test has c"):
         read()

@@ -2,17 +2,16 @@
 
     training heads     one domain each, never two; a share `shift` of them comes from its own population
     paired heads       validation and test: each head in every domain, so that a translation has a truth
-    decoys             for each test head a few other people in exactly the same view
-
-Every head has a seed of its own. Paired heads do not depend on `shift`: the same heads score all shifts."""
+    decoys             for each paired head a few other people in exactly the same view
+"""
 
 import inspect
 import multiprocessing
 import os
 import signal
+import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 
 import numpy as np
 import torch
@@ -48,40 +47,47 @@ def render_pairs(size, first, count, prior, person):
     heads = [phantom.Head(seed, prior) for seed in seeds]
     block = {kind: in_all_domains(heads, size, **how) for kind, how in KINDS.items()}
     block["materials"] = phantom.project(heads, size).half().numpy()
-    block["decoys"] = np.empty((count, DECOYS, len(phantom.DOMAINS), 1, size, size), np.float16)
+    decoys = []
     for k in range(DECOYS):
         others = [phantom.Head(seed, prior, person + i * DECOYS + k) for i, seed in enumerate(seeds)]
-        block["decoys"][:, k] = in_all_domains(others, size, noise=False)
-    return block
+        decoys.append(in_all_domains(others, size, noise=False))
+    return block | dict(decoys=np.stack(decoys, 1))
 
 
 def in_all_domains(heads, size, **how):
     """The heads in every domain, (B, D, 1, H, W) float16: one geometry, five kinds of physics."""
     materials = {fine: phantom.project(heads, size, fine) for fine in (False, True)}
-    images = []
-    for domain, physics in phantom.PHYSICS.items():
-        images.append(phantom.picture(materials[physics.full], heads, domain, **how))
+    images = [phantom.picture(materials[physics.full], heads, domain, **how)
+              for domain, physics in phantom.PHYSICS.items()]
     return torch.stack(images, 1).half().numpy()
 
 
+def begin_process():
+    """Leave Ctrl-C to the parent process, and end when it is killed."""
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
 def render_in_processes(render, jobs):
-    """Yield render(*job), job after job, made by one process a core: threads take twice as long.
-    The bytes do not depend on the number of processes. Raises UserError if one of them is killed."""
+    """Yield render(*job), job after job, made by one process a core: threads take twice as long. Raises
+    UserError if one of them is killed."""
     spawn = multiprocessing.get_context("spawn")
-    no_ctrl_c = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    with ProcessPoolExecutor(min(os.cpu_count(), 16), spawn, **no_ctrl_c) as pool:
+    with ProcessPoolExecutor(min(os.cpu_count(), 16), spawn, begin_process) as pool:
         try:
             for block in [pool.submit(render, *job) for job in jobs]:
                 yield block.result()
-        except BrokenProcessPool:
+        except BrokenExecutor:
             raise UserError("a process that simulates was killed: is there too little memory?") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def load_or_render(render, jobs, images, name, cache):
-    """All that render(*job) returns for `jobs`, one after the other, as a dict of arrays on disk.
-    There are `images` in all. Code of the simulator, torch and the jobs determine them, and are the key."""
+    """All that render(*job) returns for `jobs`, `images` in all, as a dict of arrays on disk."""
     def save_blocks(folder):
         start, done = time.time(), []
         blocks = render_in_processes(render, jobs) if images > BIG else (render(*job) for job in jobs)
@@ -91,8 +97,8 @@ def load_or_render(render, jobs, images, name, cache):
         for kind in done[0]:
             np.save(folder / f"{kind}.npy", np.concatenate([block[kind] for block in done]))
 
-    modules = (phantom.anatomy, phantom.rays, phantom.xray, phantom.sets)
-    content = [[inspect.getsource(module) for module in modules], torch.__version__, jobs]
+    code = [inspect.getsource(part) for part in (phantom.anatomy, phantom.rays, phantom.xray, phantom.sets)]
+    content = [code, torch.__version__, jobs]
     folder = cached(cache, name, content, save_blocks)
     return {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
 
@@ -104,9 +110,9 @@ def training_images(size, per_domain, seed=0, shift=.1, cache=None):
         for start in range(0, per_domain, BLOCK):
             first = first_seed(seed, "train", d) + start
             jobs.append((size, domain, first, min(BLOCK, per_domain - start), shift))
-    D = len(phantom.DOMAINS)
-    arrays = load_or_render(render_training, jobs, D * per_domain, f"train-{size}", cache)
-    return arrays["train"].reshape(D, per_domain, 1, size, size)
+    images = len(phantom.DOMAINS) * per_domain
+    train = load_or_render(render_training, jobs, images, f"train-{size}", cache)["train"]
+    return train.reshape(-1, per_domain, 1, size, size)
 
 
 def paired_heads(size, count, split, seed=0, prior=None, cache=None):
@@ -121,15 +127,9 @@ def paired_heads(size, count, split, seed=0, prior=None, cache=None):
 
 
 def phantom_set(size, train_images=5000, valid_heads=64, test_heads=128, seed=0, shift=.1, cache=None):
-    """The simulated five-domain set. No training head appears twice; other heads appear in every domain.
-    shift: the share of each domain's training heads that comes from its own population, in [0, 1].
-    Validation and test heads are from the population that all share. Raises UserError for a set too small."""
-    D = len(phantom.DOMAINS)
-    if train_images < D or valid_heads < 1 or test_heads < 1 or size < 8:
-        raise UserError(f"a phantom set needs at least {D} training images, 1 head to validate and 1 to test "
-                        "on, and size 8")
-    train = training_images(size, train_images // D, seed, float(shift), cache)
+    """The simulated five-domain set. shift: the share of each domain's training heads that comes from its own
+    population, in [0, 1]. Validation and test heads are from the population that all share."""
+    train = training_images(size, train_images // len(phantom.DOMAINS), seed, float(shift), cache)
     valid = paired_heads(size, valid_heads, "valid", seed, cache=cache)
     test = paired_heads(size, test_heads, "test", seed, cache=cache)
-    held_out = [test.images[:, d] for d in range(D)]
-    return Dataset(phantom.DOMAINS, size, 1, list(train), held_out, valid, test)
+    return Dataset(phantom.DOMAINS, size, 1, list(train), list(test.images.swapaxes(0, 1)), valid, test)

@@ -16,6 +16,7 @@ from minimedshift.flow import draw_noise, tint
 from minimedshift.phantom import sets
 from minimedshift.support.files import cached, digest
 from minimedshift.support.log import progress
+from minimedshift.support.machine import to_device
 
 MOST = 4e9  # bytes of images that the semidiscrete coupling may keep in memory
 MOST_OF_A_LABEL = dict(cpu=1e4, mps=1e4, cuda=1e5)  # images; learning potentials takes the square of it
@@ -46,11 +47,6 @@ class Step(NamedTuple):
 def randomness(seed, step, device="cpu"):
     """A generator that is a function of (seed, step): nothing to save, and resume is exact."""
     return torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)
-
-
-def to_device(x, device):
-    """A host tensor on the device, copied while the host goes on."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def draw_step(dataset, config, step, device):

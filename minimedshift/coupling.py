@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from minimedshift.assignment import assign
+from minimedshift.support.machine import to_device
 
 ITERATIONS = 100  # of Sinkhorn, the first half of them while eps shrinks
 CLOSEST = 4       # images that are compared again in float32 after a look in bfloat16
@@ -79,7 +80,7 @@ def centred(x):
 
 def minus_cost(x0, x1, y):
     """-C_ij up to row and column constants: 2 <x1_i, x0_j>, and -inf across labels. (n, n)"""
-    y = y.to(x1.device, non_blocking=True)
+    y = to_device(y, x1.device)
     return (2 * centred(x1) @ centred(x0).T).masked_fill(y[:, None] != y, -torch.inf)
 
 
@@ -107,7 +108,7 @@ def relative_cost(index, x0, x1, y):
     """
     a, b = x1.flatten(1).float(), x0.flatten(1).float()
     labels = int(y.max()) + 1
-    y = y.to(a.device, non_blocking=True)
+    y = to_device(y, a.device)
     total = torch.zeros(labels, b.shape[1], device=b.device).index_add_(0, y, b)
     count = torch.zeros(labels, device=b.device).index_add_(0, y, torch.ones_like(b[:, 0]))
     mean = total / count.clamp_min(1)[:, None]
@@ -127,7 +128,7 @@ class Minibatch:
 
     def __call__(self, x0, y, generator=None):
         """x0 (n, ...) in another order, its images x1 and the Plan. y (n,), generator: on the host."""
-        x1 = self.draw_images(y, generator).to(x0.device, non_blocking=True)
+        x1 = to_device(self.draw_images(y, generator), x0.device)
         index, entropy, error = self.pair(x0, x1, y, self.eps, generator)
         return x0[index], x1, Plan(entropy, relative_cost(index, x0, x1, y), error)
 
@@ -150,7 +151,7 @@ class Semidiscrete:
         x1 = torch.empty_like(x0)
         all_pairs = 0  # the cost of all pairs of a noise and an image of its label, as in `relative_cost`
         for label in y.unique().tolist():
-            rows = (y == label).nonzero()[:, 0].to(x0.device, non_blocking=True)
+            rows = to_device((y == label).nonzero()[:, 0], x0.device)
             noise = x0[rows]
             x1[rows] = self.images[label][self.best(noise.flatten(1), label)]
             squares = noise.square().sum() + len(rows) * self.square[label]

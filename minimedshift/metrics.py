@@ -187,14 +187,14 @@ SCORES = ("structure", "median", "worst_tenth", "E", "E_heads", "gap_closed", "g
 @torch.no_grad()
 def score(x, truth, images, E_curve, E_second, decoys=None, materials=None):
     """All numbers of one set of translations, SCORES: a flat dict that json can write.
-    E_curve, E_second: (N,), errors of the curve and of the second exposure. decoys: see `same_head`. In dB:
+    E_curve, E_second: (N,), on the CPU: errors of the curve and of the second exposure. decoys: see `same_head`. In dB:
     structure (mean over heads), median, worst_tenth (of its mean E). None: what is not known without truth,
     decoys, materials, or noise in the images."""
     row = dict.fromkeys(SCORES)
     if truth is None:
         return row
     x = x.to(truth)
-    E, heads = structure_mse(x, truth), structure(x, truth)  # (N,)
+    E, heads = structure_mse(x, truth).cpu(), structure(x, truth)  # (N,), E where E_curve is
     row.update(structure=heads.mean().item(), median=heads.median().item(), E=E.mean().item(),
                worst_tenth=decibels(worst_tenth(E)).item(), E_heads=E.tolist())
     row["gap_closed"] = gap_closed(row["E"], E_curve.mean().item(), E_second.mean().item())

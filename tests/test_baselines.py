@@ -100,25 +100,6 @@ def test_fit_curve_gives_air_its_own_value():
     assert abs(baselines.fit_curve(source, target)(torch.tensor([.45])).item() - .6) < .02
 
 
-# ---------------------------------------------------------------- the spectrum
-
-def test_after_the_gains_the_mean_power_of_every_ring_is_the_target_s():
-    source, target = blobs(12), uniform(9, 1, 32, 32)
-    after = baselines.fit_spectrum(source, target)(source)
-    ring = [[round(np.hypot(min(i, 32 - i), min(j, 32 - j))) for j in range(32)] for i in range(32)]
-
-    def power(x):
-        total, count = np.zeros(30), np.zeros(30)
-        mean = np.square(np.abs(np.fft.fft2(x.numpy()))).mean((0, 1))
-        for i in range(32):
-            for j in range(32):
-                total[ring[i][j]] += mean[i, j]
-                count[ring[i][j]] += 1
-        return torch.from_numpy(total[count > 0] / count[count > 0])
-
-    assert_close(power(after), power(target), rtol=1e-4, atol=0)
-
-
 # ---------------------------------------------------------------- bands
 
 def test_bands_find_contrast_and_curve_that_a_histogram_cannot():
@@ -131,6 +112,3 @@ def test_bands_find_contrast_and_curve_that_a_histogram_cannot():
     fitted = UNPAIRED["bands (Laplacian)"](source, target, rounds=4)
     errors = [error(fitted.first(rounds)(test)) for rounds in (1, 2, 3, 4)]
     assert errors[3] < errors[0] and errors[3] < .2 * error(UNPAIRED["histogram"](source, target)(test))
-    assert errors[3] < .5 * error(UNPAIRED["histogram and spectrum"](source, target, rounds=4)(test))
-
-

@@ -1,6 +1,5 @@
 """Checkpoints: whole or not at all, and refused in one sentence."""
 
-import zipfile
 from dataclasses import asdict
 
 import pytest
@@ -31,22 +30,12 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
     assert checkpoint.load(tmp_path / "c.pt")["step"] == 1 and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_file_that_would_take_more_memory_than_its_size_is_refused(tmp_path):
-    checkpoint.save(tmp_path / "c.pt", dict(w=torch.zeros(10**6)))
-    with (zipfile.ZipFile(tmp_path / "c.pt") as plain,
-          zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb):
-        for name in plain.namelist():
-            bomb.writestr(name, plain.read(name))
-    with pytest.raises(UserError, match="bomb.pt is not a readable checkpoint"):
-        checkpoint.load(tmp_path / "bomb.pt")
-
-
 @pytest.mark.parametrize("weights, says", [
     ({}, "weight is nothing"),
     (None, "weight is nothing"),
     ({"weight": torch.zeros(3, 3)}, r"weight is \(3, 3\), this one needs \(2, 2\)"),
     ({"weight": torch.zeros(2, 2), "more": 1}, "more is nothing"),
-    ({"weight": torch.tensor([[0, 0], [0, torch.nan]])}, "weight has a number that is not finite"),
+    ({"weight": torch.tensor([[0, 0], [0, torch.nan]])}, "a number in weight is not finite"),
 ])
 def test_weights_that_do_not_fit_are_refused_by_the_first_name(weights, says):
     net = torch.nn.Linear(2, 2, bias=False)

@@ -3,15 +3,14 @@
 from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
 from minimedshift import data, phantom
-from minimedshift.support.command import UserError
 from minimedshift.support.sizes import crop_to_square
 
 noise = lambda *shape: np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
 
 def test_a_batch_has_the_images_of_its_labels_and_depends_on_the_generator_alone():
     train = []
@@ -28,20 +27,6 @@ def test_a_batch_has_the_images_of_its_labels_and_depends_on_the_generator_alone
     for d, n in enumerate((7, 11, 3)):  # every image, each about equally often
         counts = torch.bincount((x1[y == d, 0, 0, 0] % 1 * 64).round().long(), minlength=n)
         assert len(counts) == n and (counts - counts.sum() / n).abs().max() < 5 * (counts.sum() / n).sqrt()
-
-
-def test_a_set_of_some_domains_has_their_images_in_the_order_asked_for():
-    train = [np.full((2, 1, 4, 4), d, np.float16) for d in range(3)]
-    number = np.arange(3, dtype=np.float16)
-    pairs = data.Pairs(number.reshape(1, 3, 1, 1, 1), decoys=number.reshape(1, 1, 3, 1, 1, 1))
-    some = data.select_domains(data.Dataset(("a", "b", "c"), 4, 1, train, train, None, pairs), ["c", "a"])
-    assert some.domains == ("c", "a")
-    assert [x.mean() for x in some.train_images] == [x.mean() for x in some.test_images] == [2, 0]
-    assert some.test_pairs.images.flatten().tolist() == some.test_pairs.decoys.flatten().tolist() == [2, 0]
-    assert some.test_pairs.truth is None and some.valid_pairs is None
-    for wrong in (["a"], ["a", "a"], ["a", "x"], ["a", ""]):
-        with pytest.raises(UserError, match="--domains"):
-            data.select_domains(some, wrong)
 
 
 def fill(folder, count, start=0, picture=lambda i: Image.fromarray(np.full((20, 30), i, np.uint8))):

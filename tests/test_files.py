@@ -148,23 +148,3 @@ def test_a_cache_that_cannot_be_written_or_filled_is_a_sentence_and_leaves_nothi
     with full_disk(1000), pytest.raises(UserError, match="the cache .* cannot be written .*MINIMEDSHIFT_CACHE"):
         files.cached(tmp_path / "cache", "x", [1], make)
     assert os.listdir(tmp_path / "cache") == []
-
-
-def test_unfinished_folders_are_removed_after_a_day(tmp_path):
-    for name, age in ((".unfinished-old", 2 * files.DAY), (".unfinished-new", 60)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "a.npy").touch()
-        then = (tmp_path / name).stat().st_mtime - age
-        os.utime(tmp_path / name, (then, then))
-    folder = files.cached(tmp_path, "x", [1], make)
-    assert set(os.listdir(tmp_path)) == {folder.name, ".unfinished-new"}
-
-
-def test_a_user_without_a_home_has_a_cache_too(tmp_path, monkeypatch):
-    def unknown():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("MINIMEDSHIFT_CACHE", raising=False)
-    monkeypatch.setattr(files.Path, "home", unknown)
-    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
-    assert files.cached(None, "x", [1], make).parent == tmp_path / "minimedshift"

@@ -41,25 +41,6 @@ def test_a_gpu_takes_what_it_has_a_unit_for(monkeypatch):
     assert pick("auto", MPS) == (torch.float32, torch.contiguous_format)
 
 
-def test_blocks_are_compiled_where_that_is_possible(monkeypatch, capsys):
-    can_compile = machine.can_compile.__wrapped__
-
-    def triton(**built):
-        driver = SimpleNamespace(active=SimpleNamespace(**built))
-        return SimpleNamespace(runtime=SimpleNamespace(driver=driver))
-
-    assert not can_compile(CPU) and not can_compile(MPS)
-    built = triton(utils=1)
-    cases = (built, (6, 1), False), (built, (7, 0), True), (built, (9, 0), True), (None, (9, 0), False)
-    for found, capability, can in cases:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-        monkeypatch.setattr(machine, "triton", found)
-        assert can_compile(CUDA) == can
-    assert capsys.readouterr().out == ""
-    monkeypatch.setattr(machine, "triton", triton())  # its launcher cannot be built
-    assert not can_compile(CUDA) and "not compiling" in capsys.readouterr().out
-
-
 def test_scores_are_computed_where_there_is_float64():
     assert scorer(MPS) == "cpu" and scorer(CUDA) == CUDA and scorer("cpu") == "cpu"
 

@@ -31,12 +31,9 @@ def cache(tmp_path_factory):
 def fresh(monkeypatch, cache):
     """Nothing that was found out about the machine is kept from one test to the next."""
     monkeypatch.setenv("MINIMEDSHIFT_CACHE", cache)
-    for found in (machine.pick_formats, machine.can_compile):
-        monkeypatch.setattr(found, "__wrapped__", found.__wrapped__)
-        found.cache_clear()
+    machine.pick_formats.cache_clear()
     yield
-    for found in (machine.pick_formats, machine.can_compile):
-        found.cache_clear()
+    machine.pick_formats.cache_clear()
 
 
 def waits_of_steps(monkeypatch, gpu):

@@ -66,6 +66,11 @@ def has_bfloat16():
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def to_device(x, device):
+    """A host tensor on the device, copied while the host goes on."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def can_compile(device):
     """Whether torch.compile can make kernels here: CUDA, Triton, compute capability 7.0 or newer."""
     return device.type == "cuda" and triton is not None and torch.cuda.get_device_capability() >= (7, 0)

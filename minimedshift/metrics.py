@@ -187,9 +187,9 @@ SCORES = ("structure", "median", "worst_tenth", "E", "E_heads", "gap_closed", "g
 @torch.no_grad()
 def score(x, truth, images, E_curve, E_second, decoys=None, materials=None):
     """All numbers of one set of translations, SCORES: a flat dict that json can write.
-    E_curve, E_second: (N,), on the CPU: errors of the curve and of the second exposure. decoys: see `same_head`. In dB:
-    structure (mean over heads), median, worst_tenth (of its mean E). None: what is not known without truth,
-    decoys, materials, or noise in the images."""
+    E_curve, E_second: (N,) on the CPU, errors of the curve and of the second exposure. decoys: see
+    `same_head`. In dB: structure (mean over heads), median, worst_tenth (of its mean E). None: what is not
+    known without truth, decoys, materials, or noise in the images."""
     row = dict.fromkeys(SCORES)
     if truth is None:
         return row

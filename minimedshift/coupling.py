@@ -134,8 +134,8 @@ class Minibatch:
 
 
 class Semidiscrete:
-    """Optimal transport from all noise to all training images of a label: to argmax_j <x0, x_j> + g_j
-    (arXiv:2509.25519; there the potential is g_j + ||x_j||^2 / 2).
+    """Optimal transport from all noise to all training images of a label: to argmax_j <x0, x_j> + g_j, whose
+    g_j lets each image be picked by its share of noises (arXiv:2509.25519; there g_j + ||x_j||^2 / 2).
     images: one (N, ...) array or tensor a label; g: the potentials (N,) of each, from `learn_potentials`.
     dtype: of a first look at all images. After one in bfloat16 the CLOSEST are compared again in float32."""
 

@@ -225,8 +225,9 @@ def finish(config, dataset, net, device, dtype, file):
 
 
 def draw(file, net, student, how, dataset, device):
-    """translations.png: held-out images of the main pair."""
-    test = dataset.test_images if dataset.test_pairs is None else dataset.test_pairs
+    """translations.png: held-out images of the main pair, of a tiny domain training images."""
+    own = [test if len(test) else train for test, train in zip(dataset.test_images, dataset.train_images)]
+    test = own if dataset.test_pairs is None else dataset.test_pairs
     s, t = evaluate.main_domains(dataset.domains)
     evaluate.picture(file.parent / "translations.png", net, student, how, test, dataset.domains, s, t, device)
 

@@ -207,7 +207,8 @@ def picture(path, model, student, how, pairs, domains, s, t, device, taus=None, 
         captions.append(caption + dB)
     simulated = q.truth is not None and q.truth is not q.images
     captions.append(f"{domains[t]}\n" + ("simulated truth" if simulated else "an image"))
-    rows = torch.stack([*pictures, q.truth if simulated else q.images], 1).cpu()
+    pictures.append(q.truth if simulated else q.images)  # a domain can have fewer images than the source
+    rows = list(zip(*(column.cpu() for column in pictures)))
     figure(path, rows, captions, [""] * len(rows))
 
 

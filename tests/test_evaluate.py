@@ -167,7 +167,7 @@ def test_a_picture_has_a_column_for_each_tau_and_a_row_for_each_head(dataset, tm
 def network(tmp_path_factory):
     """A folder with the checkpoint of a network that has learned nothing, and with its cache."""
     folder = tmp_path_factory.mktemp("net")
-    save_network(folder / "checkpoint.pt", flow_net())
+    save_network(folder / "checkpoint.pt", flow_net(), size=16)
     return folder
 
 
@@ -206,7 +206,7 @@ def test_the_command_leaves_a_table_results_and_a_picture(ran):
 def test_the_report_is_the_command_at_default_settings(network, ran, capsys):
     results = json.loads((ran[0] / "results.json").read_text())
     model, state = load_model(network / "checkpoint.pt")
-    dataset = sets.phantom_set(32, 100, 4, 4, cache=network / "cache")
+    dataset = sets.phantom_set(16, 100, 4, 4, cache=network / "cache")
     found = json.loads(json.dumps(evaluate.report(model, halve, dataset, state["translate"])))
     printed = capsys.readouterr().out
     assert found["translation"] == HOW and found["simulated"] and found["heads"] == found["heads_each"] == 4

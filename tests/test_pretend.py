@@ -1,5 +1,7 @@
 """Whole runs on a pretended GPU (pretend.py): no operation mixes devices, no step waits, mps gets no float64."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,16 +10,16 @@ from pretend import pretended
 
 import train
 import translate
+from minimedshift.model import PRESETS, Shape
 from minimedshift.phantom import sets
 from minimedshift.support import machine
 from minimedshift.support.log import Log
 
 TINY = ("--size 16 --train-images 20 --valid-heads 2 --test-heads 8 --batch-size 4 --solver-steps 1 "
         "--student-images 2 --student-steps 2 --preset cpu").split()
-RUNS = {"semidiscrete": "--coupling semidiscrete",
-        "exact": "--coupling exact --no-evaluate",
-        "sinkhorn": "--coupling sinkhorn --sigma .5 --no-evaluate",
-        "independent": "--coupling independent --no-evaluate"}
+RUNS = {"semidiscrete": "", "exact": "--no-evaluate", "sinkhorn": "--sigma .5 --no-evaluate",
+        "independent": "--no-evaluate"}
+SHAPE = Shape(stem=4, widths=(32, 32), blocks=(1, 1))
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +31,9 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, cache):
-    """Nothing that was found out about the machine is kept from one test to the next."""
+    """A small network. Nothing that was found out about the machine is kept from one test to the next."""
     monkeypatch.setenv("MINIMEDSHIFT_CACHE", cache)
+    monkeypatch.setitem(PRESETS, "cpu", replace(PRESETS["cpu"], shape=SHAPE))
     machine.pick_formats.cache_clear()
     yield
     machine.pick_formats.cache_clear()
@@ -81,19 +84,22 @@ def test_it_refuses_to_mix_and_sees_what_waits():
 
 # ---------------------------------------------------------------- whole runs on it
 
-@pytest.mark.parametrize("name", RUNS)
-def test_a_whole_run_on_a_gpu(tmp_path, monkeypatch, name, capsys):
+@pytest.mark.slow
+@pytest.mark.parametrize("coupling", RUNS)
+def test_a_whole_run_on_a_gpu(tmp_path, monkeypatch, coupling, capsys):
     with pretended("cuda") as gpu:
         waits = waits_of_steps(monkeypatch, gpu)
-        assert train.main([*TINY, "--steps", "4", "--out", str(tmp_path), *RUNS[name].split()]) == 0
+        flags = ["--steps", "4", "--out", str(tmp_path), "--coupling", coupling, *RUNS[coupling].split()]
+        assert train.main([*TINY, *flags]) == 0
         checkpoint = ["--checkpoint", str(tmp_path / "checkpoint.pt")]
         for method in (["--method", "student"], ["--method", "flow"]):
             assert translate.main([*checkpoint, *method]) == 0
     assert "cuda, bfloat16, channels_last, cpu preset" in capsys.readouterr().out
-    if name != "exact":  # an assignment is found on the host
+    if coupling != "exact":  # an assignment is found on the host
         assert not waits[3] + waits[4], "these lines wait for the GPU in every step"
 
 
+@pytest.mark.slow
 def test_a_whole_run_on_a_mac(tmp_path, capsys):
     with pretended("mps"):
         assert train.main([*TINY, "--steps", "2", "--out", str(tmp_path)]) == 0

@@ -93,7 +93,7 @@ def test_couplings_in_the_plane_are_ordered_as_the_literature_says():
     three seeds do not touch. (There, label-blind is better than independent at one step; here it is worse.)"""
     found = {}
     for name in plane.RUNS:
-        found[name] = [plane.errors(plane.train(name, seed, 2000), seed, 4096) for seed in range(3)]
+        found[name] = [plane.errors(plane.train(name, seed, 2000), seed, 1024) for seed in range(3)]
 
     def interval(name, key):
         values = [row[key] for row in found[name]]
@@ -104,11 +104,12 @@ def test_couplings_in_the_plane_are_ordered_as_the_literature_says():
     assert 3 * interval("per label", "1 Euler step")[1] < others
     kept = max(interval(name, "50 Heun steps")[1] for name in ("per label", "independent"))
     assert 3 * kept < interval("label-blind", "50 Heun steps")[0]
-    assert all(row["floor"] < .06 for row in found["independent"])
+    assert all(row["floor"] < .5 * interval("per label", "1 Euler step")[0] for row in found["independent"])
 
 
 # ---------------------------------------------------------------- couplings
 
+@pytest.mark.slow
 def test_the_table_has_a_row_a_run_and_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     monkeypatch.setenv("MINIMEDSHIFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(couplings, "RUNS", {"exact, sigma .1": "--coupling exact --sigma 0.1", "other": ""})
@@ -149,6 +150,7 @@ def test_domains_that_differ_in_the_power_of_their_noise_alone_are_told_apart():
     assert latent.probe(z.flatten(2).double()) < 0.7 and latent.probe(latent.probe_inputs(z)) > 0.95
 
 
+@pytest.mark.slow
 def test_the_latent_has_a_row_for_each_tau(tmp_path, monkeypatch):
     monkeypatch.setenv("MINIMEDSHIFT_CACHE", str(tmp_path / "cache"))
     said = command("latent", "--checkpoint", NOTEBOOK, "--heads", 2, "--out", tmp_path)
@@ -209,7 +211,7 @@ def test_a_judge_marks_patches():
     marks = rivals.judge(1, 8)(x)
     marks[0, 0, 7, 7].backward()
     rows, columns = torch.nonzero(x.grad[0, 0], as_tuple=True)
-    assert marks.shape == (1, 1, 14, 14) and np.ptp(rows) + 1 == 34 and np.ptp(columns) + 1 == 34
+    assert marks.shape == (1, 1, 14, 14) and np.ptp(rows.numpy()) + 1 == 34 == np.ptp(columns.numpy()) + 1
 
 
 @pytest.fixture
@@ -221,6 +223,7 @@ def float32(monkeypatch):
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_a_cyclegan_learns_the_look_of_another_domain_from_other_pictures(float32):
     source, target, test = blobs(200).half().numpy(), look(blobs(200, seed=1)), blobs(16, seed=2)
     forth, back = rivals.cyclegan(source, target, 300, CPU, lr=3e-3, width=16, blocks=1)
@@ -256,6 +259,7 @@ def test_training_takes_the_time_it_is_given(monkeypatch):
     assert rivals.train_for(60, train) == 120 and rivals.train_for(.01, train) == 1
 
 
+@pytest.mark.slow
 def test_the_evaluation_gets_all_rivals(tmp_path, monkeypatch, float32):
     monkeypatch.setenv("MINIMEDSHIFT_CACHE", str(tmp_path / "cache"))
     asked = []

@@ -14,7 +14,7 @@ import torch
 
 MINUTES = float(os.environ.get("MINIMEDSHIFT_SLOW_MINUTES", 0))  # 0: as long as it takes
 END = time.monotonic() + 60 * MINUTES
-FIRST = ("test_ranks", "test_forks", "test_notebooks", "test_pretend", "test_train")  # of the slow tests; then all others
+FIRST = ("test_ranks", "test_forks", "test_notebooks", "test_pretend", "test_train")  # of the slow tests
 skipped = []  # names of tests that there was no time for
 
 

@@ -20,7 +20,8 @@ def gaussian_bridge(A, B, sigma):
 
         1/2 (A^1/2 D A^-1/2 - sigma^2)
 
-    D = (4 A^1/2 B A^1/2 + sigma^4)^1/2 (arXiv:2006.02572, Theorem 1, whose cost is ||.||^2 with weight 2 sigma^2)."""
+    D = (4 A^1/2 B A^1/2 + sigma^4)^1/2 (arXiv:2006.02572, Theorem 1, whose cost is ||.||^2 with weight
+    2 sigma^2)."""
     eye = torch.eye(len(A), dtype=A.dtype)
     D = power(4 * power(A, .5) @ B @ power(A, .5) + sigma**4 * eye, .5)
     return (power(A, .5) @ D @ power(A, -.5) - sigma**2 * eye) / 2

@@ -25,8 +25,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 def close(found, expected, dtype, what):
-    """The greatest error may be TOLERANCE of the greatest expected value. What is infinite must be so in both, and
-    nothing may be NaN."""
+    """The greatest error may be TOLERANCE of the greatest expected value. What is infinite must be so in
+    both, and nothing may be NaN."""
     found, finite = found.double(), expected.isfinite()
     assert found.shape == expected.shape, f"{what}: {found.shape} instead of {expected.shape}"
     assert torch.equal(found[~finite], expected[~finite]), f"{what}: {found} instead of {expected}"
@@ -47,8 +47,8 @@ def leaves(*tensors):
 
 
 def norm_film_silu(device, B, C, groups, H, W, film=True, dtype=torch.float32, mean=0.0, kept=torch.float32):
-    """Value and gradients of one shape. x and dy in either memory format, scale and shift strided as a network
-    makes them, or turned."""
+    """Value and gradients of one shape. x and dy in either memory format, scale and shift strided as a
+    network makes them, or turned."""
     draw = normals(device)
     x, dy = (2 * draw(B, C, H, W) + mean).to(dtype), draw(B, C, H, W).to(dtype)
     weight, bias = draw(C).to(kept), draw(C).to(kept)
@@ -67,7 +67,8 @@ def norm_film_silu(device, B, C, groups, H, W, film=True, dtype=torch.float32, m
         assert y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
         args = [z for z in args if z is not None]
         found = [y, *torch.autograd.grad(y, args, dy)]
-        for name, a, b, like in zip(("y", "dx", "dweight", "dbias", "dscale", "dshift"), found, wanted, (x, *args)):
+        names = ("y", "dx", "dweight", "dbias", "dscale", "dshift")
+        for name, a, b, like in zip(names, found, wanted, (x, *args)):
             assert a.dtype == like.dtype
             close(a, b, dtype, f"{name} of {B, C, groups, H, W}")
 
@@ -96,7 +97,7 @@ def check_half(device):
 
 
 def check_what_is_kept(device):
-    """Between forward and backward: the inputs, mean and rstd. Everything but x is a few numbers a channel."""
+    """Between forward and backward: inputs, mean and rstd. Everything but x is a few numbers a channel."""
     B, C, H, W = 2, 16, 16, 16
     draw, kept = normals(device), []
     x = draw(B, C, H, W).to(memory_format=torch.channels_last).requires_grad_()
@@ -104,12 +105,13 @@ def check_what_is_kept(device):
     with torch.autograd.graph.saved_tensors_hooks(lambda z: kept.append(z) or z, lambda z: z):
         ops.fused_norm_film_silu(x, weight, bias, 1, *draw(B, 2 * C).requires_grad_().chunk(2, 1))
     storages = {z.untyped_storage().data_ptr(): z.numel() for z in kept}
-    assert storages.pop(x.untyped_storage().data_ptr()) == x.numel() and 0 < max(storages.values()) <= B * C, storages
+    assert storages.pop(x.untyped_storage().data_ptr()) == x.numel(), storages
+    assert 0 < max(storages.values()) <= B * C, storages
     assert sum(z.shape == (B, 1) for z in kept) == 2
 
 
 def check_registration(device):
-    """torch.library.opcheck: schema, no aliasing, fake tensors, autograd, and all of it traced with dynamic shapes."""
+    """torch.library.opcheck: schema, no aliasing, fake tensors, autograd; all traced with dynamic shapes."""
     draw = normals(device)
     grad = lambda *shape: draw(*shape).requires_grad_()
     x, gain, offset, mean, rstd = draw(2, 6, 5, 3), draw(2, 6), draw(2, 6), draw(2, 3), draw(2, 3).abs()
@@ -119,16 +121,18 @@ def check_registration(device):
 
 
 def check_compile(device):
-    """Functions that use the kernels compile without a graph break, and give what they give without compiling."""
+    """Functions that use the kernels compile without a graph break, and give what they give uncompiled."""
     draw = normals(device)
-    x, weight, bias, film = (draw(*shape).requires_grad_() for shape in ((2, 16, 4, 3), (16,), (16,), (2, 32)))
+    shapes = ((2, 16, 4, 3), (16,), (16,), (2, 32))
+    x, weight, bias, film = (draw(*shape).requires_grad_() for shape in shapes)
 
     def function(x, weight, bias, film):
         out = 2 * ops.fused_norm_film_silu(x + 1, weight, bias, 2, *film.chunk(2, 1))
         return out.square().sum()
 
     inputs = (x, weight, bias, film)
-    compiled = torch.compile(function, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
     results = [(out, *torch.autograd.grad(out, inputs)) for out in (function(*inputs), compiled(*inputs))]
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 

@@ -156,7 +156,8 @@ class Calls(TorchFunctionMode):
         if isinstance(named, (str, torch.device)):
             return torch.device(named)
         for x in args[1:]:
-            if isinstance(x, torch.device) or isinstance(x, str) and x.split(":")[0] in ("cpu", "cuda", "mps"):
+            kind = x.split(":")[0] if isinstance(x, str) else None
+            if isinstance(x, torch.device) or kind in ("cpu", "cuda", "mps"):
                 return torch.device(x)
         return None
 

@@ -30,8 +30,8 @@ def test_no_permutation_is_cheaper(n, kind):
 
 @pytest.mark.parametrize("n", [30, 300])
 def test_no_exchange_along_a_ring_of_pairs_is_cheaper(n):
-    """Optimal, for any n: if row i takes the column of row k it pays cost_i,column(k) - cost_i,column(i) more;
-    no ring of such exchanges has a negative sum. (All shortest ways, after Floyd and Warshall.)"""
+    """Optimal, for any n: if row i takes the column of row k it pays cost_i,column(k) - cost_i,column(i)
+    more; no ring of such exchanges has a negative sum. (All shortest ways, after Floyd and Warshall.)"""
     for seed in range(3):
         cost = torch.randn(n, n, generator=seeded(seed)).double()
         column = assign(cost)

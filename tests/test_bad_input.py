@@ -1,4 +1,4 @@
-"""Bad input gives a result or one sentence and status 2, never a traceback. One of each kind that people meet."""
+"""Bad input gives a result or one sentence and status 2, never a traceback. One of each kind people meet."""
 
 import math
 import os
@@ -110,7 +110,8 @@ FOLDERS = {
     "no folder": (lambda root: None, "there is no such folder"),
     "empty": (lambda root: root.mkdir(), "two or more sub-folders"),
     "one domain": (lambda root: domains(root, "a"), "two or more sub-folders"),
-    "a test domain without training": (lambda root: domains(root, "train/a", "train/b", "test/c"), "test has c"),
+    "a test domain without training": (lambda root: domains(root, "train/a", "train/b", "test/c"),
+                                       "test has c"),
 }
 
 
@@ -170,7 +171,8 @@ CHECKPOINTS = {
     "a pickle that runs a program": lambda path: path.write_bytes(pickle.dumps(Evil())),
     "another file of torch": lambda path: torch.save({"weights": torch.zeros(3)}, path),
     "an older format": changed(format=checkpoint.FORMAT - 1),
-    "weights of another network": changed(shape=asdict(Shape(stem=2, widths=(32,), blocks=(1,), head_width=16))),
+    "weights of another network": changed(shape=asdict(Shape(stem=2, widths=(32,), blocks=(1,),
+                                                             head_width=16))),
     "a network that claims to be huge": changed(shape=asdict(Shape(stem=2, widths=(2**20,), blocks=(9,)))),
     "weights that are no number": spoilt,
     "a student that is none": changed(student=dict(shape=3)),

@@ -14,7 +14,8 @@ CPU = torch.device("cpu")
 
 
 def settings(**more):
-    usual = dict(seed=0, steps=5, batch_size=12, ot_batch=2, coupling="exact", sigma=0., colour=0., drop_label=0.)
+    usual = dict(seed=0, steps=5, batch_size=12, ot_batch=2, coupling="exact", sigma=0., colour=0.,
+                 drop_label=0.)
     return SimpleNamespace(**usual | more)
 
 
@@ -30,7 +31,7 @@ def domain_of(x):
 
 
 def test_labels_hidden_and_noise_come_from_two_streams():
-    """On a CPU both generators are of one kind: seeded alike, the noise would tell which labels are hidden."""
+    """On a CPU both generators are of one kind: seeded alike, noise would tell which labels are hidden."""
     dataset = SimpleNamespace(domains=range(5), channels=1, size=16)
     config = SimpleNamespace(seed=0, batch_size=8, drop_label=.5, colour=0.)
     drawn = [draw_step(dataset, config, step, torch.device("cpu")) for step in range(300)]

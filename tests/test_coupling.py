@@ -27,9 +27,9 @@ def test_in_one_dimension_the_optimal_plan_is_sorted():
 
 @pytest.mark.parametrize("d, sigma", [(1, .5), (2, 2.), (8, 1.5)])
 def test_sinkhorn_between_gaussians_is_the_schrodinger_bridge(d, sigma, n=1200):
-    """Cross covariance of the pairs, then mean and covariance of xt: closed forms, which eps = sigma^2 or 4 sigma^2
-    would miss. The samples have their means and covariances exactly; a covariance of n drawn pairs is uncertain by
-    sqrt(2 / n)."""
+    """Cross covariance of the pairs, then mean and covariance of xt: closed forms, which eps = sigma^2 or
+    4 sigma^2 would miss. The samples have their means and covariances exactly; a covariance of n drawn pairs
+    is uncertain by sqrt(2 / n)."""
     g, A, B = seeded(), covariance(d, 1), covariance(d, 2)
     m0, m1 = torch.zeros(d, dtype=torch.float64), torch.ones(d, dtype=torch.float64)
     white = lambda z: (z - z.mean(0)) @ power(z.T.cov().reshape(d, d), -.5)
@@ -48,7 +48,8 @@ def test_sinkhorn_between_gaussians_is_the_schrodinger_bridge(d, sigma, n=1200):
     assert min(error(cross(eps)[0]) for eps in (sigma**2, 4 * sigma**2)) > error(found)
     for t in (.2, .5, .9):
         xt = bridge(a, x1, torch.full((n,), t, dtype=torch.float64), sigma, randn())[0]
-        S = (1 - t) ** 2 * A + t**2 * B + t * (1 - t) * (C + C.T + sigma**2 * torch.eye(d, dtype=torch.float64))
+        own = sigma**2 * torch.eye(d, dtype=torch.float64)  # the bridge's own noise
+        S = (1 - t) ** 2 * A + t**2 * B + t * (1 - t) * (C + C.T + own)
         allowed = 5 * (S.diagonal().max() / n).sqrt().item()
         torch.testing.assert_close(xt.mean(0), (1 - t) * m0 + t * m1, atol=allowed, rtol=0)
         assert (xt.T.cov() - S).norm() < 3 * (2 / n) ** .5 * S.trace()
@@ -64,12 +65,12 @@ def test_the_plan_has_its_marginals_and_sinkhorn_says_so(eps):
     assert ((plan.sum(0) * 90 - 1).abs() < 1e-4).all() and ((plan.sum(1) * 90 - 1).abs() < 1e-6).all()
     assert plan[y[:, None] != y].sum() == 0
     assert sinkhorn(x0, x1, y, eps, g, iterations=400)[2] < 1e-4
-    assert sinkhorn(x0, x1, y, .01, g, iterations=2)[2] > .05  # a plan that is not there yet is not called one
+    assert sinkhorn(x0, x1, y, .01, g, iterations=2)[2] > .05  # an unfinished plan is not called one
 
 
 def test_noises_are_drawn_from_the_plan():
-    """Three noises and images, the plan by plain alternate scaling in float64, and the shares of 4,000 draws: 40 of
-    each of 100 labels that have the same three."""
+    """Three noises and images, the plan by plain alternate scaling in float64, and the shares of 4,000 draws:
+    40 of each of 100 labels that have the same three."""
     x0, x1, eps = torch.tensor([[0.], [1.], [3.]]), torch.tensor([[.5], [2.], [2.5]]), 2.
     plan = torch.exp(-(x1 - x0.T).double() ** 2 / eps)
     for _ in range(500):
@@ -86,7 +87,7 @@ def test_noises_are_drawn_from_the_plan():
 # ---------------------------------------------------------------- semidiscrete
 
 def test_semidiscrete_in_one_dimension_cuts_the_noise_into_quantiles():
-    """N images on a line: the k-th of them gets the noises between the quantiles k/N and (k+1)/N of N(0, 1)."""
+    """N images on a line: the k-th gets the noises between the quantiles k/N and (k+1)/N of N(0, 1)."""
     N, images = 12, torch.randn(12, 1, generator=seeded())
     g = learn_potentials(images)
     x0 = torch.randn(5000, 1, generator=seeded(1))
@@ -110,7 +111,7 @@ def test_a_quick_look_in_bfloat16_picks_the_same_images():
 
 @pytest.mark.parametrize("colour", [0., 1.])
 def test_semidiscrete_picks_every_image_about_equally_often(colour):
-    """On real noise of the training's colour, though what learns the potentials sees Gaussian scores alone."""
+    """On real noise of the training's colour, though what learns the potentials sees only Gaussian scores."""
     images = .3 * draw_noise((100, 1, 16, 16), seeded(), 1.) * torch.linspace(.5, 1.5, 100).view(-1, 1, 1, 1)
     x0 = draw_noise((20000, 1, 16, 16), seeded(1), colour).flatten(1)
     picked = lambda g: Semidiscrete([images], [g]).best(x0, 0)

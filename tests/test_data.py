@@ -35,7 +35,9 @@ def fill(folder, count, start=0, picture=lambda i: Image.fromarray(np.full((20, 
         picture(i).save(folder / f"{i:03}.png")
 
 
-levels = lambda images: sorted(((images[:, 0, 0, 0].astype(np.float32) + 1) * 127.5).round().astype(int).tolist())
+def levels(images):
+    """The grey value, 0 to 255, of each image's first pixel, sorted."""
+    return sorted(((images[:, 0, 0, 0].astype(np.float32) + 1) * 127.5).round().astype(int).tolist())
 
 
 def test_a_folder_becomes_domains_and_a_tenth_is_held_out(tmp_path):
@@ -50,7 +52,8 @@ def test_a_folder_becomes_domains_and_a_tenth_is_held_out(tmp_path):
     assert [len(x) for x in one.train_images] == [4, 18, 4] and [len(x) for x in one.test_images] == [0, 2, 1]
     assert all(x.shape[1:] == (1, 16, 16) and x.dtype == np.float16 for x in one.train_images)
     assert sorted(levels(one.train_images[1]) + levels(one.test_images[1])) == list(range(20))
-    assert all(np.array_equal(a, b) for a, b in zip(one.train_images + one.test_images, two.train_images + two.test_images))
+    both = zip(one.train_images + one.test_images, two.train_images + two.test_images)
+    assert all(np.array_equal(a, b) for a, b in both)
     other = data.folder_set(root, 16, seed=5, cache=tmp_path / "cache")
     assert levels(other.test_images[1]) != levels(one.test_images[1])
     (root / "few" / "200.png").unlink()
@@ -68,7 +71,8 @@ def test_train_and_test_folders_are_taken_as_they_are(tmp_path):
 
 
 def test_depths_and_colours_mix(tmp_path, capsys):
-    fill(tmp_path / "root" / "a", 2, picture=lambda i: Image.fromarray(np.full((16, 16), 40000 + i, np.uint16)))
+    deep = lambda i: Image.fromarray(np.full((16, 16), 40000 + i, np.uint16))
+    fill(tmp_path / "root" / "a", 2, picture=deep)
     fill(tmp_path / "root" / "b", 2, picture=lambda i: Image.fromarray(np.full((16, 16, 3), 7, np.uint8)))
     grey = data.folder_set(tmp_path / "root", 16, cache=tmp_path / "cache")
     assert grey.channels == 1
@@ -104,7 +108,8 @@ def test_the_centre_of_the_shorter_side_is_kept():
     torch.testing.assert_close(crop_to_square(ramp, 10)[0].mean(), ramp[:, :, 100:200].mean())
     assert crop_to_square(torch.zeros(1, 331, 97), 16).shape == (1, 16, 16)
     white = torch.randn(1, 256, 256, generator=torch.Generator().manual_seed(0))
-    assert crop_to_square(white, 32).std() < .2  # antialiased: an 8 x 8 mean would leave 1/8, single pixels up to 1
+    # antialiased: an 8 x 8 mean would leave 1/8, single pixels up to 1
+    assert crop_to_square(white, 32).std() < .2
 
 
 def test_bad_files_are_named_and_skipped(tmp_path, capsys):

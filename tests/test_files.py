@@ -85,7 +85,8 @@ def test_the_log_tells_once_how_long_all_takes_and_knows_a_failed_run(tmp_path, 
 @pytest.mark.skipif(files.fcntl is None, reason="needs locks")
 def test_a_folder_is_held_by_one_process_until_its_end_however_it_ends(tmp_path):
     holder = process("import time; from minimedshift.support.files import lock_folder\n"
-                     f"with lock_folder({str(tmp_path)!r}):\n    print('held', flush=True); time.sleep(100)\n")
+                     f"with lock_folder({str(tmp_path)!r}):\n"
+                     "    print('held', flush=True); time.sleep(100)\n")
     assert holder.stdout.readline() == b"held\n"
     for _ in range(2):
         with pytest.raises(UserError, match="in use by another run"):
@@ -145,6 +146,7 @@ def test_a_cache_that_cannot_be_written_or_filled_is_a_sentence_and_leaves_nothi
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="MINIMEDSHIFT_CACHE"):
         files.cached(tmp_path / "file" / "cache", "x", [1], None)
-    with full_disk(1000), pytest.raises(UserError, match="the cache .* cannot be written .*MINIMEDSHIFT_CACHE"):
+    says = "the cache .* cannot be written .*MINIMEDSHIFT_CACHE"
+    with full_disk(1000), pytest.raises(UserError, match=says):
         files.cached(tmp_path / "cache", "x", [1], make)
     assert os.listdir(tmp_path / "cache") == []

@@ -78,7 +78,7 @@ def test_noise_belongs_to_the_image_whatever_stands_beside_it():
 
 
 def test_the_gain_is_a_wiener_filters():
-    """Stripes of one pixel: nearly all their power, .01, is in the finest band. 1 - (o^2 - w^2) / .01 is left."""
+    """Stripes of one pixel: nearly all power, .01, is in the finest band. 1 - (o^2 - w^2) / .01 is left."""
     x = .1 * (-1.0) ** torch.arange(64).expand(1, 1, 64, 64)
     y = finish.regrain(x, flat(.06, 2), flat(.03, 2), torch.zeros_like(x))
     assert y[..., 8:-8].square().mean() / .01 == pytest.approx(1 - (.06**2 - .03**2) / .01, rel=.04)
@@ -121,7 +121,8 @@ def test_grain_is_measured_once_the_tone_is_right(fitted):
     finishes, a, b = fitted
     part = finishes[0, 1]
     toned = part.pixels(part.bands(a))
-    for own, want in ((part.own, finish.grain(toned, robust=False)), (part.wanted, finish.grain(b, robust=True))):
+    grains = finish.grain(toned, robust=False), finish.grain(b, robust=True)
+    for own, want in zip((part.own, part.wanted), grains):
         for curve, expected in zip(own, want, strict=True):
             torch.testing.assert_close(curve.values, expected.values)
     raw = finish.grain(a, robust=False)[0]

@@ -57,7 +57,8 @@ def test_loss_of_the_true_velocity_of_a_gaussian_is_its_conditional_variance():
     x0, x1 = torch.randn(n, 1, generator=g), s * torch.randn(n, 1, generator=g)
     total = (1 - t) ** 2 + t**2 * s**2
     slope = (t * s**2 - (1 - t)) / total
-    value = loss(lambda x, t, y: slope * x, x0, x1, torch.zeros(n, dtype=torch.long), torch.full((n,), t)).mean()
+    labels, times = torch.zeros(n, dtype=torch.long), torch.full((n,), t)
+    value = loss(lambda x, t, y: slope * x, x0, x1, labels, times).mean()
     assert value.item() == pytest.approx(1 + s**2 - slope**2 * total, rel=0.01)
 
 
@@ -70,7 +71,7 @@ def test_weight_keeps_the_variance_that_the_bridge_adds_to_the_target_below_one(
 
 
 def test_the_loss_is_weighted_by_time(sigma=0.8):
-    """A network that says nothing, between an image and a noise that are both 0: left is the bridge's own noise."""
+    """A network that says nothing, an image and a noise that are both 0: left is the bridge's own noise."""
     t = torch.tensor([0.1, 0.5, 0.8])
     x, e = torch.zeros(3, 1, 2, 2), torch.ones(3, 1, 2, 2)
     found = loss(lambda x, t, y: 0 * x, x, x, torch.zeros(3, dtype=torch.long), t, sigma, e)

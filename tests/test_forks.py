@@ -50,10 +50,12 @@ def test_it_applies(tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, flags, found", [
     ("coupling", "--size 16 --coupling greedy", lambda state: state["config"]["coupling"] == "greedy"),
-    ("network", "--preset wide", lambda state: state["shape"]["widths"] == (128,) and state["image"]["size"] == 32),
+    ("network", "--preset wide",
+     lambda state: state["shape"]["widths"] == (128,) and state["image"]["size"] == 32),
     ("schedule", "--size 16", lambda state: state["step"] == 2),
     ("domain", "--size 16", lambda state: "real-coarse" in state["domains"] and len(state["domains"]) == 6),
-    ("image_to_image", "--size 16 --coupling exact --no-student", lambda state: state["shape"]["num_domains"] == 25),
+    ("image_to_image", "--size 16 --coupling exact --no-student",
+     lambda state: state["shape"]["num_domains"] == 25),
 ])
 def test_it_trains(tmp_path, name, flags, found):
     folder = fork(tmp_path, name)

@@ -86,8 +86,8 @@ def what_is_left(out):
 def plain(value):
     """A nested value without times, its tensors as lists."""
     if isinstance(value, dict):
-        kept = {key: part for key, part in value.items() if not any(w in str(key) for w in ("second", "command"))}
-        return {key: plain(part) for key, part in kept.items()}
+        differs = lambda key: any(word in str(key) for word in ("second", "command"))
+        return {key: plain(part) for key, part in value.items() if not differs(key)}
     if isinstance(value, (list, tuple)):
         return [plain(part) for part in value]
     return value.tolist() if isinstance(value, torch.Tensor) else value

@@ -19,7 +19,7 @@ CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))
     (.4, .9, (torch.bfloat16, torch.channels_last)),
 ])
 def test_a_cpu_takes_what_is_fastest_and_bfloat16_only_by_a_clear_margin(monkeypatch, bfloat16, last, best):
-    """By a clock that convolutions alone move: `bfloat16` and `last` are factors to contiguous float32's .1 s."""
+    """By a clock that convolutions alone move: `bfloat16` and `last` scale contiguous float32's .1 s."""
     now = [0.]
 
     def convolution(x, w, padding):
@@ -36,7 +36,8 @@ def test_a_cpu_takes_what_is_fastest_and_bfloat16_only_by_a_clear_margin(monkeyp
 def test_a_gpu_takes_what_it_has_a_unit_for(monkeypatch):
     for has, auto in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(machine, "has_bfloat16", lambda: has)
-        assert pick("auto", CUDA) == (auto, torch.channels_last) and pick("bfloat16", CUDA)[0] == torch.bfloat16
+        assert pick("auto", CUDA) == (auto, torch.channels_last)
+        assert pick("bfloat16", CUDA)[0] == torch.bfloat16
         assert pick("float32", CUDA) == (torch.float32, torch.channels_last)
     assert pick("auto", MPS) == (torch.float32, torch.contiguous_format)
 

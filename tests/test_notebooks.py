@@ -36,7 +36,8 @@ def test_the_source_that_is_shown_is_todays(path):
     shown = [out.metadata["shown"] for out in outputs if out.get("metadata", {}).get("shown")]
     assert shown, "a notebook shows the package's own code"
     for one in shown:
-        assert lesson.hash_of(lesson.find(one["name"])) == one["hash"], f"{path.name} shows old code: {one['name']}"
+        today = lesson.hash_of(lesson.find(one["name"]))
+        assert today == one["hash"], f"{path.name} shows old code: {one['name']}"
 
 
 @pytest.mark.slow

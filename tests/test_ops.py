@@ -1,4 +1,5 @@
-"""The fused op: its reference against its definition, what is called where, kernels (kernels.py) interpreted or on a GPU."""
+"""The fused op: its reference against its definition, what is called where, kernels (kernels.py)
+interpreted or on a GPU."""
 
 import os
 import subprocess
@@ -106,8 +107,8 @@ def test_every_check_passes_in_the_interpreter():
 
 
 class CompileOnly:
-    """In the place of a kernel: kernel[grid](*args) compiles it for these arguments, for a GPU that need not be
-    here, and runs nothing."""
+    """In the place of a kernel: kernel[grid](*args) compiles it for these arguments, for a GPU that need not
+    be here, and runs nothing."""
     TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", int: "i32", float: "fp32"}
 
     def __init__(self, kernel, compiled, capability):

@@ -8,7 +8,7 @@ from minimedshift.optim import EMA, Muon, orthogonalise, split
 
 
 def test_ema_of_a_ramp():
-    """theta = k at step k: the power-function profile's mean is close to n (gamma + 1) / (gamma + 2) for long runs."""
+    """theta = k at step k: the power-function mean is close to n (gamma + 1) / (gamma + 2) for long runs."""
     net, gamma, n = torch.nn.Linear(1, 1, bias=False), 6.94, 2000
     ema = EMA(net, gamma)
     for step in range(1, n + 1):
@@ -36,14 +36,16 @@ def test_muon_makes_singular_values_alike(shape):
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     u, s, vt = torch.linalg.svd(x, full_matrices=False)
     m = u * torch.logspace(0, -1.5, s.shape[1]) @ vt  # singular values from 1 to .03
-    o = torch.stack(orthogonalise([*m, torch.randn(16, 16)])[:3])  # others of the same or another side change nothing
+    # others of the same or another side change nothing
+    o = torch.stack(orthogonalise([*m, torch.randn(16, 16)])[:3])
     assert 0.6 < torch.linalg.svdvals(o).min() and torch.linalg.svdvals(o).max() < 1.25
     assert ((o * (u @ vt)).sum((1, 2)) / o.norm(dim=(1, 2)) / (u @ vt).norm(dim=(1, 2)) > 0.95).all()
 
 
 def test_newton_schulz_on_the_gram_matrix_is_newton_schulz():
     """The textbook form, on the matrix itself and in float64."""
-    m = torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.logspace(0, -3, 40))
+    normal = torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0))
+    m = normal @ torch.diag(torch.logspace(0, -3, 40))
     x = m.double() / m.double().norm(dim=(1, 2), keepdim=True)
     for _ in range(5):
         s = x @ x.mT
@@ -53,7 +55,7 @@ def test_newton_schulz_on_the_gram_matrix_is_newton_schulz():
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 def test_a_step_of_muon_is_the_textbook_step_in_either_memory_format(memory):
-    """From zero momentum: U V^T of the gradient as (out, in h w), times sqrt(out / in h w) where that is above 1."""
+    """From zero momentum: U V^T of the gradient as (out, in h w), times sqrt(out / in h w) if above 1."""
     for shape in ((4, 3, 3, 3), (24, 2, 3, 3)):
         w = torch.nn.Parameter(torch.randn(shape).to(memory_format=memory))
         before, w.grad = w.detach().clone(), torch.randn(shape).to(memory_format=memory)
@@ -64,7 +66,7 @@ def test_a_step_of_muon_is_the_textbook_step_in_either_memory_format(memory):
 
 
 def test_the_momentum_of_muon_is_nesterovs(lr=0.1, keep=0.8):
-    """Three steps with other gradients: M <- keep M + (1 - keep) G, and the update is of keep M + (1 - keep) G."""
+    """Three steps with new gradients: M <- keep M + (1 - keep) G; the update is of keep M + (1 - keep) G."""
     w = torch.nn.Parameter(torch.randn(6, 4, 1, 1))
     optimizer = Muon([w], lr, keep, weight_decay=0.0)
     mean, wanted = torch.zeros(6, 4), w.detach()[..., 0, 0].clone()

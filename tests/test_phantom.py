@@ -1,4 +1,4 @@
-"""The simulator against what is known from elsewhere: marched rays, tabulated hardening, counting statistics."""
+"""The simulator against what is known elsewhere: marched rays, tabulated hardening, counting statistics."""
 
 import hashlib
 import subprocess
@@ -24,7 +24,8 @@ def low_pass(x, width=1.5):
 
 def structure(a, b):
     """Mean over images of the PSNR (data range 2) after the low-pass."""
-    return (10 * torch.log10(4 / (low_pass(a) - low_pass(b)).square().mean((1, 2, 3)).clamp(min=1e-12))).mean().item()
+    error = (low_pass(a) - low_pass(b)).square().mean((1, 2, 3))
+    return (10 * torch.log10(4 / error.clamp(min=1e-12))).mean().item()
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def pictures():
 # ---------------------------------------------------------------- geometry
 
 def march(head, row, col, size, parts, step=2e-4):
-    """Centimetres of one ray inside each part, float64: points tested one by one by the definition of a part."""
+    """Centimetres of one ray inside each part, float64: points tested one by one by a part's definition."""
     p, D = anatomy.PARTS, rays.SOURCE_DISTANCE
     u, v = head.field * ((col + .5) / size * 2 - 1), -head.field * ((row + .5) / size * 2 - 1)
     direction = np.array([u, v, D]) / np.sqrt(u * u + v * v + D * D)
@@ -137,7 +138,8 @@ def test_noise_follows_dose_and_only_real_noise_is_correlated(pictures):
     ratio = phantom.PHYSICS["synthetic-high"].dose / phantom.PHYSICS["synthetic-low"].dose
     # a log of few counts has a heavier tail
     assert (std["synthetic-low"] / std["synthetic-high"]) ** 2 == pytest.approx(ratio, rel=.25)
-    assert .035 < std["synthetic-low"] < .055 and .045 < std["real-low"] < .075 and .02 < std["real-normal"] < .035
+    assert .035 < std["synthetic-low"] < .055
+    assert .045 < std["real-low"] < .075 and .02 < std["real-normal"] < .035
     # enhancement amplifies noise with the detail it is for
     detail = {d: std[d] / phantom.PHYSICS[d].fine for d in REAL}
     assert detail["real-exposure"] < detail["real-normal"] < detail["real-low"]
@@ -170,9 +172,9 @@ def test_another_process_makes_the_same_bytes():
     code = ("import hashlib; from minimedshift.phantom import *; "
             "images = render([Head(3), Head(4, 'real-low')], 'real-normal', 48); "
             "print(hashlib.sha256(images.numpy().tobytes()).hexdigest())")
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     here = render([Head(3), Head(4, "real-low")], "real-normal", 48)
-    assert out == hashlib.sha256(here.numpy().tobytes()).hexdigest()
+    assert done.stdout.strip() == hashlib.sha256(here.numpy().tobytes()).hexdigest()
 
 
 def test_shapes_range_and_no_saturated_area(pictures):
@@ -201,7 +203,8 @@ def test_a_second_exposure_differs_in_noise_and_fine_texture_alone(pictures):
 def test_another_body_keeps_the_view():
     head, same, other = Head(7), Head(7, anatomy=7), Head(7, anatomy=8)
     assert np.array_equal(head.matrix, same.matrix)
-    assert other.view == head.view and other.field == head.field and not np.array_equal(other.matrix, head.matrix)
+    assert other.view == head.view and other.field == head.field
+    assert not np.array_equal(other.matrix, head.matrix)
     # the body of head 8, turned as head 7
     assert np.allclose(np.linalg.det(other.matrix), np.linalg.det(Head(8).matrix))
 
@@ -224,7 +227,8 @@ def test_the_simulator_is_frozen():
     means = F.avg_pool2d(torch.cat(pictures), 8).double().numpy()
     levels = means / .01 + OFFSET
     steps = np.floor(levels).astype(np.int64)
-    assert np.abs(levels - np.round(levels)).min() > 5e-4  # none is so near to a step that rounding could move it over
+    # none is so near to a step that rounding could move it over
+    assert np.abs(levels - np.round(levels)).min() > 5e-4
     assert phantom.VERSION == 2 and hashlib.sha256(steps.tobytes()).hexdigest()[:16] == FINGERPRINT
 
 

@@ -1,4 +1,4 @@
-"""Whole runs on a pretended GPU (pretend.py): no operation mixes devices, no step waits, mps gets no float64."""
+"""Whole runs on a pretended GPU (pretend.py): nothing mixes devices, no step waits, mps gets no float64."""
 
 from dataclasses import replace
 
@@ -67,8 +67,8 @@ def test_it_refuses_to_mix_and_sees_what_waits():
             x.numpy()
         assert (x + 1).is_cuda and (x + torch.tensor(1.)).is_cuda and not gpu.waits
         quiet = (lambda: y.pin_memory().to("cuda", non_blocking=True), lambda: x.argmax(), lambda: x[:2] * 2)
-        loud = (lambda: x.sum().item(), lambda: x.tolist(), lambda: x.cpu(), lambda: y.to("cuda"), lambda: x[x > 0],
-                lambda: x.nonzero(), lambda: bool(x.any()), lambda: float(x[0]))
+        loud = (lambda: x.sum().item(), lambda: x.tolist(), lambda: x.cpu(), lambda: y.to("cuda"),
+                lambda: x[x > 0], lambda: x.nonzero(), lambda: bool(x.any()), lambda: float(x[0]))
         for does, waits in ((quiet, False), (loud, True)):
             for f in does:
                 gpu.waits.clear()
@@ -115,7 +115,8 @@ def test_a_step_of_the_gpu_preset_at_its_own_size(tmp_path, monkeypatch, capsys)
         for i in range(3):
             pixels = draw.integers(0, 255, (256, 256), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / domain / f"{i}.png")
-    flags = "--steps 1 --batch-size 1 --ot-batch 1 --solver-steps 1 --student-images 1 --student-steps 1".split()
+    flags = ("--steps 1 --batch-size 1 --ot-batch 1 --solver-steps 1 "
+             "--student-images 1 --student-steps 1").split()
     with pretended("cuda"):
         assert train.main(["--data", str(tmp_path / "images"), "--out", str(tmp_path / "out"), *flags]) == 0
     assert "cuda, bfloat16, channels_last, gpu preset: 24" in capsys.readouterr().out

@@ -14,7 +14,7 @@ def normal(*shape, seed=0):
 # ---------------------------------------------------------------- features
 
 def test_frechet_of_gaussians_is_its_closed_form():
-    """Exactly whitened samples have the moments they should: means apart by d, covariances diag(a) and diag(b)."""
+    """Of exactly whitened samples: their means are apart by d, their covariances diag(a) and diag(b)."""
     z = normal(500, 3).double()
     z = z - z.mean(0)
     z = z @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(z.T))).T
@@ -22,7 +22,8 @@ def test_frechet_of_gaussians_is_its_closed_form():
     expected = d.square().sum() + (a.sqrt() - b.sqrt()).square().sum()  # of commuting covariances
     assert realism.frechet(z * a.sqrt(), z * b.sqrt() + d) == pytest.approx(expected.item(), rel=1e-9)
     turn = torch.linalg.qr(normal(3, 3, seed=1).double())[0]
-    assert realism.frechet(z * a.sqrt() @ turn, (z * b.sqrt() + d) @ turn) == pytest.approx(expected.item(), rel=1e-9)
+    turned = realism.frechet(z * a.sqrt() @ turn, (z * b.sqrt() + d) @ turn)
+    assert turned == pytest.approx(expected.item(), rel=1e-9)
     assert realism.frechet(z, z) == pytest.approx(0, abs=1e-9)
 
 
@@ -42,13 +43,14 @@ def test_the_kernel_distance_is_the_double_loop_and_unbiased():
 def test_learned_features_tell_sets_and_corruptions_apart():
     def ramps(seed, slope):
         draw = torch.Generator().manual_seed(seed)
-        x = torch.linspace(-slope, slope, 32).expand(1, 32, 32) + .1 * torch.randn(200, 1, 32, 32, generator=draw)
-        return x.half().numpy()
+        noise = .1 * torch.randn(200, 1, 32, 32, generator=draw)
+        return (torch.linspace(-slope, slope, 32).expand(1, 32, 32) + noise).half().numpy()
 
     sets = [ramps(0, .3), ramps(1, .8)]
     features, again = (realism.train_features(sets, steps=60) for _ in range(2))
     x = torch.from_numpy(ramps(2, .3)).float()
-    assert features(x).shape == (200, 64) and torch.equal(features(x), again(x)) and not features(x).requires_grad
+    assert features(x).shape == (200, 64) and not features(x).requires_grad
+    assert torch.equal(features(x), again(x))
     target = realism.Reference(torch.from_numpy(sets[0]).float(), features)
     floor, other = realism.score(x, target), realism.score(torch.from_numpy(sets[1]).float(), target)
     blurred = realism.score(realism.corrupt(x, 1, None), target)

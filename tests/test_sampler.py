@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minimedshift.sampler import SOLVERS, Velocity, decode, encode, evaluations, grid, last, trajectory, translate
+from minimedshift.sampler import (SOLVERS, Velocity, decode, encode, evaluations, grid, last, trajectory,
+                                  translate)
 
 
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("fireflow", 2)])
@@ -59,7 +60,7 @@ MEANS, SPREADS = (0.5, -1.0), (0.4, 1.5)
 
 
 def gaussian(x, t, y):
-    """The velocity from N(0, 1) to N(m_y, s_y^2), coupled independently; the null label has the mean of both."""
+    """The velocity from N(0, 1) to N(m_y, s_y^2), coupled independently; the null label has their mean."""
     m = torch.tensor([*MEANS, sum(MEANS) / 2], dtype=x.dtype)[y].view(-1, 1, 1, 1)
     s = torch.tensor([*SPREADS, 1.0], dtype=x.dtype)[y].view(-1, 1, 1, 1)
     t = t.view(-1, 1, 1, 1).to(x.dtype)
@@ -81,7 +82,8 @@ def test_translation_between_gaussians_is_the_known_map(tau, end):
     x1 = torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(0)) * SPREADS[0] + MEANS[0]
     z, expected = gaussian_translation(x1, tau, end)
     torch.testing.assert_close(encode(gaussian, x1, 0, tau, steps=100, t_image=end), z, atol=2e-3, rtol=0)
-    torch.testing.assert_close(translate(gaussian, x1, 0, 1, tau, steps=100, t_image=end), expected, atol=5e-3, rtol=0)
+    found = translate(gaussian, x1, 0, 1, tau, steps=100, t_image=end)
+    torch.testing.assert_close(found, expected, atol=5e-3, rtol=0)
 
 
 def test_there_and_back_is_the_identity_up_to_the_solver():

@@ -25,13 +25,15 @@ def dataset(tmp_path_factory):
 
 
 def arrays(dataset):
-    pairs = [getattr(pairs, kind) for pairs in (dataset.valid_pairs, dataset.test_pairs) for kind in sets.KINDS]
+    both = dataset.valid_pairs, dataset.test_pairs
+    pairs = [getattr(pairs, kind) for pairs in both for kind in sets.KINDS]
     return [np.stack(dataset.train_images), dataset.test_pairs.materials, dataset.test_pairs.decoys, *pairs]
 
 
 def test_the_set_holds_what_the_simulator_renders(dataset):
     assert dataset.domains == tuple(phantom.DOMAINS) and dataset.channels == 1
-    assert np.stack(dataset.train_images).shape == (5, 2, 1, 16, 16) and dataset.test_pairs.images.shape == (3, 5, 1, 16, 16)
+    assert np.stack(dataset.train_images).shape == (5, 2, 1, 16, 16)
+    assert dataset.test_pairs.images.shape == (3, 5, 1, 16, 16)
     for split, pairs in (("valid", dataset.valid_pairs), ("test", dataset.test_pairs)):
         head = phantom.Head(sets.first_seed(0, split) + 1)
         for d, domain in enumerate(phantom.DOMAINS):
@@ -42,7 +44,8 @@ def test_the_set_holds_what_the_simulator_renders(dataset):
     for d, domain in enumerate(phantom.DOMAINS):
         seed = sets.first_seed(0, "train", d) + 1
         head = phantom.Head(seed, phantom.population(seed, domain, .1))
-        torch.testing.assert_close(torch.tensor(dataset.train_images[d][1]), phantom.render([head], domain, 16)[0].half())
+        picture = phantom.render([head], domain, 16)[0].half()
+        torch.testing.assert_close(torch.tensor(dataset.train_images[d][1]), picture)
 
 
 def test_decoys_are_other_people_in_the_same_view(dataset):
@@ -51,7 +54,8 @@ def test_decoys_are_other_people_in_the_same_view(dataset):
     for k in range(sets.DECOYS):
         person = sets.first_seed(0, "test decoys") + sets.DECOYS + k
         other = phantom.Head(seed, anatomy=person)
-        assert other.view == head.view and other.field == head.field and not np.array_equal(other.matrix, head.matrix)
+        assert other.view == head.view and other.field == head.field
+        assert not np.array_equal(other.matrix, head.matrix)
         picture = phantom.render([other], "real-low", 16, noise=False)[0].half()
         torch.testing.assert_close(torch.tensor(dataset.test_pairs.decoys[1, k, 2]), picture)
         seen.add(dataset.test_pairs.decoys[1, k, 2].tobytes())
@@ -59,12 +63,14 @@ def test_decoys_are_other_people_in_the_same_view(dataset):
 
 
 def test_shift_is_the_share_of_heads_from_their_own_population():
-    own = {shift: [phantom.population(seed, "real-low", shift) for seed in range(2000)] for shift in (0., .1, .55, 1.)}
+    shifts = 0., .1, .55, 1.
+    own = {shift: [phantom.population(seed, "real-low", shift) for seed in range(2000)] for shift in shifts}
     assert all(set(found) <= {None, "real-low"} for found in own.values())
     shares = {shift: np.mean([prior is not None for prior in found]) for shift, found in own.items()}
     assert shares[0.] == 0 and shares[1.] == 1
     assert shares[.1] == pytest.approx(.1, abs=.02) and shares[.55] == pytest.approx(.55, abs=.03)
-    assert all(b for a, b in zip(own[.1], own[.55]) if a)  # more shift replaces heads, it does not draw all anew
+    # more shift replaces heads, it does not draw all anew
+    assert all(b for a, b in zip(own[.1], own[.55]) if a)
 
 
 def test_the_bytes_do_not_depend_on_the_number_of_processes(dataset, tmp_path, monkeypatch):
@@ -86,7 +92,8 @@ def test_no_head_is_in_two_domains_or_two_splits(tmp_path, monkeypatch):
 
     monkeypatch.setattr(phantom, "Head", Fake)
     monkeypatch.setattr(phantom, "render", lambda heads, *_: torch.zeros(len(heads), 1, 8, 8))
-    monkeypatch.setattr(phantom, "picture", lambda materials, heads, *_, **__: torch.zeros(len(heads), 1, 8, 8))
+    monkeypatch.setattr(phantom, "picture",
+                        lambda materials, heads, *_, **__: torch.zeros(len(heads), 1, 8, 8))
     monkeypatch.setattr(phantom, "project", lambda heads, *_: torch.zeros(len(heads), 3, 8, 8))
     monkeypatch.setattr(sets, "BIG", 10**9)
     sets.phantom_set(8, 5 * 300, 70, 130, seed=3, cache=tmp_path)
@@ -105,7 +112,8 @@ def test_the_cache_key_holds_everything_that_matters(monkeypatch):
     train, pairs = dict(size=16, per_domain=2), dict(size=16, count=2, split="valid")
     for change in ({}, dict(size=32), dict(per_domain=3), dict(seed=1), dict(shift=.55)):
         note(sets.training_images, **train | change)
-    for change in ({}, dict(size=32), dict(count=3), dict(split="test"), dict(seed=1), dict(prior="real-low")):
+    changes = {}, dict(size=32), dict(count=3), dict(split="test"), dict(seed=1), dict(prior="real-low")
+    for change in changes:
         note(sets.paired_heads, **pairs | change)
     for edited in (phantom.anatomy, phantom.rays, phantom.xray, sets):
         with monkeypatch.context() as m:
@@ -118,8 +126,9 @@ def test_the_cache_key_holds_everything_that_matters(monkeypatch):
 
 def workers():
     """{process that renders: its parent}."""
-    lines = subprocess.run(["ps", "-ewwo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()
-    return dict(map(int, line.split()[:2]) for line in lines if "spawn_main" in line)
+    listed = subprocess.run(["ps", "-ewwo", "pid,ppid,args"], capture_output=True, text=True)
+    lines = [line for line in listed.stdout.splitlines() if "spawn_main" in line]
+    return dict(map(int, line.split()[:2]) for line in lines)
 
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")

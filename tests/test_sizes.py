@@ -1,4 +1,4 @@
-"""The code stays light: this counts lines, and fails above the budget. Every added line is paid for by another."""
+"""The code stays light: this counts lines and fails above a budget. Every new line is paid for by another."""
 
 import ast
 from pathlib import Path
@@ -10,8 +10,8 @@ PACKAGE = sorted((ROOT / "minimedshift").rglob("*.py"))
 COMMANDS = [ROOT / "train.py", ROOT / "translate.py"]
 STUDIES = sorted((ROOT / "studies").glob("*.py"))
 TESTS = sorted((ROOT / "tests").glob("*.py"))
-READING_PATH = [ROOT / "minimedshift" / f"{name}.py"
-                for name in ("flow", "coupling", "sampler", "model", "student", "batches")] + [ROOT / "train.py"]
+METHOD = ("flow", "coupling", "sampler", "model", "student", "batches")
+READING_PATH = [ROOT / "minimedshift" / f"{name}.py" for name in METHOD] + [ROOT / "train.py"]
 
 
 def lines(*paths):
@@ -33,7 +33,7 @@ def test_the_budget_holds(name, paths, most):
 
 
 def test_no_line_is_long():
-    for path in [*PACKAGE, *COMMANDS, *STUDIES]:
+    for path in [*PACKAGE, *COMMANDS, *STUDIES, *TESTS]:
         long = [i for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 110]
         assert not long, f"{path}: lines {long} have over 110 characters"
 

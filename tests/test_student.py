@@ -70,7 +70,8 @@ def test_the_loss_seeks_the_median():
 def test_each_ordered_pair_has_its_own_answer():
     torch.manual_seed(0)
     images = torch.rand(2, 20, 1, 8, 8) - .5
-    answers = torch.stack([torch.stack([images[0], -images[0]]), torch.stack([images[1] / 2 + .3, images[1]])])
+    answers = torch.stack([torch.stack([images[0], -images[0]]),
+                           torch.stack([images[1] / 2 + .3, images[1]])])
     net = student.learn(student.LocalShape(2, width=16, blocks=1), images, answers, 400, lr=.01)
     x = torch.rand(4, 1, 8, 8) - .5
     assert (net(x, labels(0, 0, 0, 0), labels(1, 1, 1, 1)) + x).abs().mean() < .05

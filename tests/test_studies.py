@@ -79,7 +79,7 @@ def test_distance_is_that_of_the_best_pairing():
 
 
 def test_a_short_run_in_the_plane_already_prefers_the_coupling_per_label():
-    """At one Euler step, as in the long runs below. The floor is that of the samples, whatever was trained."""
+    """At one Euler step, as in the long runs below. The floor is the samples', whatever was trained."""
     found = {name: plane.errors(plane.train(name, 0, 150, batch=128), 0, 256) for name in plane.RUNS}
     per_label, independent = found["per label"], found["independent"]
     assert per_label["1 Euler step"] < .5 * independent["1 Euler step"]
@@ -88,9 +88,9 @@ def test_a_short_run_in_the_plane_already_prefers_the_coupling_per_label():
 
 @pytest.mark.slow
 def test_couplings_in_the_plane_are_ordered_as_the_literature_says():
-    """8gaussians to moons (arXiv:2503.10636, figure 2): at one Euler step the coupling per label is far ahead of
-    both others; with many steps the label-blind one is worse than none. Intervals of two standard errors over
-    three seeds do not touch. (There, label-blind is better than independent at one step; here it is worse.)"""
+    """8gaussians to moons (arXiv:2503.10636, figure 2): at one Euler step the coupling per label is far ahead
+    of both others; with many steps the label-blind one is worse than none. Intervals of two standard errors
+    over three seeds do not touch. (There, label-blind beats independent at one step; here it is worse.)"""
     found = {}
     for name in plane.RUNS:
         found[name] = [plane.errors(plane.train(name, seed, 2000), seed, 1024) for seed in range(3)]

@@ -33,7 +33,8 @@ def net(tmp_path_factory):
 def picture(*shape, top=255, seed=0):
     """Smooth shapes with fine noise on them, as integers from 0 to top."""
     rng = np.random.default_rng(seed)
-    smooth = np.asarray(Image.fromarray(rng.random((6, 6), np.float32)).resize(shape[1::-1], Image.Resampling.BICUBIC))
+    coarse = Image.fromarray(rng.random((6, 6), np.float32))
+    smooth = np.asarray(coarse.resize(shape[1::-1], Image.Resampling.BICUBIC))
     x = (smooth * .6 + .2).reshape(*shape[:2], *[1] * (len(shape) - 2)) + .1 * rng.random(shape, np.float32)
     return (x.clip(0, 1) * top).astype(np.uint16 if top > 255 else np.uint8)
 
@@ -69,7 +70,8 @@ def test_a_mixed_folder_by_the_users_own_command(tmp_path, net):
     (folder / "notes.txt").write_text("not an image")
     Image.fromarray(picture(80, 80)).save(folder / "cut.jpg")
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:900])
-    done = command(folder, tmp_path / "out", *way("real-low", "real-normal", net), "--compare", tmp_path / "c.png")
+    done = command(folder, tmp_path / "out", *way("real-low", "real-normal", net),
+                   "--compare", tmp_path / "c.png")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "cut.jpg" in done.stderr and "notes.txt" not in done.stderr and "1 of 3 images" in done.stderr
     first = done.stdout.splitlines()[0]
@@ -116,7 +118,8 @@ def net_with_student(net, tmp_path_factory):
 
 def test_the_student_translates_unless_the_flow_is_asked_for(tmp_path, net_with_student, monkeypatch, capsys):
     Image.fromarray(picture(SIZE, SIZE)).save(tmp_path / "a.png")
-    files = (tmp_path / "a.png", tmp_path / "b.png", *way("real-low", "real-normal", net_with_student), "--overwrite")
+    files = (tmp_path / "a.png", tmp_path / "b.png", *way("real-low", "real-normal", net_with_student),
+             "--overwrite")
     evaluated = []
     monkeypatch.setattr(sampler, "translate", lambda model, x1, *_, **__: evaluated.append(1) or x1)
     cases = (([], 0), (["--method", "student"], 0), (["--method", "flow"], 1), (["--tau", .4], 1),
@@ -124,15 +127,16 @@ def test_the_student_translates_unless_the_flow_is_asked_for(tmp_path, net_with_
     for flags, flow in cases:
         evaluated.clear()
         assert here(*files, *flags) == 0
-        assert len(evaluated) == flow and ("its student, 1 evaluation" in capsys.readouterr().out) == (not flow)
+        assert len(evaluated) == flow
+        assert ("its student, 1 evaluation" in capsys.readouterr().out) == (not flow)
 
 
 @pytest.mark.parametrize("change, word", [
     (dict(source="real"), "synthetic-low, synthetic-high"), (dict(target="auto"), "choose from"),
     (dict(source=None), "--source"), (dict(output=None), "OUTPUT"), (dict(wrong="1"), "--wrong"),
     (dict(tau="1"), "below 1"), (dict(steps="0"), "--steps"), (dict(guidance="inf"), "--guidance"),
-    (dict(solver="rk9"), "--solver"), (dict(method="student"), "has no student"),
-    (dict(method="student", tau=".3"), "--tau is a flag of the flow"), (dict(checkpoint="none.pt"), "none.pt"),
+    (dict(solver="rk9"), "--solver"), (dict(method="student", tau=".3"), "--tau is a flag of the flow"),
+    (dict(method="student"), "has no student"), (dict(checkpoint="none.pt"), "none.pt"),
     (dict(input="none.png"), "no such file"), (dict(input="empty", output="new"), "no image files"),
     (dict(input="folder"), "is a file"), (dict(input="folder", output="folder/sub"), "inside"),
     (dict(input="folder", output="folder"), "would be replaced"), (dict(output="there.png"), "--overwrite"),
@@ -185,7 +189,8 @@ def test_a_translation_does_not_depend_on_which_other_files_there_are(tmp_path, 
     (tmp_path / "in").mkdir()
     for i, shape in enumerate(shapes):
         Image.fromarray(picture(*shape, seed=i)).save(tmp_path / "in" / f"{i}.bmp")
-    monkeypatch.setattr(sampler, "translate", lambda model, x1, *_, **__: -x1 + .1 * x1.mean((1, 2, 3), keepdim=True))
+    negative = lambda model, x1, *_, **__: -x1 + .1 * x1.mean((1, 2, 3), keepdim=True)
+    monkeypatch.setattr(sampler, "translate", negative)
     rest = way("real-low", "real-low", net)
     assert here(tmp_path / "in", tmp_path / "out", *rest, "--batch-size", 2) == 0
     for i in range(len(shapes)):
@@ -211,7 +216,8 @@ def test_auto_says_what_it_took_and_uses_it(tmp_path, net, monkeypatch, capsys):
 
 @pytest.mark.parametrize("source, labels", [("auto", [0, 1, 2, 3, 4]), ("real-normal", [3])])
 @pytest.mark.parametrize("share, warned", [(9.5, True), (.5, False)])
-def test_a_picture_far_from_its_domain_is_warned_of(tmp_path, net, monkeypatch, capsys, source, labels, share, warned):
+def test_a_picture_far_from_its_domain_is_warned_of(tmp_path, net, monkeypatch, capsys, source, labels,
+                                                    share, warned):
     def unexplained(model, x1, asked, *_):
         assert list(asked) == labels
         return torch.full((1, len(asked), 3), share)

@@ -122,10 +122,10 @@ def train(config, dataset, device, dtype, memory, file, before=None):
         log.draw()
         draw(file, ema.model, None, how, dataset, device)
 
+    steps = batches.batches(dataset, config, device, first, dtype, ranks.RANK, ranks.COUNT)
     stopping = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stopping.append(True))  # finish the step, save, stop
-    steps = batches.batches(dataset, config, device, first, dtype, ranks.RANK, ranks.COUNT)
     steps_after = PRESETS[config.preset].steps_after
     log = Log(file.parent, first, config.steps, config.batch_size, ranks.RANK > 0, steps_after)
     saved = time.time()
@@ -205,14 +205,15 @@ def finish(config, dataset, net, device, dtype, file):
     """Teach the student, unless the checkpoint has it, then score and draw. Returns the exit status."""
     state = checkpoint.load(file, device)
     how, taught = translation_of(config), state.get("student")
-    if config.student and not taught:
+    same_lessons = all(state["config"].get(name) == getattr(config, name) for name in LESSONS)
+    if config.student and not (taught and same_lessons):
         try:
             taught = teach(net, dataset, config.student_images, config.student_steps, dtype, device,
                            config.seed).state()
         except KeyboardInterrupt:
             print("\nstopped: the flow is saved, the same command with --resume teaches the student anew")
             return 130
-        checkpoint.save(file, state | dict(student=taught))
+        checkpoint.save(file, state | dict(student=taught, config=asdict(config)))
     student = restore(taught, device) if taught else None
     draw(file, net, student, how, dataset, device)
     if config.evaluate and dataset.test_pairs is not None:
@@ -255,8 +256,6 @@ def stopped_run(config, file, device):
         if name not in FREE and was != value:
             others.append(f"--{name.replace('_', '-')} was {was}, is {value}")
     refuse(others, f"--resume needs the flags of the stopped run: {'; '.join(others)}")
-    if any(state["config"].get(name) != getattr(config, name) for name in LESSONS):
-        state["student"] = None  # it had other lessons
     return state
 
 

@@ -232,6 +232,18 @@ def test_help_shows_groups_and_defaults():
     assert all(word in text for word in words)
 
 
+def test_other_lessons_teach_another_student_and_a_broken_log_stops_nobody(tmp_path, here):
+    again = "--steps 3 --no-evaluate --resume --student-steps".split()
+    assert here(tmp_path, *again[:3])[0] == 0
+    log = tmp_path / "log.csv"
+    first, second, third = log.read_text().splitlines()[1:]
+    log.write_text(f"{first}\n\nhello\n{second.replace(',', ';')}\n{third}\n4,,,,\n")
+    for steps, learns in (("2", False), ("5", True), ("5", False)):
+        status, said, _ = here(tmp_path, *again, steps)
+        assert status == 0 and ("the student learns: 5/5" in said) == learns
+    assert log.read_text().splitlines()[1:] == [first, third]
+
+
 def test_log_csv_tells_what_a_coupling_did_and_cost(tmp_path, here):
     flags = "--steps 3 --coupling sinkhorn --sigma 2 --ot-batch 4 --no-evaluate".split()
     status, _, errors = here(tmp_path, *flags)

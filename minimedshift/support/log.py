@@ -22,8 +22,11 @@ def progress(done, total, start, what, unit="images"):
 
 
 def row_of(line):
-    """The numbers of a line of log.csv."""
-    return [float(cell) for cell in line.split(",")]
+    """The numbers of a line of log.csv; [] for one that a program or a person has broken."""
+    try:
+        return [float(cell) for cell in line.split(",")]
+    except ValueError:
+        return []
 
 
 class Log:
@@ -70,7 +73,7 @@ class Log:
     def kept_lines(self):
         """The lines of steps 1 to `first`: the last line of a killed process may lack its end."""
         text = self.path.read_text(errors="replace") if self.path.exists() else ""
-        lines = text.split("\n")[1:-1]
+        lines = [line for line in text.split("\n")[:-1] if len(row_of(line)) == len(self.COLUMNS)]
         return [line for line in lines if row_of(line)[0] <= self.first]
 
     def flush(self):

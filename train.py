@@ -34,6 +34,8 @@ from minimedshift.support.machine import (autocast, can_compile, has_bfloat16, k
 @dataclass(frozen=True)
 class Config:
     data: str = flag(None, "folder of images, DIR/DOMAIN/*.png (default: simulated heads)", "data")
+    bits: int = flag(0, "of files deeper than 8; 0: as the largest level needs", "data", low=0, high=16)
+    invert: str = flag("", "domains whose files are negatives, with commas between", "data")
     size: int = flag(0, "side of the training images in pixels; 0 is the preset's", "data", low=0, high=4096)
     train_images: int = flag(10000, "simulated training images, all domains together", "data", low=5)
     valid_heads: int = flag(64, "simulated validation heads, each in all domains", "data", low=1, high=10**6)
@@ -64,7 +66,7 @@ class Config:
     out: str = flag("out", "folder for everything the run leaves", "run")
     resume: bool = flag(False, "go on from OUT/checkpoint.pt: give the flags of that run again", "run")
     overwrite: bool = flag(False, "start anew where OUT has a checkpoint", "run")
-    device: str = flag("auto", "where to compute", "run", ("auto", "cuda", "mps", "cpu"))
+    device: str = flag("auto", "where to compute: cuda, cuda:1, mps, cpu", "run")
     dtype: str = flag("auto", "number format; auto measures", "run", ("auto", "float32", "bfloat16"))
     compile: str = flag("auto", "torch.compile; auto: on a GPU alone", "run", ("auto", "yes", "no"))
     evaluate: bool = flag(True, "score the result on simulated test heads at the end", "run")
@@ -73,8 +75,8 @@ class Config:
 SAVE_EVERY = 120  # seconds
 BAD_STEPS = 10    # steps in a row without a finite gradient: training has failed
 LESSONS = ("student_images", "student_steps")
-FREE = {"out", "resume", "overwrite", "device", "dtype", "compile", "evaluate", "check_data", "student",
-        *LESSONS}  # flags that may differ on --resume
+FREE = {"data", "steps", "out", "resume", "overwrite", "device", "dtype", "compile", "evaluate",
+        "check_data", "student", *LESSONS}  # flags that may differ on --resume
 
 
 def main(argv=None):
@@ -92,8 +94,9 @@ def main(argv=None):
         dataset = batches.load_dataset(config)
         if not ranks.RANK:
             ranks.same(None)
+        if config.check_data or config.data and not ranks.RANK:
+            data.check(dataset, file.parent / "data.png" if config.check_data else None)
         if config.check_data:
-            data.check(dataset, file.parent / "data.png")
             return 0
         net = train(config, dataset, device, dtype, memory, file, before)
         return 130 if net is None else finish(config, dataset, net, device, dtype, file)
@@ -102,7 +105,8 @@ def main(argv=None):
 def train(config, dataset, device, dtype, memory, file, before=None):
     """The training loop; `before` is a checkpoint to go on from. Returns the EMA network, None if stopped."""
     model, optimizers, ema = build(config, len(dataset.domains), dataset.channels, device, dtype, memory)
-    first = go_on(before, file, model, optimizers, ema) if before else 0
+    image = data.description(dataset)
+    first = go_on(before, file, model, optimizers, ema, list(dataset.domains), image) if before else 0
     net = DistributedDataParallel(model) if ranks.COUNT > 1 else model  # as it is called in training
     how, machine = translation_of(config), dict(dtype=name_of(dtype), memory_format=name_of(memory))
     print(f"{device.type}, {', '.join(machine.values())}, {config.preset} preset: "
@@ -116,8 +120,7 @@ def train(config, dataset, device, dtype, memory, file, before=None):
             return
         checkpoint.save(file, dict(
             config=asdict(config), shape=asdict(model.shape), domains=list(dataset.domains), step=step,
-            image=dict(size=config.size, channels=dataset.channels, range=[-1.0, 1.0]), translate=how,
-            machine=machine, model=model.state_dict(), ema=ema.model.state_dict(),
+            image=image, translate=how, machine=machine, model=model.state_dict(), ema=ema.model.state_dict(),
             optimizer=[optimizer.state_dict() for optimizer in optimizers]))
         log.draw()
         draw(file, ema.model, None, how, dataset, device)
@@ -267,8 +270,12 @@ def formats(config, device, before):
     return getattr(torch, dtype), getattr(torch, before["machine"]["memory_format"])
 
 
-def go_on(before, file, model, optimizers, ema):
-    """Fill model, optimizers and EMA from a checkpoint. Returns its step."""
+def go_on(before, file, model, optimizers, ema, domains, image):
+    """Fill model, optimizers and EMA from a checkpoint of the same domains. Returns its step."""
+    refuse(before["domains"] != domains, f"{file} knows the domains {', '.join(before['domains'])}; the data "
+                                         f"has {', '.join(domains)}")
+    if before["image"] != image:
+        print("warning: these are not the images of the stopped run, or are read in another way", flush=True)
     checkpoint.fill(model, before.get("model"), file)
     checkpoint.fill(ema.model, before.get("ema"), file)
     try:

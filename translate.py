@@ -1,19 +1,20 @@
 """Translate X-ray images: `python translate.py INPUT OUTPUT --source DOMAIN --target DOMAIN`.
 
-INPUT is an image or a folder of images, with its sub-folders. OUTPUT gets the same names and bit depths.
+INPUT is an image or a folder of images, with its sub-folders. OUTPUT gets the same names, sizes and depths.
 The student translates; --method flow, or a flag such as --tau, takes the flow. Without arguments, held-out
 simulated heads become a figure beside the checkpoint. An image is translated at the size of the training
 images; the change is then carried to full resolution (support/sizes.py), so that its fine detail stays."""
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from minimedshift import classify, evaluate, sampler
+from minimedshift.folder import image_files, unread
 from minimedshift.methods import main_domains
 from minimedshift.model import load_model
 from minimedshift.phantom import sets
@@ -27,6 +28,7 @@ from minimedshift.support.sizes import carry_to_full_size, resize, working_shape
 
 HOW = "flow (default: as the checkpoint says)"
 FLOW = ("tau", "guidance", "steps", "solver")  # flags that the student has no use for
+PIXELS = 12e6  # of large images that are held at once
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,13 @@ class Config:
                            HOW, kind=float, above=-1000, below=1000)
     steps: int = flag(None, "solver steps of each leg", HOW, kind=int, low=1, high=1000)
     solver: str = flag(None, "ODE solver", HOW, choices=tuple(sampler.SOLVERS))
+    bits: int = flag(0, "of files deeper than 8 bits (0: as in training)", "files", low=0, high=16)
     overwrite: bool = flag(False, "replace existing files", "files")
+    skip_existing: bool = flag(False, "go on: leave out what OUTPUT has already", "files")
     compare: str = flag(None, "also draw: source | translation | difference, of the first 8 images", "files")
     batch_size: int = flag(0, "images at once (0: 16 on a CPU, 256 on a GPU), fewer where memory is short",
                            "machine", low=0)
-    device: str = flag("auto", "where to compute", "machine", choices=("auto", "cuda", "mps", "cpu"))
+    device: str = flag("auto", "where to compute: cuda, cuda:1, mps, cpu", "machine")
 
 
 def check_flags(c, state, how, flow_flags):
@@ -82,8 +86,14 @@ def plan_files(c):
         refuse(target.is_file(), f"INPUT {source} is a folder but OUTPUT {target} is a file")
         refuse(source.resolve() in target.resolve().parents,
                f"OUTPUT {target} lies inside INPUT {source}: choose a folder outside")
-        files = [(path, target / path.relative_to(source)) for path in images.image_files(source)]
-        refuse(not files, f"INPUT {source} has no image files ({endings})")
+        found, left = image_files(source)
+        files = [(path, target / path.relative_to(source)) for path in found]
+        refuse(not files, f"INPUT {source} has no image files ({endings}){unread(left)}")
+        print(f"INPUT: {len(files)} images{unread(left)}")
+    if c.skip_existing:
+        todo = [pair for pair in files if not pair[1].exists()]
+        print(f"{len(files) - len(todo)} of {len(files)} translations are there already")
+        files = todo
     outputs = [path for _, path in files]
     if c.compare:
         taken = {path.resolve() for pair in files for path in pair}
@@ -93,20 +103,31 @@ def plan_files(c):
         refuse(path.is_dir(), f"{path} is a folder: name the file that is to be written")
         refuse(path.suffix.lower() not in images.FORMATS, f"{path}: an image ends in {endings}")
         refuse(path.exists() and not c.overwrite,
-               f"{path} would be replaced: choose another name, or say --overwrite")
+               f"{path} would be replaced: choose another name, or say --overwrite or --skip-existing")
     for folder in {path.parent for path in outputs}:
         with explain_os_error(f"the folder {folder}", "cannot be made"):
             folder.mkdir(parents=True, exist_ok=True)
     return files
 
 
-def batches(files, shape_of, most, bad):
+def find_readings(c, state):
+    """How files of the source are read, and those of the target written: with the bits of the source."""
+    known = {name: images.Reading(**how) for name, how in state["image"].get("readings", {}).items()}
+    own = [how for name, how in known.items() if c.source in (name, "auto")] or [images.Reading(bits=0)]
+    refuse(len(set(own)) > 1, "--source auto needs domains that are read alike, and these are not: name it")
+    reading = replace(own[0], bits=c.bits or own[0].bits)
+    return reading, replace(reading, invert=known[c.target].invert) if known else reading
+
+
+def batches(files, reading, shape_of, most, bad):
     """Lists of up to `most` (input, output, x, info) of one working shape; unreadable inputs go to `bad`."""
     waiting = {}
     for source, path in files:
         try:
-            x, info = images.read_image(source)
+            x, info = images.read_image(source, reading)
             images.check_writable(path, info)
+            if info.mode == "I;16" and not reading.bits:
+                print(f"{source}: read as {info.bits} bits")
         except UserError as error:
             if len(files) == 1:
                 raise
@@ -117,6 +138,9 @@ def batches(files, shape_of, most, bad):
         waiting.setdefault(shape, []).append((source, path, x, info))
         if len(waiting[shape]) == most:
             yield waiting.pop(shape)
+        if sum(x.numel() for batch in waiting.values() for _, _, x, _ in batch) > PIXELS:
+            yield from waiting.values()
+            waiting = {}
     yield from waiting.values()
 
 
@@ -126,12 +150,13 @@ def translate_files(files, translate, model, state, c, device):
     most = c.batch_size or (256 if device.type == "cuda" else 16)
     folder = Path(c.input) if Path(c.input).is_dir() else Path(c.input).parent
     bad, rows, names, done, start = [], [], [], 0, time.time()
-    for batch in batches(files, shape_of, most, bad):
+    reading, writing = find_readings(c, state)
+    for batch in batches(files, reading, shape_of, most, bad):
         full = [images.channels_to(x, state["image"]["channels"])[None] for _, _, x, _ in batch]  # on a CPU
         shape = shape_of(*full[0].shape[-2:])
         x1 = torch.cat([resize(x.to(device), shape) for x in full])
         paths = [path for path, *_ in batch]
-        y_source = classify.source_labels(x1, paths, model, state, c.source, c.target, c.seed)
+        y_source = classify.source_labels(x1, paths, model, state, c.source, c.seed)
         y_target = torch.full_like(y_source, state["domains"].index(c.target))
         translate_some = lambda i: translate(x1[i], y_source[i], y_target[i])
         out = in_batches(translate_some, torch.arange(len(x1), device=device), len(x1))
@@ -139,7 +164,7 @@ def translate_files(files, translate, model, state, c, device):
         for (source, path, _, info), large, small, new in zip(batch, full, x1, out):
             if large.shape[-2:] != shape:
                 new = carry_to_full_size(large.to(device), small[None], new[None])[0]
-            images.write_image(path, new, info)
+            images.write_image(path, new, info, writing)
             if c.compare and len(rows) < 8:
                 before, after = large[0], new.clamp(-1, 1).cpu()
                 rows.append((before, after, (after - before) / 2))
@@ -173,7 +198,7 @@ def main(argv=None):
     check_flags(c, state, how, flow_flags)
     files = plan_files(c) if c.input else []
     source, target = c.source, c.target
-    if not files:
+    if not c.input:
         s, t = main_domains(state["domains"], source, target)
         source, target = state["domains"][s], state["domains"][t]
     if c.method == "student" or (c.method is None and state.get("student") and not flow_flags):
@@ -186,7 +211,7 @@ def main(argv=None):
         way = f"tau {how['tau']:g}, {legs}, {count} evaluations"
     weights = f"the EMA weights of step {state['step']}"
     print(f"{source} -> {target} on {device} with {weights}: {way} an image", flush=True)
-    if not files:
+    if not c.input:
         return translate_heads(model, student, how, state, c, s, t, device)
     return translate_files(files, translate, model, state, c, device)
 

@@ -61,7 +61,7 @@ def far(shares):
     return shares.amax(2).amin(1) > FAR
 
 
-def source_labels(x1, names, model, state, source, target, seed):
+def source_labels(x1, names, model, state, source, seed):
     """Labels (B,) of images x1 (B, C, H, W): that of `source`, or if it is "auto" the inferred ones, printed.
     Warns of an image that is far from `source`, or with "auto" from every domain."""
     domains = state["domains"]
@@ -77,6 +77,5 @@ def source_labels(x1, names, model, state, source, target, seed):
     labels, second, close = label_of(shares, *x1.shape[-2:])
     for name, y, other, in_doubt in zip(names, labels.tolist(), second.tolist(), close.tolist()):
         doubt = f" ({domains[other]} is close)" if in_doubt else ""
-        same = ", the target itself: nothing to change" if domains[y] == target else ""
-        print(f"{name}: taken for {domains[y]}{doubt}{same}")
+        print(f"{name}: taken for {domains[y]}{doubt}")
     return labels

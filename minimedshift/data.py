@@ -3,25 +3,25 @@ on and, where it can be, pairs to validate and test on. A folder is read once, i
 
 import inspect
 import json
-import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 
+from minimedshift.folder import find_files, unread
+from minimedshift.support import images
 from minimedshift.support.command import UserError, refuse
-from minimedshift.support.files import cached
-from minimedshift.support.images import decode, figure, image_files, read_image
+from minimedshift.support.files import cached, digest
+from minimedshift.support.images import Reading, figure
 from minimedshift.support.log import progress
 from minimedshift.support.sizes import crop_to_square
 
 FEW = 50  # `check` warns of a domain with fewer images
+SHOWN = 8  # domains that `check` shows; of more it warns
 OPPOSITE = -0.5  # two domains are negatives of each other if their mean images correlate less than this
-
 
 @dataclass(frozen=True)
 class Pairs:
@@ -32,16 +32,10 @@ class Pairs:
     materials: np.ndarray | None = None    # (N, 3, H, W) centimetres of bone, soft tissue and brain
     decoys: np.ndarray | None = None       # (N, K, D, C, H, W) noise-free, of K other people in the same view
 
-    def only(self, keep):
-        """The same heads in the domains of index `keep` alone."""
-        some = lambda array: None if array is None else array[:, keep]
-        decoys = None if self.decoys is None else self.decoys[:, :, keep]
-        return Pairs(some(self.images), some(self.truth), some(self.second), self.materials, decoys)
-
 
 @dataclass(frozen=True)
 class Dataset:
-    """Unpaired training images, per domain (N_d, C, H, W) float16 in [-1, 1], and what is kept apart."""
+    """Unpaired training images, per domain (N_d, C, H, W) float in [-1, 1], and what is kept apart."""
     domains: tuple
     size: int
     channels: int
@@ -50,16 +44,18 @@ class Dataset:
     valid_pairs: Pairs | None = None
     test_pairs: Pairs | None = None
     weights: list | None = None         # per domain (N_d,): how often an image is drawn, mean 1; None: alike
+    readings: dict | None = None        # domain -> how its files are read (images.Reading)
+    notes: tuple = ()                   # what was understood of a folder, a line each
 
     def batch(self, y, generator):
         """A training image for each label in y (B,), by its weight: (B, C, H, W) float32. CPU generator."""
         u = torch.rand(len(y), generator=generator, dtype=torch.float64).numpy()
         y = y.numpy()
-        x1 = np.empty((len(y), self.channels, self.size, self.size), np.float16)
+        x1 = np.empty((len(y), self.channels, self.size, self.size), np.float32)
         for d in np.unique(y):
             places = np.flatnonzero(y == d)
             x1[places] = self.train_images[d][self.pick(d, u[places])]
-        return torch.from_numpy(x1).float()
+        return torch.from_numpy(x1)
 
     def pick(self, d, u):
         """The indices, int64, of the training images of domain d that numbers u (n,) in [0, 1) stand for."""
@@ -75,82 +71,79 @@ class Dataset:
         return self.train_images[d][self.pick(d, (np.arange(count) + .5) / count)]
 
 
-def by_domain(base):
-    """{domain: its image files}; the folders on the way to an image, joined with "-", name its domain."""
-    found = {}
-    for path in image_files(base):
-        parts = path.relative_to(base).parts[:-1]
-        if parts and parts[0] != "test":
-            found.setdefault("-".join(parts), []).append(path)
-    return dict(sorted(found.items()))
+# ---------------------------------------------------------------- a folder
 
+def folder_set(root, size, seed=0, cache=None, bits=0, invert=""):
+    """The Dataset of a folder (folder.py). bits: of files deeper than 8 (0: as the largest level needs).
+    invert: domains, with commas, whose files are negatives. Raises UserError for what is not clear."""
+    domains, files, own_split, left = find_files(root, seed)
+    inverted = set(invert.split(",")) - {""}
+    refuse(inverted - set(domains), f"--invert {invert}: the domains are {', '.join(domains)}")
+    stamps = [(str(file.path.absolute()), file.path.stat().st_mtime_ns) for file in sum(files.values(), [])]
+    code = [inspect.getsource(part) for part in (images, crop_to_square, read_files)]
+    lengths = {key: len(some) for key, some in files.items()}
+    content = [code, torch.__version__, size, lengths, stamps, bits, sorted(inverted)]
+    make = lambda work: read_files(work, domains, files, size, bits, inverted)
+    folder = cached(cache, f"folder-{size}", content, make)
 
-def find_files(root, seed):
-    """The domains of a folder, and {"train-0": image files of the first, "test-0": ..., "train-1": ...}."""
-    root, files = Path(root), {}
-    refuse(not root.is_dir(), f"--data {root}: there is no such folder")
-    train, test = by_domain(root / "train") or by_domain(root), by_domain(root / "test")
-    refuse(len(train) < 2, f"--data {root}: two or more sub-folders with images are needed, "
-                           f"found: {', '.join(train) or 'none'}")
-    unknown = ", ".join(test.keys() - train)
-    refuse(unknown, f"--data {root}: test has {unknown}, without training images")
-    for d, (domain, paths) in enumerate(train.items()):
-        held_out = test.get(domain, [])
-        if not test:  # a tenth of the images, at least one of five
-            count = len(paths) // 10 or int(len(paths) >= 5)
-            order = np.random.default_rng([seed, d]).permutation(len(paths))
-            held_out = [paths[i] for i in sorted(order[:count])]
-            paths = [paths[i] for i in sorted(order[count:])]
-        files[f"train-{d}"], files[f"test-{d}"] = paths, held_out
-    return tuple(train), files
-
-
-def folder_set(root, size, seed=0, cache=None):
-    """The Dataset of ROOT/DOMAIN, a tenth held out by `seed`, or of ROOT/train/DOMAIN and ROOT/test/DOMAIN.
-    Raises UserError for a missing folder, fewer than two domains, or a domain without a readable image."""
-    domains, files = find_files(root, seed)
-    stamps = [(str(path.absolute()), path.stat().st_mtime_ns) for path in sum(files.values(), [])]
-    code = [inspect.getsource(part) for part in (decode, read_image, crop_to_square, read_files)]
-    content = [code, torch.__version__, size, {key: len(paths) for key, paths in files.items()}, stamps]
-    folder = cached(cache, f"folder-{size}", content, lambda work: read_files(work, files, size))
-
-    names = json.loads((folder / "names.json").read_text())
-    if names["unreadable"]:
-        skipped = f"skipped {len(names['unreadable'])} unreadable files"
-        print(*names["unreadable"], skipped, sep="\n", file=sys.stderr)
+    told = json.loads((folder / "told.json").read_text())
+    if told["unreadable"]:
+        skipped = f"skipped {len(told['unreadable'])} unreadable files"
+        print(*told["unreadable"], skipped, sep="\n", file=sys.stderr)
     load = lambda split: [np.load(folder / f"{split}-{d}.npy", mmap_mode="r") for d in range(len(domains))]
-    train, test = load("train"), load("test")
+    train, test, pairs = load("train"), load("test"), (None, None)
     for domain, stack in zip(domains, train):
         refuse(not len(stack), f"--data {root}: the domain {domain} has no image that can be read")
-    valid, paired = paired_by_name(test, [names[f"test-{d}"] for d in range(len(domains))])
-    return Dataset(domains, size, train[0].shape[1], train, test, valid, paired)
+    if own_split:  # the tenths that the program holds out may share names by accident
+        pairs = paired_by_name(test, [told["names"][f"test-{d}"] for d in range(len(domains))])
+    count = len(pairs[1].images) if pairs[1] else "no"
+    notes = [*told["notes"], f"{count} pairs to test on, of one name in every domain{unread(left)}"]
+    readings = {domain: Reading(*how) for domain, how in told["readings"].items()}
+    return Dataset(domains, size, train[0].shape[1], train, test, *pairs, None, readings, notes)
 
 
-def read_files(folder, files, size):
-    """Read {key: paths} into KEY.npy, (N, C, size, size), C = 1 if all are grey, else 3, and names.json."""
-    def read(path):
+def read_files(folder, domains, files, size, bits, inverted):
+    """Read {key: Files} into KEY.npy, (N, C, size, size), C = 1 if all are grey, else 3, and told.json."""
+    def read(file):
         try:
-            return crop_to_square(read_image(path)[0], size).half().numpy(), path.stem
+            v, info = images.decode(file.path)
         except UserError as error:
-            return None, str(error)
+            return str(error)
+        return crop_to_square(v, size), replace(info, alpha=None), int(v.max())
 
-    names, images = {key: [] for key in ("unreadable", *files)}, {key: [] for key in files}
-    start, done, total = time.time(), 0, len(sum(files.values(), []))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for key, paths in files.items():
-            for x, name in pool.map(read, paths):
+    told, stacks, coloured = dict(unreadable=[], readings={}, names={}, notes=[]), {}, []
+    start, done, total = time.time(), 0, sum(map(len, files.values()))
+    for d, domain in enumerate(domains):
+        keys, good = [key for key in files if key.endswith(f"-{d}")], {}  # File -> image, Info, maximum
+        own = sum((files[key] for key in keys), [])
+        with ThreadPoolExecutor(4) as pool:  # few: an image can be large
+            for file, result in zip(own, pool.map(read, own)):
                 done += 1
                 progress(done, total, start, "reading images, once")
-                names["unreadable" if x is None else key].append(name)
-                if x is not None:
-                    images[key].append(x)
-    channels = max((len(x) for x in sum(images.values(), [])), default=1)
-    for key, found in images.items():
-        stack = np.empty((len(found), channels, size, size), np.float16)
+                if isinstance(result, str):
+                    told["unreadable"].append(result)
+                else:
+                    good[file] = result
+        needed = max((most.bit_length() for _, info, most in good.values() if not info.bits), default=0)
+        refuse(0 < bits < needed, f"--bits {bits}: {domain} has grey levels of {needed} bits")
+        depth = (bits or needed) * (needed > 0)
+        told["readings"][domain] = depth, domain in inverted
+        coloured += [str(file.path) for file, (x, *_) in good.items() if len(x) == 3]
+        for key in keys:
+            found = [file for file in files[key] if file in good]
+            told["names"][key] = [file.name for file in found]
+            stacks[key] = [images.to_x(*good[file][:2], depth, domain in inverted) for file in found]
+    told["notes"].append("bits: " + ", ".join(f"{d} {n or 8}" for d, (n, _) in told["readings"].items()))
+    if coloured:
+        told["notes"].append(f"3 channels, for {len(coloured)} of {total} images, such as {coloured[0]}")
+    exact = any(depth > 12 for depth, _ in told["readings"].values())  # float16 holds 12 bits
+    for key, found in stacks.items():
+        shape = len(found), 3 if coloured else 1, size, size
+        stack = np.empty(shape, np.float32 if exact else np.float16)
         for i, x in enumerate(found):
             stack[i] = x  # grey goes into every channel
         np.save(folder / f"{key}.npy", stack)
-    (folder / "names.json").write_text(json.dumps(names))
+    (folder / "told.json").write_text(json.dumps(told))
 
 
 def paired_by_name(images, names):
@@ -164,25 +157,38 @@ def paired_by_name(images, names):
     return Pairs(pairs[::2]), Pairs(pairs[1::2])
 
 
+# ---------------------------------------------------------------- what was understood
+
+def description(dataset):
+    """What a checkpoint says of the images that it was trained on."""
+    readings = {domain: asdict(how) for domain, how in (dataset.readings or {}).items()}
+    return dict(size=dataset.size, channels=dataset.channels, range=[-1.0, 1.0], readings=readings,
+                digests=list(map(digest, dataset.train_images)))
+
+
 def sample(images):
     """At most 500 of the images, evenly spread, float32."""
-    return np.asarray(images[::len(images) // 500 + 1], np.float32)
+    return np.array(images[::len(images) // 500 + 1], np.float32)
 
 
-def check(dataset, path):
-    """Draw a grid of examples to `path`. Print a line per domain: its count and values, and what is wrong."""
-    rows = []
-    for domain, images, kept in zip(dataset.domains, dataset.train_images, dataset.test_images):
-        some = sample(images)
-        few = "; few: what they happen to share will be taken for the domain" if len(images) < FEW else ""
-        print(f"{domain}: {len(images)} to train, {len(kept)} held out; "
-              f"values {some.min():.2f} to {some.max():.2f}, mean {some.mean():.2f}{few}")
+def check(dataset, path=None):
+    """Print what was understood of a data set, and what may be wrong. Draw examples to `path`, if given."""
+    rows, sizes = [], list(map(len, dataset.train_images))
+    for domain, some, kept in zip(dataset.domains[:SHOWN], dataset.train_images, dataset.test_images):
+        few = "; few: what they happen to share will be taken for the domain" if len(some) < FEW else ""
+        count, some = len(some), sample(some)
         rows.append(some[:: len(some) // 7 + 1][:6])
+        print(f"{domain}: {count} to train, {len(kept)} held out; "
+              f"values {some.min():.2f} to {some.max():.2f}, mean {some.mean():.2f}{few}")
+    if len(sizes) > SHOWN or np.median(sizes) < 5:
+        print(f"warning: {len(sizes)} domains, most of few images: are these domains, or patients?")
+    print(*dataset.notes, sep="\n", end="\n" * bool(dataset.notes), flush=True)
     for a, b in opposite(dataset):
         print(f"warning: {a} and {b} look like negatives of each other: a translation between them "
-              "will not show the same thing; invert the images of one")
-    figure(path, rows, [], dataset.domains)
-    print(f"examples: {path}")
+              f"will not show the same thing; --invert {b} reads it as a negative")
+    if path:
+        figure(path, rows, [], dataset.domains[:SHOWN])
+        print(f"examples: {path}")
 
 
 def opposite(dataset):

@@ -37,7 +37,7 @@ class Config:
     valid_heads: int = flag(64, "validation heads on which the settings are chosen", "how much", low=2,
                             high=10**6)
     out: str = flag("", "folder of the results (default: evaluation, beside the checkpoint)", "run")
-    device: str = flag("auto", "where to compute", "run", ("auto", "cuda", "mps", "cpu"))
+    device: str = flag("auto", "where to compute: cuda, cuda:1, mps, cpu", "run")
 
 
 OF_A_PAIR = ("structure", "E", "gap_closed", "same_head", "noise", "seconds")  # kept of each ordered pair
@@ -215,7 +215,8 @@ def picture(path, model, student, how, pairs, domains, s, t, device, taus=None, 
 def open_data(c, state):
     """The Dataset that a checkpoint is scored on: the simulated one it was trained on, or a folder."""
     image = state["image"]
-    config = state["config"] | dict(size=image["size"], valid_heads=c.valid_heads, test_heads=c.heads)
+    config = dict(bits=0, invert="") | state["config"]
+    config |= dict(size=image["size"], valid_heads=c.valid_heads, test_heads=c.heads)
     dataset = batches.load_dataset(SimpleNamespace(**config | dict(data=c.data or config["data"])))
     known, found = (state["domains"], image["channels"]), (list(dataset.domains), dataset.channels)
     refuse(found != known, f"{c.checkpoint} knows {', '.join(known[0])} and {known[1]} channels; "

@@ -35,14 +35,15 @@ class Question:
 def question(pairs, s, t, heads, device, x=None):
     """The Question s -> t on the first `heads` heads of `Pairs`. x: the sources, if they are loaded already.
     Of real pairs a noisy image is the truth. Of unpaired images, (N_d, C, H, W) a domain, there is none."""
-    get = lambda array: None if array is None else to_float(array[:heads], scorer(device))
+    get = lambda array, *at: None if array is None else to_float(array[:heads][(..., *at)], scorer(device))
     if not isinstance(pairs, Pairs):
         return Question(s, t, to_float(pairs[s][:heads], device), get(pairs[t]))
     x = to_float(pairs.images[:heads, s], device) if x is None else x
-    right = pairs.only(t)  # its arrays have no axis of domains
-    images = get(right.images)
-    truth = images if right.truth is None else get(right.truth)
-    return Question(s, t, x, images, truth, get(right.second), get(right.decoys), get(right.materials))
+    target = t, *[slice(None)] * 3  # of domains, channels, rows and columns
+    images = get(pairs.images, *target)
+    truth = images if pairs.truth is None else get(pairs.truth, *target)
+    return Question(s, t, x, images, truth, get(pairs.second, *target), get(pairs.decoys, *target),
+                    get(pairs.materials))
 
 
 def scorer(device):

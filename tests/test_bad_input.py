@@ -111,7 +111,7 @@ FOLDERS = {
     "empty": (lambda root: root.mkdir(), "two or more sub-folders"),
     "one domain": (lambda root: domains(root, "a"), "two or more sub-folders"),
     "a test domain without training": (lambda root: domains(root, "train/a", "train/b", "test/c"),
-                                       "test has c"),
+                                       "c has no images to train on"),
 }
 
 

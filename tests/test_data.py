@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from minimedshift import data, phantom
+from minimedshift import data, folder, phantom
 from minimedshift.support.sizes import crop_to_square
 
 noise = lambda *shape: np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -42,7 +42,7 @@ def levels(images):
 
 def test_a_folder_becomes_domains_and_a_tenth_is_held_out(tmp_path):
     root = tmp_path / "root"
-    fill(root / "real" / "low", 20)
+    fill(root / "real-low", 20)
     fill(root / "synthetic", 5, 100)
     fill(root / "few", 4, 200)
     (root / "notes.txt").write_text("no image")
@@ -123,3 +123,11 @@ def test_bad_files_are_named_and_skipped(tmp_path, capsys):
         err = capsys.readouterr().err
         assert "bad.jpg" in err and "skipped 1 unreadable" in err
         read()
+
+
+def test_the_images_of_a_folder_are_found_below_it_too_and_hidden_ones_are_not(tmp_path):
+    for name in ("b.PNG", "a/c.tif", ".d.png", ".e/f.png", "g.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "back").symlink_to(tmp_path)
+    assert folder.image_files(tmp_path)[0] == [tmp_path / "a" / "c.tif", tmp_path / "b.PNG"]

@@ -136,7 +136,7 @@ def test_your_own_folder_trains(tmp_path, here):
     root = folder_of_images(tmp_path / "images", "a", "b/c")
     status, _, errors = here(tmp_path / "out", "--data", str(root), "--steps", "2")
     assert (status, errors) == (0, "")
-    assert checkpoint.load(tmp_path / "out" / "checkpoint.pt")["domains"] == ["a", "b-c"]
+    assert checkpoint.load(tmp_path / "out" / "checkpoint.pt")["domains"] == ["a", "b"]
 
 
 def test_check_data_shows_and_stops(tmp_path, here):

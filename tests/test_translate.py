@@ -74,7 +74,8 @@ def test_a_mixed_folder_by_the_users_own_command(tmp_path, net):
                    "--compare", tmp_path / "c.png")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "cut.jpg" in done.stderr and "notes.txt" not in done.stderr and "1 of 3 images" in done.stderr
-    first = done.stdout.splitlines()[0]
+    first = done.stdout.splitlines()[1]
+    assert done.stdout.startswith("INPUT: 3 images; not read: 1 .txt files")
     words = "real-low -> real-normal|cpu|EMA|step 3|tau 0.5|guidance 2|2 heun steps|12 evaluations"
     for word in words.split("|"):
         assert word in first

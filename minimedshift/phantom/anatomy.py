@@ -252,7 +252,6 @@ def population(seed, domain, shift):
     return domain if own and domain in PRIORS else None
 
 
-
 class Head:
     """One anatomy, pose and frame, a function of (seed, prior, anatomy).
 

@@ -80,7 +80,8 @@ def cached(root, name, content, make):
     """The folder root/name-KEY, made by make(folder) unless it is there. root: None for the usual cache.
     KEY is a hash of `content`, which is all that determines the folder. It is made under another name and
     renamed last, so two processes may make it at once. Raises UserError if the cache cannot be written."""
-    root = Path(root or os.environ.get("MINIMEDSHIFT_CACHE") or Path.home() / ".cache" / "minimedshift")
+    usual = os.path.expanduser("~/.cache/minimedshift").removeprefix("~/")  # without a home: in this folder
+    root = Path(root or os.environ.get("MINIMEDSHIFT_CACHE") or usual)
     final = root / f"{name}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}"
     with explain_os_error(f"the cache {root}", advice=": set MINIMEDSHIFT_CACHE to a folder that can"):
         if final.is_dir():

@@ -1,17 +1,17 @@
-"""Image files: read with what is needed to write them back as they were, and pictures of many images."""
+"""Image files: read as people see them, with what is needed to write them back as they were."""
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, TiffImagePlugin
 
 from minimedshift.support.command import UserError, refuse
 from minimedshift.support.files import write_whole
 
-MODES = ("L", "LA", "I;16", "RGB", "RGBA")  # Pillow's names
+MODES = ("L", "LA", "RGB", "RGBA", "I;16")
 FORMATS = {  # extension -> format, the modes it can hold, how it is saved without loss (JPEG: nearly)
     ".png": ("PNG", MODES, {}),
     ".tif": ("TIFF", MODES, {}),
@@ -20,63 +20,100 @@ FORMATS = {  # extension -> format, the modes it can hold, how it is saved witho
     ".webp": ("WEBP", ("RGB", "RGBA"), dict(lossless=True, exact=True)),
 }
 READ = tuple({name for name, _, _ in FORMATS.values()})  # some others that Pillow knows run programs
+FORMATS |= {".tiff": FORMATS[".tif"], ".jpeg": FORMATS[".jpg"], ".jfif": FORMATS[".jpg"]}
 PIXELS = 64_000_000  # the most in an image, 8000 x 8000; in colour it then takes 2 GB
-FORMATS |= {".tiff": FORMATS[".tif"], ".jpeg": FORMATS[".jpg"]}
 LUMINANCE = (.299, .587, .114)  # ITU-R BT.601
+LYING = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # EXIF's orientation -> the Image.Transpose that makes it
+KEPT = (270, 282, 283, 296)  # of a TIFF file: description (with ImageJ's scale), resolution and its unit
 warnings.filterwarnings("ignore", module="PIL")  # a doubtful part of a header is kept or dropped
+# TIFF, big-endian, white is 0, 16 bits: Pillow knows it in the other byte order alone
+TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How grey levels become x, for all files of a domain. Files of 8 bits have the levels 0 to 255."""
+    bits: int = 16        # of the deeper ones; 0: not known, there were none
+    invert: bool = False  # the files are negatives of other domains'
 
 
 @dataclass(frozen=True)
 class Info:
     """What is needed to write an image as it was read."""
     mode: str                        # one of MODES
-    size: tuple                      # (height, width)
+    size: tuple                      # (height, width) of x
+    negative: bool = False           # white is 0 in the file
+    bits: int = 0                    # of its grey levels; 0: the file does not say
+    turn: int = 1                    # EXIF's orientation: 6 and 8 a quarter turn, and so on
     alpha: np.ndarray | None = None  # (H, W) uint8, kept as it was
-    extra: dict = field(default_factory=dict)  # orientation, resolution, colour profile
+    extra: dict = field(default_factory=dict)  # resolution, colour profile, description
 
 
-def read_image(path):
+def read_image(path, reading=Reading()):
     """x (C, H, W) float32 in [-1, 1] and its Info; C = 1 where all channels are equal, else 3.
-    Alpha is put aside: colours count as stored, and so does the way up: a tag that turns the image is kept. A
-    palette becomes RGB. Raises UserError if unreadable."""
-    refuse(not Path(path).is_file(), f"{path}: there is no such file")  # a pipe may never end
-    try:
-        mode, pixels, extra = decode(path)
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file can raise anything in its decoder
-        why = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path}: cannot be read as an image ({why})") from None
-    v = torch.from_numpy(pixels.astype(np.float32)).reshape(*pixels.shape[:2], -1)
-    alpha = None
-    if mode in ("LA", "RGBA"):
-        alpha, v = pixels[..., -1].copy(), v[..., :-1]
-    if (v == v[..., :1]).all():
-        v = v[..., :1]
-    x = v.permute(2, 0, 1) / (65535 if mode == "I;16" else 255) * 2 - 1
-    return x.contiguous(), Info(mode, tuple(x.shape[1:]), alpha, extra)
+    Alpha is put aside: colours count as stored. A palette becomes RGB. Raises UserError if unreadable."""
+    v, info = decode(path)
+    if info.mode == "I;16" and not info.bits:
+        guess = next(bits for bits in (8, 10, 12, 14, 16) if v.max() < 2**bits)
+        info = replace(info, bits=reading.bits or guess)
+    refuse(v.max() >= 2**info.bits, f"{path}: {v.max():g} needs more than {info.bits} bits: see --bits")
+    return to_x(v, info, 0, reading.invert), info
+
+
+def to_x(v, info, bits, invert):
+    """Grey levels (C, H, W) float32 of so many bits, if the file does not say it, as x in [-1, 1]."""
+    x = v / (2 ** (info.bits or bits) - 1) * 2 - 1
+    return -x if info.negative != invert else x
 
 
 def decode(path):
-    """A file's mode, pixels (H, W) or (H, W, channels), and what is kept of its header."""
-    with Image.open(path, formats=READ) as image:
-        width, height = image.size
-        refuse(width * height > PIXELS, f"{path}: {width} x {height} pixels are too many: make it smaller")
-        refuse(max(width, height) > 16 * min(width, height), f"{path}: {width} x {height} is too thin")
-        pages = getattr(image, "n_frames", 1)
-        deep = ";16" in str(getattr(image, "tile", ""))
-        image.load()
-        if image.mode == "P":
-            image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-        mode = "I;16" if image.mode.startswith("I;16") else image.mode
-        advice = "cannot be translated; write it as one 8- or 16-bit grey or 8-bit RGB image"
-        refuse(pages > 1, f"{path}: {pages} pages {advice}")
-        refuse(deep and mode != "I;16", f"{path}: 16-bit colour {advice}")  # Pillow would take 8 bits of it
-        refuse(mode not in MODES, f"{path}: mode {mode} {advice}")
-        extra = {key: image.info[key] for key in ("exif", "dpi", "icc_profile") if image.info.get(key)}
-        if not all(0 < dots < 2**15 for dots in extra.get("dpi", ())):  # NaN too: no format can write it
-            del extra["dpi"]
-        return mode, np.asarray(image), extra
+    """Grey levels (C, H, W) float32, C = 1 or 3, of an image as people see it; its Info. Raises UserError."""
+    refuse(not Path(path).is_file(), f"{path}: there is no such file")  # a pipe may never end
+    try:
+        with open(path, "rb") as file, Image.open(file, formats=READ) as image:  # a path: turned TIFF garbled
+            width, height = image.size
+            refuse(width * height > PIXELS, f"{path}: {width} x {height} pixels are too many: make it small")
+            refuse(max(width, height) > 16 * min(width, height), f"{path}: {width} x {height} is too thin")
+            pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a phone adds small copies
+            tags = getattr(image, "tag_v2", {})
+            doubt = doubts(tags, image.mode, str(getattr(image, "tile", "")))
+            turn = image.getexif().get(274, 1)  # of a PNG this loads it
+            extra = {key: image.info[key] for key in ("exif", "dpi", "icc_profile") if image.info.get(key)}
+            extra["tiffinfo"] = {tag: tags[tag] for tag in (*KEPT, 274) if tag in tags}
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "P":
+                image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+            mode, v = "I;16" if image.mode.startswith("I;16") else image.mode, np.asarray(image)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can raise anything in its decoder
+        why = str(error).partition("\n")[0].partition(" <")[0] or type(error).__name__
+        raise UserError(f"{path}: cannot be read as an image ({why})") from None
+    advice = "cannot be translated; write it as one 8- or 16-bit grey or 8-bit RGB image"
+    refuse(pages > 1, f"{path}: {pages} pages {advice}")
+    refuse(doubt, f"{path}: {doubt} {advice}")
+    refuse(mode not in MODES, f"{path}: mode {mode} {advice}")
+    if not all(0 < dots < 2**15 for dots in extra.get("dpi", ())):  # NaN too: no format can write it
+        del extra["dpi"]
+    v, alpha = v.reshape(*v.shape[:2], -1), None
+    if mode in ("LA", "RGBA"):
+        alpha, v = v[..., -1].copy(), v[..., :-1]
+    if (v == v[..., :1]).all():
+        v = v[..., :1]
+    negative = mode == "I;16" and tags.get(262) == 0  # of 8 bits Pillow inverts it
+    bits = 8 if mode != "I;16" else 12 if tags.get(258) == (12,) else 0
+    v = torch.from_numpy(v.astype(np.float32)).permute(2, 0, 1).contiguous()
+    return v, Info(mode, tuple(v.shape[1:]), negative, bits, turn, alpha, extra)
+
+
+def doubts(tags, mode, tile):
+    """What Pillow 13 would read wrong, or in part, without an error (beside tifffile). tags: of TIFF."""
+    bits, kind = tags.get(258, (1,)), tags.get(339, (1,))[0]  # kind: 1 unsigned, 2 signed, 3 float
+    if kind != 1 or bits[0] > 16:
+        return "signed, float or 32-bit grey"
+    deep_colour = len(bits) > 1 and max(bits) > 8 or ";16" in tile and not mode.startswith("I")
+    return "16-bit colour" if deep_colour else ""
 
 
 def channels_to(x, channels):
@@ -94,17 +131,21 @@ def check_writable(path, info):
     refuse(info.mode not in modes, f"{path}: {name} cannot hold a {info.mode} image; take .png or .tif")
 
 
-def write_image(path, x, info):
-    """Write x (C, H, W) in [-1, 1] as `info` says, whole or not at all. Raises UserError if it cannot."""
+def write_image(path, x, info, reading=Reading()):
+    """Write x (C, H, W) in [-1, 1] as `info` and the target's `reading` say, whole or not at all. Black is 0.
+    Raises UserError if it cannot."""
     check_writable(path, info)
     name, _, options = FORMATS[Path(path).suffix.lower()]
     x = channels_to(x.detach().float().cpu(), 3 if info.mode in ("RGB", "RGBA") else 1)
-    v = to_pixels(x, 16 if info.mode == "I;16" else 8)
+    v = to_levels(-x if reading.invert else x, info.bits, np.uint16 if info.mode == "I;16" else np.uint8)
     if info.alpha is not None:
         v = np.concatenate([v, info.alpha[..., None]], -1)
+    if name == "TIFF" and info.turn > 4:  # uncompressed ones Pillow reads wrong
+        options = dict(compression="tiff_lzw")
     try:
         with write_whole(path) as work:
             image = Image.fromarray(v[..., 0] if v.shape[-1] == 1 else v)
+            image = image.transpose(LYING[info.turn]) if info.turn in LYING else image
             image.save(work, name, **options, **info.extra)
     except UserError:
         raise
@@ -112,26 +153,10 @@ def write_image(path, x, info):
         raise UserError(f"{path}: cannot be written ({str(error) or type(error).__name__})") from None
 
 
-def to_pixels(x, bits=8):
-    """x (C, H, W) in [-1, 1] as grey levels (H, W, C) of 8 or 16 bits."""
-    top = 2**bits - 1
-    v = ((x + 1) / 2 * top).round().clamp(0, top).permute(1, 2, 0)
-    return v.numpy().astype(f"uint{bits}")
-
-
-def image_files(folder, above=()):
-    """The files in a folder and below that are images by name, sorted, without hidden ones.
-    A link to a folder is followed, unless it leads back to a folder that it lies in, one of `above`."""
-    folder, found = Path(folder), []
-    if not folder.is_dir() or folder.resolve() in above:
-        return found
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        if path.suffix.lower() in FORMATS and path.is_file():
-            found.append(path)
-        found += image_files(path, (*above, folder.resolve()))
-    return sorted(found)
+def to_levels(x, bits=8, dtype=np.uint8):
+    """x (C, H, W) in [-1, 1] as grey levels (H, W, C) of so many bits."""
+    v = ((x.clamp(-1, 1) + 1) / 2 * (2**bits - 1)).round().permute(1, 2, 0)
+    return v.numpy().astype(dtype)
 
 
 def figure(path, rows, columns, labels, cell=160):
@@ -145,7 +170,7 @@ def figure(path, rows, columns, labels, cell=160):
     for r, (row, label) in enumerate(zip(rows, labels)):
         draw.multiline_text((4, top + r * step + 4), label, fill="black", font=font)
         for c, x in enumerate(row):
-            image = Image.fromarray(to_pixels(channels_to(torch.as_tensor(x).float(), 3)))
+            image = Image.fromarray(to_levels(channels_to(torch.as_tensor(x).float(), 3)))
             scale = cell / max(image.size)
             size = [max(1, round(n * scale)) for n in image.size]
             how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS

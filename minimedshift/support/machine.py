@@ -23,7 +23,8 @@ from minimedshift.support.command import refuse
 def pick_device(name):
     """The torch.device asked for, or with "auto" the best one here. Raises UserError where there is none."""
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    refuse(name not in ("auto", *here),
+    numbered = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if "cuda" in here else []
+    refuse(name not in ("auto", *here, *numbered),
            f"--device {name} is not available on this machine, which has: {', '.join(here)}")
     return torch.device(here[0] if name == "auto" else name)
 

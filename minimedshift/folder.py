@@ -1,0 +1,92 @@
+"""What a folder of images is: which of its folders are domains, which are splits, which are patients."""
+
+import re
+from collections import Counter, namedtuple
+from pathlib import Path
+
+import numpy as np
+
+from minimedshift.support.command import refuse
+from minimedshift.support.images import FORMATS
+
+SPLITS = dict(train="train", training="train", val="test", valid="test", validation="test", test="test",
+              testing="test")
+BOTH = re.compile("(?i:(train|val|test))(?:[_-](.+)|([A-Z]))|(.+)[_-](?i:(train|val|test))")  # trainA, a_test
+COPIES = {"thumbnails", "thumbnail", "thumbs", "previews", "preview", "__macosx"}
+# group: the folders below the domain's, as of a patient; name: what pairs have in common, with the group
+File = namedtuple("File", "path domain split group name")
+
+
+def image_files(root):
+    """The images (Paths, sorted) in a folder and below, and {what else is there: how many}.
+    A link to a folder is followed, unless it leads back to a folder that it lies in."""
+    found, left = [], Counter()
+
+    def walk(folder, above):
+        for path in folder.iterdir():
+            ending = path.suffix.lower()
+            if path.name.startswith(".") or path.resolve() in above:
+                continue
+            if path.is_dir() and path.name.lower() in COPIES or (path / "checkpoint.pt").exists():
+                left[f"folder {path.name}"] += 1
+            elif path.is_dir():
+                walk(path, {*above, path.resolve()})
+            elif ending in FORMATS and path.exists():
+                found.append(path)
+            else:
+                left[f"{ending or 'nameless'} files" if path.exists() else "broken links"] += 1
+
+    walk(Path(root), {Path(root).resolve()})
+    return sorted(found), left
+
+
+def place(root, path):
+    """The File at a path: the first folder that is no split is its domain, those below are its group."""
+    folders = path.relative_to(root).parts[:-1]
+    both = BOTH.fullmatch(folders[0]) if folders else None
+    folders = (*filter(None, both.groups()), *folders[1:]) if both else folders
+    splits = {SPLITS[part.lower()] for part in folders if part.lower() in SPLITS}
+    domain, *rest = [part for part in folders if part.lower() not in SPLITS] or [""]
+    refuse(len(splits) > 1 or splits and not domain,
+           f"--data: is {path} to train or to test on, and in which domain? No folder says it, or two do")
+    return File(path, domain, "".join(splits), "/".join(rest), "/".join([*rest, path.stem]))
+
+
+def find_files(root, seed):
+    """The domains of a folder, {"train-0": Files of the first, "test-0": ..., "train-1": ...}, whether its
+    user made the split (else a tenth is held out by `seed`), and what is not read.
+    Raises UserError, asking back, for what cannot be understood."""
+    refuse(not Path(root).is_dir(), f"--data {root}: there is no such folder")
+    paths, left = image_files(root)
+    files = [place(root, path) for path in paths]
+    left["images outside the domains' folders"] = sum(not file.domain for file in files)
+    files = [file for file in files if file.domain]
+    domains, splits, result = sorted({file.domain for file in files}), {file.split for file in files}, {}
+    refuse(len(domains) < 2, f"--data {root}: two or more sub-folders with images are needed, one a domain, "
+                             f"found: {', '.join(domains) or 'none'}{unread(left)}")
+    for d, domain in enumerate(domains):
+        own = [file for file in files if file.domain == domain]
+        refuse("train" in splits and any(not file.split for file in own),
+               f"--data {root}: {domain} has images outside a folder train: sort them into it, or away")
+        train, test = ([f for f in own if (f.split == "test") == held_out] for held_out in (False, True))
+        refuse(not train, f"--data {root}: {domain} has no images to train on")
+        if "test" not in splits:
+            train, test = hold_out(train, np.random.default_rng([seed, d]))
+        result |= {f"train-{d}": train, f"test-{d}": test}
+    return tuple(domains), result, "test" in splits, left
+
+
+def hold_out(files, draw):
+    """The Files without about a tenth of them, of five at least one, and those. A group is never split."""
+    grouped = len({file.group for file in files}) > 1
+    group_of = lambda file: file.group if grouped and file.group else file.name
+    sizes, chosen = Counter(map(group_of, files)), set()
+    for i in draw.permutation(len(sizes)):
+        if sum(sizes[name] for name in chosen) < (len(files) // 10 or int(len(files) >= 5)):
+            chosen.add(list(sizes)[i])
+    return [f for f in files if group_of(f) not in chosen], [f for f in files if group_of(f) in chosen]
+
+
+def unread(left):
+    """What is not read, in words."""
+    return "; not read: " * any(left.values()) + ", ".join(f"{n} {what}" for what, n in left.items() if n)

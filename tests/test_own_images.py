@@ -1,0 +1,376 @@
+"""Images as people have them are read right, or refused in one sentence: nothing is misread in silence."""
+
+import json
+import struct
+import subprocess
+import sys
+import weakref
+import zlib
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+import translate
+from minimedshift import data, folder, phantom, sampler
+from minimedshift.model import Shape, UNet
+from minimedshift.support import checkpoint, images
+from minimedshift.support.command import UserError
+from minimedshift.support.images import Reading
+from networks import save_network
+from test_translate import here, way
+
+TINY = "--size 16 --batch-size 4 --solver-steps 1 --student-images 2 --student-steps 2 --no-balance".split()
+rng = np.random.default_rng(0)
+
+
+def head(i, size=16, top=65535):
+    """A head as grey levels from 0 to top."""
+    v = (phantom.render(phantom.Head(i), "synthetic-low", size)[0].numpy() + 1) / 2
+    return (v.clip(0, 1) * top).round().astype(np.uint16 if top > 255 else np.uint8)
+
+
+def tiff(path, v, order="<", strips=(), **tags):
+    """Write v (H, W) or (H, W, samples) as TIFF. strips: its bytes if they are others; tags: as t262=[0]."""
+    h, w, samples = (*v.shape, 1)[:3]
+    strips = strips or [v.astype(v.dtype.newbyteorder(order)).tobytes()]
+    entries = {256: [w], 257: [h], 258: [8 * v.itemsize] * samples, 262: [1 + (samples > 2)], 273: [],
+               277: [samples], 278: [h], 279: list(map(len, strips)),
+               339: ["uif".index(v.dtype.kind) + 1] * samples}
+    entries |= {int(name[1:]): values for name, values in tags.items()}
+    out, table = bytes(8), b""
+    for strip in strips:
+        entries[273].append(len(out))
+        out += strip + bytes(len(strip) % 2)
+    for tag, values in sorted(entries.items()):
+        kind, letter = (4, "I") if tag in (273, 279) else (3, "H")
+        inside = struct.pack(f"{order}{len(values)}{letter}", *values)
+        if len(inside) > 4:
+            inside, out = struct.pack(order + "I", len(out)), out + inside
+        table += struct.pack(order + "HHI", tag, kind, len(values)) + inside.ljust(4, b"\0")
+    start = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "I", len(out))
+    path.write_bytes(start + out[8:] + struct.pack(order + "H", len(entries)) + table + bytes(4))
+
+
+def seen(path, top=65535):
+    """The grey levels (H, W) or (H, W, 3) that the program sees in a file."""
+    x, _ = images.read_image(path, Reading(int(top).bit_length()))
+    v = (x.double().numpy().transpose(1, 2, 0) + 1) / 2 * top
+    return v[..., 0] if len(x) == 1 else v
+
+
+def stored(path):
+    """A grey file's numbers, as Pillow reads them, in 64 bits."""
+    with Image.open(path) as image:
+        assert path.suffix != ".tif" or image.tag_v2[262] == 1
+        return np.asarray(image).astype(np.int64)
+
+
+def fill(where, count, picture=head, ending="png", **how):
+    """Files 000 to count - 1 in a folder. picture: of a number, as levels."""
+    where.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        Image.fromarray(picture(i, **how)).save(where / f"{i:03}.{ending}")
+
+
+def network(path, **readings):
+    """The path of a checkpoint of an untrained network, which changes nothing, of domains a, b."""
+    readings = {"a": Reading(), "b": Reading()} | readings
+    image = dict(size=16, channels=1, readings={domain: asdict(how) for domain, how in readings.items()})
+    net = UNet(Shape(widths=(32,), blocks=(1,), num_domains=2))
+    save_network(path / "net.pt", net, 16, "ab", image=image)
+    return path / "net.pt"
+
+
+def translated(a, b, net, s="a", t="b", *flags):
+    return here(a, b, *way(s, t, net), *flags)
+
+
+@pytest.fixture
+def negate(monkeypatch):
+    """The network translates to the negative of its input."""
+    monkeypatch.setattr(sampler, "translate", lambda model, x1, *_, **__: -x1)
+
+
+@pytest.fixture
+def learn(tmp_path, monkeypatch, capsys):
+    """train.py in this process, with a small network, as a function of flags: its status, output, errors."""
+    small = Shape(stem=4, widths=(32,), blocks=(1,))
+    monkeypatch.setitem(train.PRESETS, "cpu", replace(train.PRESETS["cpu"], shape=small))
+    monkeypatch.setattr(train, "pick_formats", lambda *_: (torch.float32, torch.channels_last))
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    monkeypatch.setenv("MINIMEDSHIFT_CACHE", str(tmp_path / "cache"))
+
+    def main(root, *flags):
+        flags = *TINY, "--out", tmp_path / "out", "--data", root, "--preset", "cpu", *flags
+        return train.main([str(f) for f in flags]), *capsys.readouterr()
+
+    return main
+
+
+@pytest.mark.parametrize("top", [255, 65535])
+@pytest.mark.parametrize("how, number", [("<", 1), (">", 1), ("> deflate", 8), ("tiff_lzw", 5),
+                                         ("tiff_adobe_deflate", 8)])
+def test_what_is_negative_by_its_tag_is_read_as_displayed_and_written_so(tmp_path, how, number, top):
+    v, file = head(1, top=top), tmp_path / "a.tif"
+    if "tiff" in how:
+        white = Image.fromarray(v if top == 255 else top - v)  # Pillow inverts 8 bits itself
+        white.save(file, compression=how, tiffinfo={262: 0})
+    else:
+        white = (top - v).astype(v.dtype.newbyteorder(how[0])).tobytes()
+        tiff(file, v, how[0], [zlib.compress(white) if number == 8 else white], t259=[number], t262=[0])
+    with Image.open(file) as image:
+        assert image.tag_v2[262] == 0 and image.tag_v2[259] == number
+    np.testing.assert_allclose(seen(file, top), v, atol=.02)
+    assert translated(file, tmp_path / "b.tif", network(tmp_path)) == 0
+    np.testing.assert_array_equal(stored(tmp_path / "b.tif"), v)
+
+
+def test_a_domain_of_negatives_is_warned_of_and_inverted_back_and_forth(tmp_path, learn, negate):
+    root, net, out = tmp_path / "root", tmp_path / "out" / "checkpoint.pt", tmp_path / "c.png"
+    fill(root / "a", 9)
+    fill(root / "b", 9, lambda i: 65535 - head(i + 20))
+    status, says, _ = learn(root, "--check-data")
+    assert status == 0 and "warning: a and b look like negatives" in says and "--invert b" in says
+    status, says, errors = learn(root, "--invert", "b", "--steps", 2, "--no-student")
+    assert (status, errors) == (0, "") and "look like negatives" not in says
+    for s, t in ("aa", "ab", "ba", "bb"):
+        assert translated(root / "a" / "000.png", out, net, s, t, "--overwrite") == 0
+        np.testing.assert_array_equal(stored(out), 65535 - head(0) if s == t else head(0))
+
+
+@pytest.mark.parametrize("bits, ending", [(10, "tif"), (12, "png"), (12, "tif"), (14, "png"), (16, "png")])
+def test_a_domain_of_so_many_bits_fills_the_range_beside_one_of_8(tmp_path, bits, ending):
+    tops = 255, 2**bits - 1
+    fill(tmp_path / "a", 3, top=255)
+    fill(tmp_path / "b", 4, ending=ending, top=tops[1])
+    made, said = (data.folder_set(tmp_path, 16, cache=tmp_path / ".cache", bits=n) for n in (0, 16))
+    assert [some.readings["b"].bits for some in (made, said)] == [bits, 16]
+    for top, stack in zip(tops, made.train_images):
+        for i, x in enumerate(stack):  # in memory each level remains itself
+            np.testing.assert_allclose(x[0].astype(float), head(i, top=top) / top * 2 - 1, atol=1.01 / top)
+    with pytest.raises(UserError, match="--bits 9: b"):
+        data.folder_set(tmp_path, 16, cache=tmp_path / ".cache", bits=9)
+
+
+def test_a_translation_is_read_and_written_in_the_range_of_its_domain(tmp_path, negate, monkeypatch, capsys):
+    net, out = network(tmp_path, a=Reading(12), b=Reading(0)), tmp_path / "out.png"
+    for top in (255, 900, 65535):
+        Image.fromarray(head(0, top=top)).save(tmp_path / f"{top}.png")
+    for top, flags, white in ((900, "ab", 4095), (255, "ab", 255), (255, "ba", 255), (900, "ba", 1023),
+                              (900, ("b", "a", "--bits", 14), 16383)):
+        assert translated(tmp_path / f"{top}.png", out, net, *flags, "--overwrite") == 0
+        np.testing.assert_array_equal(stored(out), white - head(0, top=top).astype(int))
+    assert translated(tmp_path / "65535.png", tmp_path / "no.png", net) == 2
+    assert "--bits" in capsys.readouterr().err and not (tmp_path / "no.png").exists()
+    monkeypatch.setattr(sampler, "translate", lambda model, x1, *_, **__: x1 + 9)
+    assert translated(tmp_path / "900.png", out, net, *"ab", "--overwrite") == 0 and stored(out).max() == 4095
+
+
+@pytest.mark.parametrize("layout, domains", [
+    ("trainA 6, trainB 7, testA 2, testB 3", "A 6 2, B 7 3"),
+    ("train_A 6, train_B 7, test_A 2, test_B 3", "A 6 2, B 7 3"),
+    ("train/a 6, train/b 7, valid/a 1, valid/b 2, test/a 2, test/b 3", "a 6 3, b 7 5"),
+    ("Train/a 6, Train/b 7, VAL/a 1, val/b 1, Test/a 2, Test/b 3", "a 6 3, b 7 4"),
+    ("training/a 6, training/b 7, val/a 2, val/b 3", "a 6 2, b 7 3"),
+    ("a/Training 6, a/valid 1, a/Test 2, b/train 7, b/Val 1, b/test 3", "a 6 3, b 7 4"),
+    (", ".join(f"{d}/p{i:03} 2" for d in "ab" for i in range(10)), "a 18 2, b 18 2"),
+    ("a 10, a/thumbnails 10, b 20, b/left 10, out! 3, old/runs! 2, b/.hidden 5", "a 9 1, b 27 3")])
+def test_a_layout_is_understood(tmp_path, layout, domains):
+    """Words are folders with a number of images; "!" has a checkpoint. Domain: to train, to test."""
+    for name, count in map(str.split, layout.split(", ")):
+        fill(tmp_path / name.strip("!"), int(count), lambda i: np.zeros((2, 2), np.uint8))
+        if "!" in name:
+            (tmp_path / name.strip("!") / "checkpoint.pt").touch()
+    names, found, own, _ = folder.find_files(tmp_path, 0)
+    count = lambda d: " ".join(str(len(found[f"{split}-{d}"])) for split in ("train", "test"))
+    assert ", ".join(f"{name} {count(d)}" for d, name in enumerate(names)) == domains
+    assert own == ("test" in layout.lower() or "val" in layout)
+    for d in range(2):  # a sub-folder is on one side
+        group = lambda split: {f.group for f in found[f"{split}-{d}"] if "p0" in f.group}
+        assert not group("train") & group("test")
+
+
+@pytest.mark.parametrize("layout", ["images/a images/b", "a/train a/test b", "train/a train/b test/a c", "a",
+                                    "train/a/test train/b/test", "test/a test/b", "trainA testB",
+                                    "TrainA TrainB TestA TestB", "A_train B_train A_test B_test"])
+def test_a_layout_that_is_not_understood_is_asked_back_in_one_sentence(tmp_path, layout):
+    for name in layout.split():
+        fill(tmp_path / name, 6)
+    try:
+        domains, files, _, _ = folder.find_files(tmp_path, 0)
+        assert layout.lower().count("train") == 2 and domains == ("A", "B")  # or it is understood
+        assert set(map(len, files.values())) == {6}
+    except UserError as error:
+        assert "--data" in str(error) and "\n" not in str(error)
+
+
+def test_what_was_left_unused_or_is_odd_is_said_with_its_count_and_why(tmp_path, learn):
+    root = tmp_path / "root"
+    for d in "ab":
+        fill(root / d, 59, top=255)
+        for name in ("0.dcm", "1.dcm", "IM0"):
+            (root / d / name).write_bytes(bytes(128) + b"DICM")
+        (root / d / "lost.png").symlink_to("/no/such/file.png")
+        (root / d / "notes.xyz").touch()
+        Image.fromarray(head(60, top=255)).save(root / d / "odd.jfif", "JPEG")
+    Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(root / "b" / "007.png")
+    status, says, _ = learn(root, "--check-data")
+    assert status == 0 and "a: 54 to train, 6 held out" in says and says.count("\n") <= 10
+    for words in ("4 .dcm files", "2 nameless files", "2 broken links", "2 .xyz files"):
+        assert words in says.partition("not read:")[2], words
+    assert "3 channels, for 1 of 120 images" in says and "b/007.png" in says
+    for i in range(22):
+        fill(root / f"p{i:03}", 2, top=255)
+    assert "warning: 24 domains" in learn(root, "--check-data")[1]
+
+
+def test_only_a_test_split_of_the_user_is_paired_and_the_report_says_how_many(tmp_path, learn):
+    strangers, paired = tmp_path / "strangers", tmp_path / "paired"
+    for d in range(2):
+        for where in (strangers / "ab"[d], paired / "train" / "ab"[d]):
+            fill(where, 100, lambda i: np.full((16, 16), i + d, np.uint8))
+        fill(paired / "test" / "ab"[d], 10 + d, top=255)
+    made = data.folder_set(strangers, 16, cache=tmp_path / "cache")
+    assert made.test_pairs is None and made.valid_pairs is None and len(made.test_images[0]) == 10
+    status, says, errors = learn(paired, "--steps", 2, "--no-student")
+    assert (status, errors) == (0, "") and "5 pairs to test on" in says
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["heads"] == 5
+
+
+def test_resume_knows_its_data_and_prolongs_a_finished_run(tmp_path, learn):
+    root, out = tmp_path / "root", tmp_path / "out"
+    for d in range(2):
+        fill(root / "ab"[d], 6, lambda i: head(i + 10 * d, top=4095))
+    status, says, _ = learn(root, "--steps", 2)
+    assert status == 0 and "bits: a 12, b 12" in says
+    root = root.rename(tmp_path / "moved")
+    status, says, errors = learn(root, "--steps", 4, "--resume")
+    state = checkpoint.load(out / "checkpoint.pt")
+    assert (status, errors, state["step"]) == (0, "", 4) and "warning: these" not in says and state["student"]
+    assert len((out / "log.csv").read_text().splitlines()) == 5
+    (root / "b").rename(root / "c")
+    with pytest.raises(UserError, match="a, b.*a, c"):
+        learn(root, "--steps", 6, "--resume")
+    (root / "a").rename(root / "b")  # exchanged: what was a is b
+    (root / "c").rename(root / "a")
+    for steps, told in ((5, True), (6, False)):
+        says = learn(root, "--steps", steps, "--resume", "--no-student")[1]
+        assert ("warning: these are not the images" in says) == told
+    (root / "a" / "000.png").unlink()
+    assert "warning: these are not the images" in learn(root, "--steps", 7, "--resume", "--no-student")[1]
+
+
+UPRIGHT = {1: lambda v: v, 2: lambda v: v[:, ::-1], 3: lambda v: v[::-1, ::-1], 4: lambda v: v[::-1],
+           5: lambda v: v.T, 6: lambda v: v[::-1].T, 7: lambda v: v[::-1, ::-1].T, 8: lambda v: v.T[::-1]}
+
+
+@pytest.mark.parametrize("turn", UPRIGHT)
+@pytest.mark.parametrize("ending, top, how", [
+    ("jpg", 255, dict(quality=100)), ("png", 65535, {}), ("webp", 255, dict(lossless=True)), ("tif", 255, {}),
+    ("tif", 65535, {}), ("tif", 65535, dict(compression="tiff_lzw"))])
+def test_orientation_is_applied_on_reading_and_kept_on_writing(tmp_path, ending, top, how, turn):
+    v, exif, files = head(3, 32, top)[:, :24], Image.Exif(), [tmp_path / f"{name}.{ending}" for name in "ab"]
+    exif[274] = turn
+    Image.fromarray(v).save(files[0], exif=exif, **how)
+    assert translated(*files, network(tmp_path)) == 0
+    with Image.open(files[1]) as b:
+        assert b.getexif().get(274, 1) == turn  # before Pillow has turned a TIFF
+    for file in files:
+        np.testing.assert_allclose(seen(file, top), UPRIGHT[turn](v), atol=8 if ending == "jpg" else .02)
+
+
+def test_no_more_large_images_wait_than_fit_in_memory(monkeypatch):
+    living, most, shapes = [], [], rng.integers(10, 40, (99, 2)).tolist()
+
+    def read(path, _):
+        x = torch.zeros(1, *shapes[path])
+        living.append(x.numel())
+        most.append(sum(living))
+        weakref.finalize(x, living.remove, x.numel())
+        return x, images.Info("L", tuple(shapes[path]))
+
+    monkeypatch.setattr(translate, "PIXELS", 5000)
+    monkeypatch.setattr(translate.images, "read_image", read)
+    done = []
+    for batch in translate.batches([(i, "a.png") for i in range(99)], Reading(), lambda h, w: h % 3, 16, []):
+        done += [i for i, *_ in batch]
+        del batch
+    assert sorted(done) == list(range(99)) and 4000 < max(most) <= 5000 + 40 * 40
+
+
+@pytest.mark.slow
+def test_a_folder_of_large_images_takes_less_than_1_gb(tmp_path):
+    fill(tmp_path / "in", 6, lambda i: np.tile(head(i, 500), (5, 6)), "tif")
+    argv = [sys.executable, translate.__file__, tmp_path / "in", tmp_path / "out", "--source", "a"]
+    argv = [*map(str, argv), "--target", "b", "--device", "cpu", "--checkpoint", str(network(tmp_path))]
+    code = (f"import resource, subprocess\nsubprocess.run({argv}, check=True)\n"
+            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and len(list((tmp_path / "out").iterdir())) == 6, done.stderr
+    assert int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024) < 1e9
+
+
+DEEP, COLOUR = rng.integers(0, 65536, (9, 15), np.uint16), rng.integers(0, 65536, (9, 15, 3), np.uint16)
+planes = lambda v: dict(strips=[np.ascontiguousarray(v[..., i]).tobytes() for i in range(3)], t284=[2])
+deflated = lambda v: dict(strips=[zlib.compress(v.tobytes())], t259=[8])
+BITS = (DEEP[..., None] >> np.arange(15, 3, -1) & 1).reshape(9, -1)  # of DEEP // 16; a row ends within a byte
+PACKED = np.packbits(BITS.astype(np.uint8), axis=1).tobytes()
+SMALL, PALE, PREDICTED = DEEP.astype(np.uint8), COLOUR.astype(np.uint8), np.diff(DEEP, prepend=np.uint16(0))
+KINDS = {  # name -> the levels that it shows, the numbers in it, and what else `tiff` needs; * may be refused
+    "16-bit planes *": (COLOUR, COLOUR, planes(COLOUR)),
+    "16-bit planes, big *": (COLOUR, COLOUR, dict(order=">", **planes(COLOUR.astype(">u2")))),
+    "16-bit colour *": (COLOUR, COLOUR, {}),
+    "8-bit planes": (PALE, PALE, planes(PALE)),
+    "8 bits with a sign *": (SMALL.view(np.int8), SMALL.view(np.int8), {}),
+    "32 bits *": (DEEP, DEEP.astype(np.uint32), {}),
+    "32 bits with a sign, big *": (DEEP - 9., DEEP.astype(np.int32) - 9, dict(order=">")),
+    "64-bit float *": (DEEP, DEEP.astype(np.float64), {}),
+    "16-bit float *": (SMALL, SMALL.astype(np.float16), {}),
+    "float, big *": (DEEP, DEEP.astype(np.float32), dict(order=">")),
+    "float, big, deflate *": (DEEP, DEEP.astype(np.float32), dict(order=">", **deflated(DEEP.astype(">f4")))),
+    "float, white is 0 *": (65535. - DEEP, DEEP.astype(np.float32), dict(t262=[0])),
+    "16 bits, big, deflate": (DEEP, DEEP, dict(order=">", **deflated(DEEP.astype(">u2")))),
+    "predictor": (DEEP, DEEP, dict(**deflated(PREDICTED), t317=[2])),
+    "strips": (DEEP, DEEP, dict(strips=[DEEP[i:i + 2].tobytes() for i in range(0, 9, 2)], t278=[2])),
+    "16 bits with alpha *": (DEEP, np.stack([DEEP, DEEP // 2], 2), dict(t262=[1], t338=[2])),
+    "12 bits, packed": (DEEP // 16, DEEP // 16, dict(strips=[PACKED], t258=[12])),
+    "12 bits, packed, big *": (DEEP // 16, DEEP // 16, dict(order=">", strips=[PACKED], t258=[12])),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_of_tiff_is_read_right_or_refused_in_one_sentence(tmp_path, kind):
+    want, v, how = KINDS[kind]
+    tiff(tmp_path / "a.tif", v, **how)
+    try:
+        top = 255 if v.dtype == np.uint8 else 4095 if "12" in kind else 65535
+        np.testing.assert_allclose(seen(tmp_path / "a.tif", top), want, atol=.02)
+    except UserError as error:
+        assert kind.endswith("*") and "a.tif" in str(error) and "\n" not in str(error)
+
+
+def test_the_first_picture_of_a_phone_is_taken(tmp_path):
+    first, second = (Image.fromarray(head(i, top=255)) for i in range(2))
+    first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second], quality=100)
+    assert Image.open(tmp_path / "a.jpg").n_frames == 2
+    np.testing.assert_allclose(seen(tmp_path / "a.jpg", 255), head(0, top=255), atol=4)
+
+
+def test_a_folder_is_gone_on_with_and_what_imagej_wrote_survives(tmp_path, capsys):
+    tags, out = {270: "ImageJ=1.54f\nunit=mm\n", 282: 7.25, 283: 7.5, 296: 1}, tmp_path / "out"
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        Image.fromarray(head(i)).save(tmp_path / "in" / f"{i}.tif", tiffinfo=tags)
+    argv = tmp_path / "in", out, network(tmp_path), "a", "b"
+    assert translated(*argv) == 0 and translated(*argv) == 2 and "--skip-existing" in capsys.readouterr().err
+    (out / "1.tif").unlink()
+    (out / "2.tif").write_text("as it was")
+    for there in (2, 3):
+        assert translated(*argv, "--skip-existing") == 0
+        assert f"{there} of 3" in capsys.readouterr().out and (out / "2.tif").read_text() == "as it was"
+    with Image.open(out / "1.tif") as image:
+        assert {tag: image.tag_v2[tag] for tag in tags} == tags

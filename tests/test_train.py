@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 import train
 from disk import full_disk
 from minimedshift import phantom, student
+from minimedshift.model import Shape
 from minimedshift.support import checkpoint, files
 from minimedshift.support.command import run
 from minimedshift.support.log import Log
@@ -50,7 +52,10 @@ def start(out, cache, *flags, fixed=False):
 
 @pytest.fixture
 def here(cache, monkeypatch, capsys):
-    """train.py in this process, as a function of --out and flags: its status, output and errors."""
+    """train.py in this process, with a small network, as a function of --out and flags: its status, output
+    and errors."""
+    small = Shape(stem=4, widths=(32,), blocks=(1,))
+    monkeypatch.setitem(train.PRESETS, "cpu", replace(train.PRESETS["cpu"], shape=small))
     monkeypatch.setenv("MINIMEDSHIFT_CACHE", cache["MINIMEDSHIFT_CACHE"])
     monkeypatch.setattr(train.signal, "signal", lambda *_: None)
 

@@ -34,7 +34,7 @@ from minimedshift.support.machine import (autocast, can_compile, has_bfloat16, k
 @dataclass(frozen=True)
 class Config:
     data: str = flag(None, "folder of images, DIR/DOMAIN/*.png (default: simulated heads)", "data")
-    bits: int = flag(0, "of files deeper than 8; 0: as the largest level needs", "data", low=0, high=16)
+    bits: int = flag(0, "of a grey level in 16-bit files; 0: as the largest needs", "data", low=0, high=16)
     invert: str = flag("", "domains whose files are negatives, with commas between", "data")
     size: int = flag(0, "side of the training images in pixels; 0 is the preset's", "data", low=0, high=4096)
     train_images: int = flag(10000, "simulated training images, all domains together", "data", low=5)

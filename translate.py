@@ -47,7 +47,7 @@ class Config:
                            HOW, kind=float, above=-1000, below=1000)
     steps: int = flag(None, "solver steps of each leg", HOW, kind=int, low=1, high=1000)
     solver: str = flag(None, "ODE solver", HOW, choices=tuple(sampler.SOLVERS))
-    bits: int = flag(0, "of files deeper than 8 bits (0: as in training)", "files", low=0, high=16)
+    bits: int = flag(0, "of a grey level in 16-bit files (0: as in training)", "files", low=0, high=16)
     overwrite: bool = flag(False, "replace existing files", "files")
     skip_existing: bool = flag(False, "go on: leave out what OUTPUT has already", "files")
     compare: str = flag(None, "also draw: source | translation | difference, of the first 8 images", "files")
@@ -113,7 +113,7 @@ def plan_files(c):
 def find_readings(c, state):
     """How files of the source are read, and those of the target written: with the bits of the source."""
     known = {name: images.Reading(**how) for name, how in state["image"].get("readings", {}).items()}
-    own = [how for name, how in known.items() if c.source in (name, "auto")] or [images.Reading(bits=0)]
+    own = [how for name, how in known.items() if c.source in (name, "auto")] or [images.Reading()]
     refuse(len(set(own)) > 1, "--source auto needs domains that are read alike, and these are not: name it")
     reading = replace(own[0], bits=c.bits or own[0].bits)
     return reading, replace(reading, invert=known[c.target].invert) if known else reading

@@ -33,7 +33,7 @@ TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 0, (1,), 1, (16,), ()), ("I;16B", "
 @dataclass(frozen=True)
 class Reading:
     """How grey levels become x, for all files of a domain. Files of 8 bits have the levels 0 to 255."""
-    bits: int = 16        # of the deeper ones; 0: not known, there were none
+    bits: int = 0         # of the deeper ones; 0: not known, each says by its largest level
     invert: bool = False  # the files are negatives of other domains'
 
 

@@ -76,6 +76,5 @@ def source_labels(x1, names, model, state, source, seed):
         return torch.full((len(x1),), wanted[0], device=x1.device)
     labels, second, close = label_of(shares, *x1.shape[-2:])
     for name, y, other, in_doubt in zip(names, labels.tolist(), second.tolist(), close.tolist()):
-        doubt = f" ({domains[other]} is close)" if in_doubt else ""
-        print(f"{name}: taken for {domains[y]}{doubt}")
+        print(f"{name}: taken for {domains[y]}" + f" ({domains[other]} is close)" * in_doubt)
     return labels

@@ -25,9 +25,9 @@ def image_files(root):
     def walk(folder, above):
         for path in folder.iterdir():
             ending = path.suffix.lower()
-            if path.name.startswith(".") or path.resolve() in above:
+            if path.name.startswith(".") or path.is_dir() and path.resolve() in above:
                 continue
-            if path.is_dir() and path.name.lower() in COPIES or (path / "checkpoint.pt").exists():
+            if path.is_dir() and (path.name.lower() in COPIES or (path / "checkpoint.pt").exists()):
                 left[f"folder {path.name}"] += 1
             elif path.is_dir():
                 walk(path, {*above, path.resolve()})
@@ -80,10 +80,11 @@ def hold_out(files, draw):
     """The Files without about a tenth of them, of five at least one, and those. A group is never split."""
     grouped = len({file.group for file in files}) > 1
     group_of = lambda file: file.group if grouped and file.group else file.name
-    sizes, chosen = Counter(map(group_of, files)), set()
-    for i in draw.permutation(len(sizes)):
-        if sum(sizes[name] for name in chosen) < (len(files) // 10 or int(len(files) >= 5)):
-            chosen.add(list(sizes)[i])
+    sizes, chosen, wanted = Counter(map(group_of, files)), set(), len(files) // 10 or int(len(files) >= 5)
+    for group in draw.permutation(list(sizes)).tolist():
+        if wanted > 0:
+            chosen.add(group)
+            wanted -= sizes[group]
     return [f for f in files if group_of(f) not in chosen], [f for f in files if group_of(f) in chosen]
 
 

@@ -44,7 +44,7 @@ class Info:
     size: tuple                      # (height, width) of x
     negative: bool = False           # white is 0 in the file
     bits: int = 0                    # of its grey levels; 0: the file does not say
-    turn: int = 1                    # EXIF's orientation: 6 and 8 a quarter turn, and so on
+    turn: int = 1                    # EXIF's orientation
     alpha: np.ndarray | None = None  # (H, W) uint8, kept as it was
     extra: dict = field(default_factory=dict)  # resolution, colour profile, description
 
@@ -70,7 +70,7 @@ def decode(path):
     """Grey levels (C, H, W) float32, C = 1 or 3, of an image as people see it; its Info. Raises UserError."""
     refuse(not Path(path).is_file(), f"{path}: there is no such file")  # a pipe may never end
     try:
-        with open(path, "rb") as file, Image.open(file, formats=READ) as image:  # a path: turned TIFF garbled
+        with open(path, "rb") as file, Image.open(file, formats=READ) as image:  # findings/turned-tiff.sh
             width, height = image.size
             refuse(width * height > PIXELS, f"{path}: {width} x {height} pixels are too many: make it small")
             refuse(max(width, height) > 16 * min(width, height), f"{path}: {width} x {height} is too thin")

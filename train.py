@@ -36,6 +36,7 @@ class Config:
     data: str = flag(None, "folder of images, DIR/DOMAIN/*.png (default: simulated heads)", "data")
     bits: int = flag(0, "of a grey level in 16-bit files; 0: as the largest needs", "data", low=0, high=16)
     invert: str = flag("", "domains whose files are negatives, with commas between", "data")
+    crop: bool = flag(False, "leave out an image's border of one grey level, put it back on writing", "data")
     size: int = flag(0, "side of the training images in pixels; 0 is the preset's", "data", low=0, high=4096)
     train_images: int = flag(10000, "simulated training images, all domains together", "data", low=5)
     valid_heads: int = flag(64, "simulated validation heads, each in all domains", "data", low=1, high=10**6)

@@ -3,7 +3,7 @@
 INPUT is an image or a folder of images, with its sub-folders. OUTPUT gets the same names, sizes and depths.
 The student translates; --method flow, or a flag such as --tau, takes the flow. Without arguments, held-out
 simulated heads become a figure beside the checkpoint. An image is translated at the size of the training
-images; the change is then carried to full resolution (support/sizes.py), so that its fine detail stays."""
+images; the change is then carried to full resolution (sizes.py), so that its fine detail stays."""
 
 import sys
 import time
@@ -24,7 +24,7 @@ from minimedshift.support.command import UserError, flag, parse, refuse, run
 from minimedshift.support.files import explain_os_error
 from minimedshift.support.log import progress
 from minimedshift.support.machine import in_batches, keep_memory, pick_device
-from minimedshift.support.sizes import carry_to_full_size, resize, working_shape
+from minimedshift.sizes import carry_to_full_size, resize, working_shape
 
 HOW = "flow (default: as the checkpoint says)"
 FLOW = ("tau", "guidance", "steps", "solver")  # flags that the student has no use for
@@ -87,14 +87,13 @@ def plan_files(c):
         refuse(source.resolve() in target.resolve().parents,
                f"OUTPUT {target} lies inside INPUT {source}: choose a folder outside")
         found, left = image_files(source)
-        files = [(path, target / path.relative_to(source)) for path in found]
+        files = [(path, written_as(target / path.relative_to(source))) for path in found]
         refuse(not files, f"INPUT {source} has no image files ({endings}){unread(left)}")
         print(f"INPUT: {len(files)} images{unread(left)}")
     if c.skip_existing:
-        todo = [pair for pair in files if not pair[1].exists()]
-        print(f"{len(files) - len(todo)} of {len(files)} translations are there already")
-        files = todo
+        files = [pair for pair in files if not pair[1].exists()]
     outputs = [path for _, path in files]
+    refuse(len(set(outputs)) < len(outputs), f"INPUT {source} has a DICOM file and an image of one name")
     if c.compare:
         taken = {path.resolve() for pair in files for path in pair}
         refuse(Path(c.compare).resolve() in taken, f"{c.compare} is also an image: choose another name")
@@ -110,12 +109,17 @@ def plan_files(c):
     return files
 
 
+def written_as(path):
+    """The name of a translation: that of a DICOM file ends in .png."""
+    return path if path.suffix.lower() in images.FORMATS else Path(str(path).removesuffix(".dcm") + ".png")
+
+
 def find_readings(c, state):
-    """How files of the source are read, and those of the target written: with the bits of the source."""
+    """How files of the source are read, and those of the target written: with the levels of the source."""
     known = {name: images.Reading(**how) for name, how in state["image"].get("readings", {}).items()}
     own = [how for name, how in known.items() if c.source in (name, "auto")] or [images.Reading()]
     refuse(len(set(own)) > 1, "--source auto needs domains that are read alike, and these are not: name it")
-    reading = replace(own[0], bits=c.bits or own[0].bits)
+    reading = replace(own[0], low=0.0, high=2.0**c.bits - 1) if c.bits else own[0]
     return reading, replace(reading, invert=known[c.target].invert) if known else reading
 
 
@@ -126,7 +130,7 @@ def batches(files, reading, shape_of, most, bad):
         try:
             x, info = images.read_image(source, reading)
             images.check_writable(path, info)
-            if info.mode == "I;16" and not reading.bits:
+            if info.mode == "I;16" and not reading.high:
                 print(f"{source}: read as {info.bits} bits")
         except UserError as error:
             if len(files) == 1:
@@ -173,6 +177,8 @@ def translate_files(files, translate, model, state, c, device):
         progress(done, len(files) - len(bad), start, "translating")
     if rows:
         images.figure(c.compare, rows, ["source", "translation", "difference / 2\n(grey: none)"], names)
+    if c.skip_existing:
+        print(f"{len(files)} images were left to translate; the others were there already")
     if bad:
         print(f"{len(bad)} of {len(files)} images could not be read; the others are done", file=sys.stderr)
     return 2 if bad else 0

@@ -18,7 +18,7 @@ from minimedshift.support.files import cached, digest
 SIDE = 8                  # of a thumbnail, in pixels
 SHARE, FEWEST = 0.04, 20  # A neighbourhood is 4 % of all images, at least 20.
 REFERENCES = 2000         # Neighbours are looked for among so many images of a domain.
-FEW = 0.2                 # An effective share of images below this is worth a warning.
+FEW = 0.2                 # What a domain has in common with all others is worth a warning below this.
 
 
 def contrast_thumbnails(images):
@@ -32,10 +32,10 @@ def contrast_thumbnails(images):
     return F.normalize(((x - m) / (s + .03)).flatten(1))
 
 
-def weights(sets, seed=0):
-    """How often each image should be drawn: sets of (N_d, C, H, W) -> (N_d,) float32 a domain, of mean 1.
-    The weight of an image is mean_d(1 / n_d)^-1 / n_own. n_d is the share of domain d's images that lie in
-    its neighbourhood, n_own that of its own domain's."""
+def in_common(sets, seed=0):
+    """How far all domains have the head of an image: sets of (N_d, C, H, W) -> (N_d,) float64 a domain.
+    It is mean_d(1 / n_d)^-1 / n_own. n_d is the share of domain d's images that lie in the neighbourhood of
+    an image, n_own that of its own domain's. The mean is 1 where populations are alike, 0 for strangers."""
     thumbnails, references, draw = [], [], np.random.default_rng(seed)
     for images in sets:
         parts = np.array_split(images, len(images) // 1000 + 1)
@@ -51,9 +51,13 @@ def weights(sets, seed=0):
         near = label[torch.cat(near)]  # (N, k) domains
         counts = torch.stack([(near == d).sum(1) for d in range(len(sets))], 1)
         n = (counts + k / 400) / size.double()  # (N, D); a little more than counted, so that none is 0
-        w = 1 / (1 / n).mean(1) / n[:, own]
-        result.append((w / w.mean()).float().numpy())
+        result.append((1 / (1 / n).mean(1) / n[:, own]).numpy())
     return result
+
+
+def weights(sets, seed=0):
+    """How often each image should be drawn: `in_common` with mean 1, float32."""
+    return [(w / w.mean()).astype(np.float32) for w in in_common(sets, seed)]
 
 
 def effective(w):
@@ -64,16 +68,17 @@ def effective(w):
 def balanced(dataset, cache=None):
     """The Dataset with `weights`. Says how many images of each domain count, and warns where they are few."""
     def save_weights(folder):
-        for d, w in enumerate(weights(dataset.train_images)):
+        for d, w in enumerate(in_common(dataset.train_images)):
             np.save(folder / f"{d}.npy", w)
 
     digests = [digest(images) for images in dataset.train_images]
     content = [inspect.getsource(sys.modules[__name__]), torch.__version__, digests]
     folder = cached(cache, "balance", content, save_weights)
     found = [np.load(folder / f"{d}.npy") for d in range(len(dataset.domains))]
-    counts = [f"{name} {effective(w):.0f} of {len(w)}" for name, w in zip(dataset.domains, found)]
+    counts = [f"{name} {effective(w):.0f} of {len(w)} ({w.mean():.0%} in common)"
+              for name, w in zip(dataset.domains, found)]
     print("balanced populations, effective images: " + ", ".join(counts), flush=True)
     for name, w in zip(dataset.domains, found):
-        if effective(w) < FEW * len(w):
-            print(f"warning: {name} shares few of its images with the other domains", flush=True)
-    return replace(dataset, weights=found)
+        if w.mean() < FEW:
+            print(f"warning: {name} shows little that all other domains show too", flush=True)
+    return replace(dataset, weights=[(w / w.mean()).astype(np.float32) for w in found])

@@ -26,7 +26,8 @@ def load_dataset(config):
     """The Dataset that a config of train.py names: a folder's (data.py) or the simulated one (phantom/), with
     weights that say how often each image is drawn (balance.py). Raises UserError."""
     if config.data:
-        dataset = data.folder_set(config.data, config.size, config.seed, None, config.bits, config.invert)
+        reading = dict(bits=config.bits, invert=config.invert, crop=config.crop)
+        dataset = data.folder_set(config.data, config.size, config.seed, **reading)
     else:
         dataset = sets.phantom_set(config.size, config.train_images, config.valid_heads, config.test_heads,
                                    config.seed, config.shift)

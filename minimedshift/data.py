@@ -3,23 +3,27 @@ on and, where it can be, pairs to validate and test on. A folder is read once, i
 
 import inspect
 import json
+import math
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from minimedshift.folder import find_files, unread
-from minimedshift.support import images
+from minimedshift.support import dicom, images
 from minimedshift.support.command import UserError, refuse
 from minimedshift.support.files import cached, digest
 from minimedshift.support.images import Reading, figure
 from minimedshift.support.log import progress
-from minimedshift.support.sizes import crop_to_square
+from minimedshift.sizes import crop_to_square
 
 FEW = 50  # `check` warns of a domain with fewer images
+NARROW = 0.3  # of 2: `check` warns where 98 % of the pixels of a domain lie in so little of its range
+WIDE = 0.1  # a border is told if it is this share of an image more than in another domain
 SHOWN = 8  # domains that `check` shows; of more it warns
 OPPOSITE = -0.5  # two domains are negatives of each other if their mean images correlate less than this
 
@@ -73,48 +77,67 @@ class Dataset:
 
 # ---------------------------------------------------------------- a folder
 
-def folder_set(root, size, seed=0, cache=None, bits=0, invert=""):
+def folder_set(root, size, seed=0, cache=None, bits=0, invert="", crop=False):
     """The Dataset of a folder (folder.py). bits: of files deeper than 8 (0: as the largest level needs).
-    invert: domains, with commas, whose files are negatives. Raises UserError for what is not clear."""
+    invert: domains, with commas, whose files are negatives. crop: constant borders are left out.
+    Raises UserError for what is not clear."""
     domains, files, own_split, left = find_files(root, seed)
     inverted = set(invert.split(",")) - {""}
     refuse(inverted - set(domains), f"--invert {invert}: the domains are {', '.join(domains)}")
     stamps = [(str(file.path.absolute()), file.path.stat().st_mtime_ns) for file in sum(files.values(), [])]
-    code = [inspect.getsource(part) for part in (images, crop_to_square, read_files)]
+    code = [inspect.getsource(part) for part in (images, dicom, crop_to_square, read_files, ends_of)]
     lengths = {key: len(some) for key, some in files.items()}
-    content = [code, torch.__version__, size, lengths, stamps, bits, sorted(inverted)]
-    make = lambda work: read_files(work, domains, files, size, bits, inverted)
+    content = [code, torch.__version__, size, lengths, stamps, bits, sorted(inverted), crop]
+    make = lambda work: read_files(work, domains, files, size, bits, inverted, crop)
     folder = cached(cache, f"folder-{size}", content, make)
 
     told = json.loads((folder / "told.json").read_text())
     if told["unreadable"]:
         skipped = f"skipped {len(told['unreadable'])} unreadable files"
         print(*told["unreadable"], skipped, sep="\n", file=sys.stderr)
+    names = lambda split: [told["names"][f"{split}-{d}"] for d in range(len(domains))]
     load = lambda split: [np.load(folder / f"{split}-{d}.npy", mmap_mode="r") for d in range(len(domains))]
-    train, test, pairs = load("train"), load("test"), (None, None)
+    train, valid, test, pairs, notes = *map(load, ("train", "valid", "test")), (None, None), told["notes"]
     for domain, stack in zip(domains, train):
         refuse(not len(stack), f"--data {root}: the domain {domain} has no image that can be read")
     if own_split:  # the tenths that the program holds out may share names by accident
-        pairs = paired_by_name(test, [told["names"][f"test-{d}"] for d in range(len(domains))])
+        pairs = find_pairs(paired_by_name(valid, names("valid")), paired_by_name(test, names("test")))
+        groups = [{file.group for key, some in files.items() if split in key for file in some} - {""}
+                  for split in ("train", "test")]
+        for group in sorted(set.intersection(*groups))[:1]:
+            notes.append(f"warning: images of {group} are both to train and to test on")
     count = len(pairs[1].images) if pairs[1] else "no"
-    notes = [*told["notes"], f"{count} pairs to test on, of one name in every domain{unread(left)}"]
-    readings = {domain: Reading(*how) for domain, how in told["readings"].items()}
+    notes.append(f"{count} pairs to test on, of one name in every domain{unread(left)}")
+    readings = {domain: Reading(**how) for domain, how in told["readings"].items()}
+    test = [np.concatenate([a, b]) if len(b) else a for a, b in zip(test, valid)]
     return Dataset(domains, size, train[0].shape[1], train, test, *pairs, None, readings, notes)
 
 
-def read_files(folder, domains, files, size, bits, inverted):
+class Found(NamedTuple):
+    """An image of a folder."""
+    x: torch.Tensor  # (C, size, size), grey levels
+    info: images.Info
+    least: float     # grey level, in it or that its file allows
+    most: float
+    border: float    # share of the file's pixels in a constant border
+
+
+def read_files(folder, domains, files, size, bits, inverted, crop):
     """Read {key: Files} into KEY.npy, (N, C, size, size), C = 1 if all are grey, else 3, and told.json."""
     def read(file):
         try:
             v, info = images.decode(file.path)
         except UserError as error:
             return str(error)
-        return crop_to_square(v, size), replace(info, alpha=None), int(v.max())
+        inner = v[images.content_box(v)]
+        x = crop_to_square(inner if crop else v, size)
+        levels = info.ends(Reading(v.min().item(), v.max().item()))
+        return Found(x, replace(info, alpha=None), *levels, 1 - inner.numel() / v.numel())
 
     told, stacks, coloured = dict(unreadable=[], readings={}, names={}, notes=[]), {}, []
-    start, done, total = time.time(), 0, sum(map(len, files.values()))
+    start, done, total, borders, levels = time.time(), 0, sum(map(len, files.values())), {}, {}
     for d, domain in enumerate(domains):
-        keys, good = [key for key in files if key.endswith(f"-{d}")], {}  # File -> image, Info, maximum
+        keys, good = [key for key in files if key.endswith(f"-{d}")], {}  # good: {File: Found}
         own = sum((files[key] for key in keys), [])
         with ThreadPoolExecutor(4) as pool:  # few: an image can be large
             for file, result in zip(own, pool.map(read, own)):
@@ -124,37 +147,64 @@ def read_files(folder, domains, files, size, bits, inverted):
                     told["unreadable"].append(result)
                 else:
                     good[file] = result
-        needed = max((most.bit_length() for _, info, most in good.values() if not info.bits), default=0)
-        refuse(0 < bits < needed, f"--bits {bits}: {domain} has grey levels of {needed} bits")
-        depth = (bits or needed) * (needed > 0)
-        told["readings"][domain] = depth, domain in inverted
-        coloured += [str(file.path) for file, (x, *_) in good.items() if len(x) == 3]
+        reading = Reading(*ends_of(good, bits, domain), domain in inverted, crop)
+        told["readings"][domain] = asdict(reading)
+        levels[domain] = {found.info.ends(reading) for found in good.values()}
+        borders[domain] = np.median([found.border for found in good.values()] or [0])
+        coloured += [str(file.path) for file, found in good.items() if len(found.x) == 3]
         for key in keys:
-            found = [file for file in files[key] if file in good]
-            told["names"][key] = [file.name for file in found]
-            stacks[key] = [images.to_x(*good[file][:2], depth, domain in inverted) for file in found]
-    told["notes"].append("bits: " + ", ".join(f"{d} {n or 8}" for d, (n, _) in told["readings"].items()))
-    if coloured:
-        told["notes"].append(f"3 channels, for {len(coloured)} of {total} images, such as {coloured[0]}")
-    exact = any(depth > 12 for depth, _ in told["readings"].values())  # float16 holds 12 bits
+            readable = [file for file in files[key] if file in good]
+            told["names"][key] = [file.name for file in readable]
+            stacks[key] = [images.to_x(good[file].x, good[file].info, reading) for file in readable]
+    exact = any(high - low > 4095 for low, high in set.union(*levels.values()))  # float16 holds 12 bits
     for key, found in stacks.items():
         shape = len(found), 3 if coloured else 1, size, size
         stack = np.empty(shape, np.float32 if exact else np.float16)
         for i, x in enumerate(found):
             stack[i] = x  # grey goes into every channel
         np.save(folder / f"{key}.npy", stack)
+    words = lambda some: " and ".join(f"{low:g} to {high:g}" for low, high in sorted(some))
+    told["notes"].append("grey levels: " + ", ".join(f"{d} {words(some)}" for d, some in levels.items()))
+    if coloured:
+        told["notes"].append(f"3 channels, for {len(coloured)} of {total} images, such as {coloured[0]}")
+    for domain, share in borders.items():
+        if share > min(borders.values()) + WIDE and not crop:
+            told["notes"].append(f"warning: a border of one grey level is {share:.0%} of {domain}'s images, "
+                                 "more than elsewhere: --crop leaves it out")
     (folder / "told.json").write_text(json.dumps(told))
 
 
+def ends_of(good, bits, domain):
+    """The grey levels that become -1 and 1 in deeper files {File: Found} of a domain: from 0, or with a sign,
+    up to the next power of two above the largest."""
+    good = {file: found for file, found in good.items() if found.info.mode in images.DEEP}
+    if not good:
+        return 0.0, 0.0
+    low, high = min(found.least for found in good.values()), max(found.most for found in good.values())
+    sign = int(low < 0)
+    if any(found.info.mode == "F" for found in good.values()):
+        top = 2.0 ** math.ceil(math.log2(max(high, -low, 1e-9)))
+        return 0.0 - top * sign, top
+    needed = max(1, int(max(high, -low - 1)).bit_length() + sign)
+    largest = max(good, key=lambda file: good[file].most).path
+    refuse(0 < bits < needed, f"--bits {bits}: {domain} has levels of {needed} bits, {high:g} in {largest}")
+    top = 2.0 ** ((bits or needed) - sign)
+    return 0.0 - top * sign, top - 1
+
+
 def paired_by_name(images, names):
-    """Two `Pairs`, for validation and testing: images (N_d, C, H, W) with one name in every domain, by turns.
-    names: N_d of each domain. (None, None) where fewer than 8 are in all."""
+    """(N, D, C, H, W): images (N_d, C, H, W) with one name in every domain. names: N_d of each domain."""
     common = sorted(set.intersection(*map(set, names)))
-    if len(common) < 8:
-        return None, None
     take = lambda stack, some: stack[[some.index(name) for name in common]]  # the first of a name
-    pairs = np.stack(list(map(take, images, names)), 1)  # (N, D, C, H, W)
-    return Pairs(pairs[::2]), Pairs(pairs[1::2])
+    return np.stack(list(map(take, images, names)), 1)
+
+
+def find_pairs(valid, test):
+    """`Pairs` to validate and to test on, (None, None) where they are few. Without the first, the others are
+    shared."""
+    if len(valid) < 4:
+        valid, test = test[::2], test[1::2]
+    return (Pairs(valid), Pairs(test)) if min(len(valid), len(test)) >= 4 else (None, None)
 
 
 # ---------------------------------------------------------------- what was understood
@@ -180,6 +230,8 @@ def check(dataset, path=None):
         rows.append(some[:: len(some) // 7 + 1][:6])
         print(f"{domain}: {count} to train, {len(kept)} held out; "
               f"values {some.min():.2f} to {some.max():.2f}, mean {some.mean():.2f}{few}")
+        if np.ptp(np.quantile(some, (.01, .99))) < NARROW:
+            print(f"warning: {domain} fills a small part of its range: is a dot bright, or --bits wrong?")
     if len(sizes) > SHOWN or np.median(sizes) < 5:
         print(f"warning: {len(sizes)} domains, most of few images: are these domains, or patients?")
     print(*dataset.notes, sep="\n", end="\n" * bool(dataset.notes), flush=True)

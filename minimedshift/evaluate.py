@@ -215,7 +215,7 @@ def picture(path, model, student, how, pairs, domains, s, t, device, taus=None, 
 def open_data(c, state):
     """The Dataset that a checkpoint is scored on: the simulated one it was trained on, or a folder."""
     image = state["image"]
-    config = dict(bits=0, invert="") | state["config"]
+    config = dict(bits=0, invert="", crop=False) | state["config"]
     config |= dict(size=image["size"], valid_heads=c.valid_heads, test_heads=c.heads)
     dataset = batches.load_dataset(SimpleNamespace(**config | dict(data=c.data or config["data"])))
     known, found = (state["domains"], image["channels"]), (list(dataset.domains), dataset.channels)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from minimedshift.support import dicom
 from minimedshift.support.command import refuse
 from minimedshift.support.images import FORMATS
 
-SPLITS = dict(train="train", training="train", val="test", valid="test", validation="test", test="test",
+SPLITS = dict(train="train", training="train", val="valid", valid="valid", validation="valid", test="test",
               testing="test")
 BOTH = re.compile("(?i:(train|val|test))(?:[_-](.+)|([A-Z]))|(.+)[_-](?i:(train|val|test))")  # trainA, a_test
 COPIES = {"thumbnails", "thumbnail", "thumbs", "previews", "preview", "__macosx"}
@@ -31,10 +32,13 @@ def image_files(root):
                 left[f"folder {path.name}"] += 1
             elif path.is_dir():
                 walk(path, {*above, path.resolve()})
-            elif ending in FORMATS and path.exists():
+            elif not path.exists():
+                left["broken links"] += 1
+            elif ending in FORMATS or dicom.pydicom and dicom.is_dicom(path):
                 found.append(path)
             else:
-                left[f"{ending or 'nameless'} files" if path.exists() else "broken links"] += 1
+                what = "DICOM (pip install pydicom)" if dicom.is_dicom(path) else ending or "nameless"
+                left[f"{what} files"] += 1
 
     walk(Path(root), {Path(root).resolve()})
     return sorted(found), left
@@ -53,8 +57,8 @@ def place(root, path):
 
 
 def find_files(root, seed):
-    """The domains of a folder, {"train-0": Files of the first, "test-0": ..., "train-1": ...}, whether its
-    user made the split (else a tenth is held out by `seed`), and what is not read.
+    """The domains of a folder, {"train-0": Files of the first, "valid-0", "test-0", "train-1": ...}, whether
+    its user made the split (else a tenth is held out by `seed`), and what is not read.
     Raises UserError, asking back, for what cannot be understood."""
     refuse(not Path(root).is_dir(), f"--data {root}: there is no such folder")
     paths, left = image_files(root)
@@ -68,12 +72,15 @@ def find_files(root, seed):
         own = [file for file in files if file.domain == domain]
         refuse("train" in splits and any(not file.split for file in own),
                f"--data {root}: {domain} has images outside a folder train: sort them into it, or away")
-        train, test = ([f for f in own if (f.split == "test") == held_out] for held_out in (False, True))
+        valid, test = ([f for f in own if f.split == split] for split in ("valid", "test"))
+        train = [f for f in own if f.split in ("train", "")]
         refuse(not train, f"--data {root}: {domain} has no images to train on")
-        if "test" not in splits:
+        if not splits & {"valid", "test"}:
             train, test = hold_out(train, np.random.default_rng([seed, d]))
-        result |= {f"train-{d}": train, f"test-{d}": test}
-    return tuple(domains), result, "test" in splits, left
+        elif "test" not in splits:
+            valid, test = [], valid
+        result |= {f"train-{d}": train, f"valid-{d}": valid, f"test-{d}": test}
+    return tuple(domains), result, bool(splits & {"valid", "test"}), left
 
 
 def hold_out(files, draw):

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from minimedshift import data, folder, phantom
-from minimedshift.support.sizes import crop_to_square
+from minimedshift.sizes import crop_to_square
 
 noise = lambda *shape: np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
@@ -58,16 +58,6 @@ def test_a_folder_becomes_domains_and_a_tenth_is_held_out(tmp_path):
     assert levels(other.test_images[1]) != levels(one.test_images[1])
     (root / "few" / "200.png").unlink()
     assert len(data.folder_set(root, 16, cache=tmp_path / "cache").train_images[0]) == 3
-
-
-def test_train_and_test_folders_are_taken_as_they_are(tmp_path):
-    for domain in ("a", "b"):
-        fill(tmp_path / "root" / "train" / domain, 10)
-        fill(tmp_path / "root" / "test" / domain, 3, 50)
-    dataset = data.folder_set(tmp_path / "root", 16, cache=tmp_path / "cache")
-    assert dataset.domains == ("a", "b")
-    assert [levels(x) for x in dataset.train_images] == [list(range(10))] * 2
-    assert [levels(x) for x in dataset.test_images] == [[50, 51, 52]] * 2
 
 
 def test_depths_and_colours_mix(tmp_path, capsys):

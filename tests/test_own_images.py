@@ -7,6 +7,7 @@ import sys
 import weakref
 import zlib
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import train
 import translate
 from minimedshift import data, folder, phantom, sampler
 from minimedshift.model import Shape, UNet
-from minimedshift.support import checkpoint, images
+from minimedshift.support import checkpoint, dicom, images
 from minimedshift.support.command import UserError
 from minimedshift.support.images import Reading
 from networks import save_network
@@ -55,10 +56,10 @@ def tiff(path, v, order="<", strips=(), **tags):
     path.write_bytes(start + out[8:] + struct.pack(order + "H", len(entries)) + table + bytes(4))
 
 
-def seen(path, top=65535):
+def seen(path, low=0, high=65535):
     """The grey levels (H, W) or (H, W, 3) that the program sees in a file."""
-    x, _ = images.read_image(path, Reading(int(top).bit_length()))
-    v = (x.double().numpy().transpose(1, 2, 0) + 1) / 2 * top
+    x, _ = images.read_image(path, Reading(low, high))
+    v = (x.double().numpy().transpose(1, 2, 0) + 1) / 2 * (high - low) + low
     return v[..., 0] if len(x) == 1 else v
 
 
@@ -124,7 +125,7 @@ def test_what_is_negative_by_its_tag_is_read_as_displayed_and_written_so(tmp_pat
         tiff(file, v, how[0], [zlib.compress(white) if number == 8 else white], t259=[number], t262=[0])
     with Image.open(file) as image:
         assert image.tag_v2[262] == 0 and image.tag_v2[259] == number
-    np.testing.assert_allclose(seen(file, top), v, atol=.02)
+    np.testing.assert_allclose(seen(file, 0, top), v, atol=.02)
     assert translated(file, tmp_path / "b.tif", network(tmp_path)) == 0
     np.testing.assert_array_equal(stored(tmp_path / "b.tif"), v)
 
@@ -148,7 +149,7 @@ def test_a_domain_of_so_many_bits_fills_the_range_beside_one_of_8(tmp_path, bits
     fill(tmp_path / "a", 3, top=255)
     fill(tmp_path / "b", 4, ending=ending, top=tops[1])
     made, said = (data.folder_set(tmp_path, 16, cache=tmp_path / ".cache", bits=n) for n in (0, 16))
-    assert [some.readings["b"].bits for some in (made, said)] == [bits, 16]
+    assert [some.readings["b"].high for some in (made, said)] == [tops[1], 65535]
     for top, stack in zip(tops, made.train_images):
         for i, x in enumerate(stack):  # in memory each level remains itself
             np.testing.assert_allclose(x[0].astype(float), head(i, top=top) / top * 2 - 1, atol=1.01 / top)
@@ -157,7 +158,7 @@ def test_a_domain_of_so_many_bits_fills_the_range_beside_one_of_8(tmp_path, bits
 
 
 def test_a_translation_is_read_and_written_in_the_range_of_its_domain(tmp_path, negate, monkeypatch, capsys):
-    net, out = network(tmp_path, a=Reading(12), b=Reading(0)), tmp_path / "out.png"
+    net, out = network(tmp_path, a=Reading(0, 4095), b=Reading(0, 0)), tmp_path / "out.png"
     for top in (255, 900, 65535):
         Image.fromarray(head(0, top=top)).save(tmp_path / f"{top}.png")
     for top, flags, white in ((900, "ab", 4095), (255, "ab", 255), (255, "ba", 255), (900, "ba", 1023),
@@ -171,22 +172,22 @@ def test_a_translation_is_read_and_written_in_the_range_of_its_domain(tmp_path, 
 
 
 @pytest.mark.parametrize("layout, domains", [
-    ("trainA 6, trainB 7, testA 2, testB 3", "A 6 2, B 7 3"),
-    ("train_A 6, train_B 7, test_A 2, test_B 3", "A 6 2, B 7 3"),
-    ("train/a 6, train/b 7, valid/a 1, valid/b 2, test/a 2, test/b 3", "a 6 3, b 7 5"),
-    ("Train/a 6, Train/b 7, VAL/a 1, val/b 1, Test/a 2, Test/b 3", "a 6 3, b 7 4"),
-    ("training/a 6, training/b 7, val/a 2, val/b 3", "a 6 2, b 7 3"),
-    ("a/Training 6, a/valid 1, a/Test 2, b/train 7, b/Val 1, b/test 3", "a 6 3, b 7 4"),
-    (", ".join(f"{d}/p{i:03} 2" for d in "ab" for i in range(10)), "a 18 2, b 18 2"),
-    ("a 10, a/thumbnails 10, b 20, b/left 10, out! 3, old/runs! 2, b/.hidden 5", "a 9 1, b 27 3")])
+    ("trainA 6, trainB 7, testA 2, testB 3", "A 6 0 2, B 7 0 3"),
+    ("train_A 6, train_B 7, test_A 2, test_B 3", "A 6 0 2, B 7 0 3"),
+    ("train/a 6, train/b 7, valid/a 1, valid/b 2, test/a 2, test/b 3", "a 6 1 2, b 7 2 3"),
+    ("Train/a 6, Train/b 7, VAL/a 1, val/b 1, Test/a 2, Test/b 3", "a 6 1 2, b 7 1 3"),
+    ("training/a 6, training/b 7, val/a 2, val/b 3", "a 6 0 2, b 7 0 3"),
+    ("a/Training 6, a/valid 1, a/Test 2, b/train 7, b/Val 1, b/test 3", "a 6 1 2, b 7 1 3"),
+    (", ".join(f"{d}/p{i:03} 2" for d in "ab" for i in range(10)), "a 18 0 2, b 18 0 2"),
+    ("a 10, a/thumbnails 10, b 20, b/left 10, out! 3, old/runs! 2, b/.hidden 5", "a 9 0 1, b 27 0 3")])
 def test_a_layout_is_understood(tmp_path, layout, domains):
-    """Words are folders with a number of images; "!" has a checkpoint. Domain: to train, to test."""
+    """Words are folders with a number of images; "!" has a checkpoint. Domain: to train, valid, test."""
     for name, count in map(str.split, layout.split(", ")):
         fill(tmp_path / name.strip("!"), int(count), lambda i: np.zeros((2, 2), np.uint8))
         if "!" in name:
             (tmp_path / name.strip("!") / "checkpoint.pt").touch()
     names, found, own, _ = folder.find_files(tmp_path, 0)
-    count = lambda d: " ".join(str(len(found[f"{split}-{d}"])) for split in ("train", "test"))
+    count = lambda d: " ".join(str(len(found[f"{split}-{d}"])) for split in ("train", "valid", "test"))
     assert ", ".join(f"{name} {count(d)}" for d, name in enumerate(names)) == domains
     assert own == ("test" in layout.lower() or "val" in layout)
     for d in range(2):  # a sub-folder is on one side
@@ -203,12 +204,13 @@ def test_a_layout_that_is_not_understood_is_asked_back_in_one_sentence(tmp_path,
     try:
         domains, files, _, _ = folder.find_files(tmp_path, 0)
         assert layout.lower().count("train") == 2 and domains == ("A", "B")  # or it is understood
-        assert set(map(len, files.values())) == {6}
+        assert {len(some) for key, some in files.items() if "valid" not in key} == {6}
     except UserError as error:
         assert "--data" in str(error) and "\n" not in str(error)
 
 
-def test_what_was_left_unused_or_is_odd_is_said_with_its_count_and_why(tmp_path, learn):
+def test_what_was_left_unused_or_is_odd_is_said_with_its_count_and_why(tmp_path, learn, monkeypatch):
+    monkeypatch.setattr(dicom, "pydicom", None)
     root = tmp_path / "root"
     for d in "ab":
         fill(root / d, 59, top=255)
@@ -220,7 +222,7 @@ def test_what_was_left_unused_or_is_odd_is_said_with_its_count_and_why(tmp_path,
     Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(root / "b" / "007.png")
     status, says, _ = learn(root, "--check-data")
     assert status == 0 and "a: 54 to train, 6 held out" in says and says.count("\n") <= 10
-    for words in ("4 .dcm files", "2 nameless files", "2 broken links", "2 .xyz files"):
+    for words in ("6 DICOM", "pip install pydicom", "2 broken links", "2 .xyz files"):
         assert words in says.partition("not read:")[2], words
     assert "3 channels, for 1 of 120 images" in says and "b/007.png" in says
     for i in range(22):
@@ -241,12 +243,33 @@ def test_only_a_test_split_of_the_user_is_paired_and_the_report_says_how_many(tm
     assert json.loads((tmp_path / "out" / "report.json").read_text())["heads"] == 5
 
 
+def test_the_users_validation_images_stay_apart_and_a_person_on_both_sides_is_named(tmp_path):
+    for d in "ab":
+        for split, count in (("train/p1", 9), ("train/p2", 9), ("val", 4), ("test/p2", 6)):
+            fill(tmp_path / split.replace("/", f"/{d}/") / (d if split == "val" else ""), count)
+    made = data.folder_set(tmp_path, 16, cache=tmp_path / ".cache")
+    assert (len(made.valid_pairs.images), len(made.test_pairs.images)) == (4, 6)
+    assert [len(images) for images in made.train_images + made.test_images] == [18, 18, 10, 10]
+    assert [note for note in made.notes if "warning" in note] == [
+        "warning: images of p2 are both to train and to test on"]
+
+
+def test_a_bright_dot_that_widens_the_range_is_warned_of(tmp_path, learn):
+    dot = np.pad(np.full((2, 2), 65535, np.uint16), 7)
+    fill(tmp_path / "root" / "a", 6, lambda i: head(i, top=4095))
+    fill(tmp_path / "root" / "b", 6, lambda i: np.maximum(head(i, top=4095), dot * np.uint16(i == 5)))
+    says = learn(tmp_path / "root", "--check-data")[1]
+    assert "warning: b fills a small part of its range" in says and "warning: a" not in says
+    with pytest.raises(UserError, match="65535 in .*005.png"):
+        learn(tmp_path / "root", "--check-data", "--bits", 12)
+
+
 def test_resume_knows_its_data_and_prolongs_a_finished_run(tmp_path, learn):
     root, out = tmp_path / "root", tmp_path / "out"
     for d in range(2):
         fill(root / "ab"[d], 6, lambda i: head(i + 10 * d, top=4095))
     status, says, _ = learn(root, "--steps", 2)
-    assert status == 0 and "bits: a 12, b 12" in says
+    assert status == 0 and "grey levels: a 0 to 4095, b 0 to 4095" in says
     root = root.rename(tmp_path / "moved")
     status, says, errors = learn(root, "--steps", 4, "--resume")
     state = checkpoint.load(out / "checkpoint.pt")
@@ -280,7 +303,26 @@ def test_orientation_is_applied_on_reading_and_kept_on_writing(tmp_path, ending,
     with Image.open(files[1]) as b:
         assert b.getexif().get(274, 1) == turn  # before Pillow has turned a TIFF
     for file in files:
-        np.testing.assert_allclose(seen(file, top), UPRIGHT[turn](v), atol=8 if ending == "jpg" else .02)
+        np.testing.assert_allclose(seen(file, 0, top), UPRIGHT[turn](v), atol=8 if ending == "jpg" else .02)
+
+
+def test_a_border_of_one_domain_is_warned_of_and_crop_puts_it_back(tmp_path, learn, negate):
+    inner, exif, file = rng.integers(900, 4096, (8, 16, 16), np.uint16), Image.Exif(), tmp_path / "a.png"
+    framed = np.pad(inner, ((0, 0), (4, 6), (5, 5)))
+    fill(tmp_path / "root" / "a", 7, lambda i: inner[6 - i])
+    fill(tmp_path / "root" / "b", 7, lambda i: framed[i])
+    says = learn(tmp_path / "root", "--check-data")[1]
+    line = next(line for line in says.splitlines() if "--crop" in line)
+    assert "62% of b's images" in line and says.count("--crop") == 1
+    status, says, _ = learn(tmp_path / "root", "--crop", "--steps", 2, "--no-student")
+    made = data.folder_set(tmp_path / "root", 16, crop=True)
+    assert status == 0 and "--crop" not in says
+    for x in np.concatenate([made.train_images[1], made.test_images[1]])[:, 0]:
+        assert np.abs(x - (inner / 4095 * 2 - 1)).max((1, 2)).min() < 1e-3
+    exif[274] = 6
+    Image.fromarray(framed[7]).save(file, exif=exif)
+    assert translated(file, tmp_path / "c.png", tmp_path / "out" / "checkpoint.pt", "b", "a") == 0
+    np.testing.assert_array_equal(stored(tmp_path / "c.png"), np.pad(4095 - inner[7], ((4, 6), (5, 5))))
 
 
 def test_no_more_large_images_wait_than_fit_in_memory(monkeypatch):
@@ -330,7 +372,7 @@ KINDS = {  # name -> the levels that it shows, the numbers in it, and what else 
     "32 bits with a sign, big *": (DEEP - 9., DEEP.astype(np.int32) - 9, dict(order=">")),
     "64-bit float *": (DEEP, DEEP.astype(np.float64), {}),
     "16-bit float *": (SMALL, SMALL.astype(np.float16), {}),
-    "float, big *": (DEEP, DEEP.astype(np.float32), dict(order=">")),
+    "float, big": (DEEP, DEEP.astype(np.float32), dict(order=">")),
     "float, big, deflate *": (DEEP, DEEP.astype(np.float32), dict(order=">", **deflated(DEEP.astype(">f4")))),
     "float, white is 0 *": (65535. - DEEP, DEEP.astype(np.float32), dict(t262=[0])),
     "16 bits, big, deflate": (DEEP, DEEP, dict(order=">", **deflated(DEEP.astype(">u2")))),
@@ -348,16 +390,41 @@ def test_a_kind_of_tiff_is_read_right_or_refused_in_one_sentence(tmp_path, kind)
     tiff(tmp_path / "a.tif", v, **how)
     try:
         top = 255 if v.dtype == np.uint8 else 4095 if "12" in kind else 65535
-        np.testing.assert_allclose(seen(tmp_path / "a.tif", top), want, atol=.02)
+        np.testing.assert_allclose(seen(tmp_path / "a.tif", 0, top), want, atol=.02)
     except UserError as error:
         assert kind.endswith("*") and "a.tif" in str(error) and "\n" not in str(error)
+
+
+def test_the_tag_of_12_bits_is_their_range_though_no_level_needs_it(tmp_path):
+    for d in "ab":
+        (tmp_path / d).mkdir()
+        tiff(tmp_path / d / "0.tif", DEEP // 16, strips=[bytes(len(PACKED))], t258=[12])
+    assert data.folder_set(tmp_path, 16, cache=tmp_path / ".cache").readings["a"].high == 4095
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_grey_levels_with_a_sign_and_floats_keep_their_range_and_kind(tmp_path, negate, order):
+    signed, root = rng.integers(-900, 1900, (5, 16, 16)).astype(np.int16), tmp_path / "root"
+    for d, v in (("a", signed), ("b", signed.astype(np.float32) / 7)):
+        (root / d).mkdir(parents=True)
+        for i in range(5):
+            tiff(root / d / f"{i}.tif", v[i], order)
+    readings = data.folder_set(root, 16, cache=tmp_path / "cache").readings
+    assert (readings["a"].low, readings["a"].high) == (-2048, 2047)
+    assert (readings["b"].low, readings["b"].high) == (-512, 512)
+    for s, t, kind, want in (("a", "b", 2, -1 - signed[0]), ("b", "a", 3, -signed[0] / 7)):
+        out = tmp_path / f"{s}.tif"
+        assert translated(root / s / "0.tif", out, network(tmp_path, **readings), s, t) == 0
+        with Image.open(out) as image:
+            assert image.tag_v2[339] in (kind, (kind,))
+        np.testing.assert_allclose(seen(out, -2048, 2047), want, atol=1e-3)
 
 
 def test_the_first_picture_of_a_phone_is_taken(tmp_path):
     first, second = (Image.fromarray(head(i, top=255)) for i in range(2))
     first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second], quality=100)
     assert Image.open(tmp_path / "a.jpg").n_frames == 2
-    np.testing.assert_allclose(seen(tmp_path / "a.jpg", 255), head(0, top=255), atol=4)
+    np.testing.assert_allclose(seen(tmp_path / "a.jpg", 0, 255), head(0, top=255), atol=4)
 
 
 def test_a_folder_is_gone_on_with_and_what_imagej_wrote_survives(tmp_path, capsys):
@@ -369,8 +436,68 @@ def test_a_folder_is_gone_on_with_and_what_imagej_wrote_survives(tmp_path, capsy
     assert translated(*argv) == 0 and translated(*argv) == 2 and "--skip-existing" in capsys.readouterr().err
     (out / "1.tif").unlink()
     (out / "2.tif").write_text("as it was")
-    for there in (2, 3):
+    for left in (1, 0):
         assert translated(*argv, "--skip-existing") == 0
-        assert f"{there} of 3" in capsys.readouterr().out and (out / "2.tif").read_text() == "as it was"
+        assert f"{left} images were left" in capsys.readouterr().out
+    assert (out / "2.tif").read_text() == "as it was"
     with Image.open(out / "1.tif") as image:
         assert {tag: image.tag_v2[tag] for tag in tags} == tags
+
+
+def radiograph(path, v, bits=12, kind="MONOCHROME2", **more):
+    """Write v (H, W) as DICOM."""
+    pydicom = pytest.importorskip("pydicom")
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    file = pydicom.dataset.FileDataset(str(path), {}, preamble=bytes(128), file_meta=meta)
+    more |= dict(SOPClassUID="1.2.840.10008.5.1.4.1.1.1.1", SOPInstanceUID="1.2.3", SamplesPerPixel=1,
+                 Rows=len(v), Columns=len(v[0]), PhotometricInterpretation=kind, PixelData=v.tobytes(),
+                 BitsAllocated=16, BitsStored=bits, HighBit=bits - 1, PixelRepresentation=int(v.min() < 0))
+    for name, value in more.items():
+        setattr(file, name, value)
+    path.parent.mkdir(exist_ok=True)
+    file.save_as(path, enforce_file_format=True)
+
+
+# DICOM PS3.3, C.11.2.1.2.1
+window = lambda v, centre, width: ((v - (centre - .5)) / (width - 1) + .5).clip(0, 1)
+WINDOW, RESCALE = dict(WindowCenter=1000, WindowWidth=501), dict(RescaleSlope=2, RescaleIntercept=-1000)
+
+
+@pytest.mark.parametrize("more, want", [
+    ({}, lambda v: v), (dict(kind="MONOCHROME1"), lambda v: 4095 - v), (RESCALE, lambda v: v),
+    (WINDOW, lambda v: window(v, 1000, 501) * 4095),
+    (dict(RescaleSlope=-1, RescaleIntercept=4095), lambda v: 4095 - v),
+    (WINDOW | RESCALE | dict(kind="MONOCHROME1"), lambda v: 4095 - window(2 * v - 1000, 1000, 501) * 4095)])
+def test_a_radiograph_is_seen_as_a_viewer_shows_it_and_written_as_png(tmp_path, more, want):
+    v, net = head(0, top=4095), network(tmp_path, a=Reading(0, 4095), b=Reading(0, 4095))
+    for name in ("a.dcm", "1.2.840.7", "IM0001"):
+        radiograph(tmp_path / "in" / name, v, **more)
+        np.testing.assert_allclose(seen(tmp_path / "in" / name, 0, 4095), want(v.astype(float)), atol=.51)
+    assert translated(tmp_path / "in", tmp_path / "out", net) == 0
+    for name in ("a.png", "1.2.840.7.png", "IM0001.png"):
+        assert Image.open(tmp_path / "out" / name).mode == "I;16"
+        np.testing.assert_allclose(stored(tmp_path / "out" / name), want(v.astype(float)), atol=.51)
+
+
+def test_stored_bits_are_the_range_of_radiographs_with_a_sign_too(tmp_path):
+    v = head(0, top=900)
+    radiograph(tmp_path / "a" / "0.dcm", v, 14)
+    radiograph(tmp_path / "b" / "0.dcm", v.astype(np.int16) - 512, 10)
+    made = data.folder_set(tmp_path, 16, cache=tmp_path / ".cache")
+    assert [made.readings[d].high for d in "ab"] == [16383, 1023]
+    for x, top in zip(made.train_images, (16383, 1023)):
+        np.testing.assert_allclose((x[0, 0].astype(float) + 1) / 2 * top, v, atol=.51)
+
+
+@pytest.mark.parametrize("name, centre, width, top", [("RG1", 15000, 30000, 32767), ("RG3", 550, 1024, 1023)])
+def test_a_real_radiograph_of_monochrome1_is_inverted_in_its_window(tmp_path, name, centre, width, top):
+    pydicom = pytest.importorskip("pydicom")
+    files = list(Path(pydicom.__file__).parents[1].glob(f"data_store/data/{name}_UNCR.dcm"))
+    if not files:
+        pytest.skip("needs pydicom-data")
+    want = (1 - window(pydicom.dcmread(files[0]).pixel_array, centre, width)) * top
+    np.testing.assert_allclose(seen(files[0], 0, top), want, atol=.51)
+    net = network(tmp_path, a=Reading(0, top), b=Reading(0, top))
+    assert translated(files[0], tmp_path / "a.png", net) == 0
+    np.testing.assert_allclose(stored(tmp_path / "a.png"), want, atol=1.01)

@@ -15,7 +15,7 @@ from minimedshift import classify, finish, phantom, sampler, student
 from minimedshift.model import Shape, UNet
 from minimedshift.support import checkpoint
 from minimedshift.support.command import run
-from minimedshift.support.sizes import carry_to_full_size, resize, working_shape
+from minimedshift.sizes import carry_to_full_size, resize, working_shape
 
 ROOT = Path(translate.__file__).parent
 SIZE = 16

@@ -10,6 +10,7 @@ import torch
 
 from minimedshift.support.command import UserError, refuse
 from minimedshift.support.files import write_whole
+from minimedshift.support.images import Reading
 
 FORMAT = 5  # changes with what a checkpoint holds
 PARTS = ("config", "shape", "domains", "image", "translate", "step", "machine")  # what describes a network
@@ -47,6 +48,7 @@ def check_settings(state, path):
         right = len(sizes) < 20 and all(type(n) is int and 0 < n <= 4096 for n in sizes)
         right = right and len(state["domains"]) == shape["num_domains"]
         right = right and 0 <= state["translate"]["tau"] < state["translate"]["t_image"] <= 1
+        [Reading(**how) for how in state["image"].get("readings", {}).values()]
     except (TypeError, KeyError):
         right = False
     refuse(not right, f"{path} does not describe a network of ours: see its shape, domains and translate")

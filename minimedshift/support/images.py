@@ -8,13 +8,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, TiffImagePlugin
 
+from minimedshift.support import dicom
 from minimedshift.support.command import UserError, refuse
 from minimedshift.support.files import write_whole
 
+DEEP = {"I;16": np.uint16, "I": np.int16, "F": np.float32}  # Pillow's modes of more than 8 bits
 MODES = ("L", "LA", "RGB", "RGBA", "I;16")
 FORMATS = {  # extension -> format, the modes it can hold, how it is saved without loss (JPEG: nearly)
     ".png": ("PNG", MODES, {}),
-    ".tif": ("TIFF", MODES, {}),
+    ".tif": ("TIFF", (*MODES, *DEEP), {}),
     ".jpg": ("JPEG", ("L", "RGB"), dict(quality=95, subsampling=0)),
     ".bmp": ("BMP", ("L", "RGB"), {}),
     ".webp": ("WEBP", ("RGB", "RGBA"), dict(lossless=True, exact=True)),
@@ -23,6 +25,7 @@ READ = tuple({name for name, _, _ in FORMATS.values()})  # some others that Pill
 FORMATS |= {".tiff": FORMATS[".tif"], ".jpeg": FORMATS[".jpg"], ".jfif": FORMATS[".jpg"]}
 PIXELS = 64_000_000  # the most in an image, 8000 x 8000; in colour it then takes 2 GB
 LUMINANCE = (.299, .587, .114)  # ITU-R BT.601
+BORDER = .008  # what differs by less than this share of the range is one grey level: 2 of 255
 LYING = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # EXIF's orientation -> the Image.Transpose that makes it
 KEPT = (270, 282, 283, 296)  # of a TIFF file: description (with ImageJ's scale), resolution and its unit
 warnings.filterwarnings("ignore", module="PIL")  # a doubtful part of a header is kept or dropped
@@ -33,43 +36,60 @@ TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 0, (1,), 1, (16,), ()), ("I;16B", "
 @dataclass(frozen=True)
 class Reading:
     """How grey levels become x, for all files of a domain. Files of 8 bits have the levels 0 to 255."""
-    bits: int = 0         # of the deeper ones; 0: not known, each says by its largest level
+    low: float = 0.0      # the level of deeper files that becomes -1
+    high: float = 0.0     # the one that becomes 1; 0: not known, each file says by its largest level
     invert: bool = False  # the files are negatives of other domains'
+    crop: bool = False    # a border of one grey level is left out, and put back on writing
 
 
 @dataclass(frozen=True)
 class Info:
     """What is needed to write an image as it was read."""
-    mode: str                        # one of MODES
+    mode: str                        # one of MODES or DEEP
     size: tuple                      # (height, width) of x
     negative: bool = False           # white is 0 in the file
-    bits: int = 0                    # of its grey levels; 0: the file does not say
+    bits: int = 0                    # of its grey levels, from 0 on; 0: the file does not say
     turn: int = 1                    # EXIF's orientation
     alpha: np.ndarray | None = None  # (H, W) uint8, kept as it was
     extra: dict = field(default_factory=dict)  # resolution, colour profile, description
+    around: tuple | None = None      # the whole image's grey levels, and the box in them that x is of
+
+    def ends(self, reading):
+        """The grey levels that are -1 and 1."""
+        return (0.0, 2.0**self.bits - 1) if self.bits else (reading.low, reading.high)
 
 
 def read_image(path, reading=Reading()):
     """x (C, H, W) float32 in [-1, 1] and its Info; C = 1 where all channels are equal, else 3.
     Alpha is put aside: colours count as stored. A palette becomes RGB. Raises UserError if unreadable."""
     v, info = decode(path)
-    if info.mode == "I;16" and not info.bits:
-        guess = next(bits for bits in (8, 10, 12, 14, 16) if v.max() < 2**bits)
-        info = replace(info, bits=reading.bits or guess)
-    refuse(v.max() >= 2**info.bits, f"{path}: {v.max():g} needs more than {info.bits} bits: see --bits")
-    return to_x(v, info, 0, reading.invert), info
+    if info.mode == "I;16" and not info.bits and not reading.high:
+        info = replace(info, bits=next(bits for bits in (8, 10, 12, 14, 16) if v.max() < 2**bits))
+    low, high = info.ends(reading)
+    refuse(low == high, f"{path}: is signed or float, as no file that was trained on: its range is not known")
+    refuse(v.min() < low or v.max() > high, f"{path}: has levels {v.min():g} to {v.max():g}, files of its "
+                                            f"domain {low:g} to {high:g}: see --bits")
+    if reading.crop:
+        box = content_box(v)
+        info = replace(info, around=(v, box), size=tuple(v[box].shape[1:]))
+        v = v[box]
+    return to_x(v, info, reading), info
 
 
-def to_x(v, info, bits, invert):
-    """Grey levels (C, H, W) float32 of so many bits, if the file does not say it, as x in [-1, 1]."""
-    x = v / (2 ** (info.bits or bits) - 1) * 2 - 1
-    return -x if info.negative != invert else x
+def to_x(v, info, reading):
+    """Grey levels (C, H, W) float32 as x in [-1, 1]."""
+    low, high = info.ends(reading)
+    x = (v - low) / (high - low) * 2 - 1
+    return -x if info.negative != reading.invert else x
 
 
 def decode(path):
     """Grey levels (C, H, W) float32, C = 1 or 3, of an image as people see it; its Info. Raises UserError."""
     refuse(not Path(path).is_file(), f"{path}: there is no such file")  # a pipe may never end
     try:
+        if dicom.is_dicom(path):
+            v, negative, bits = dicom.decode(path)
+            return torch.from_numpy(v)[None], Info("I;16", v.shape, negative, bits)
         with open(path, "rb") as file, Image.open(file, formats=READ) as image:  # findings/turned-tiff.sh
             width, height = image.size
             refuse(width * height > PIXELS, f"{path}: {width} x {height} pixels are too many: make it small")
@@ -93,7 +113,8 @@ def decode(path):
     advice = "cannot be translated; write it as one 8- or 16-bit grey or 8-bit RGB image"
     refuse(pages > 1, f"{path}: {pages} pages {advice}")
     refuse(doubt, f"{path}: {doubt} {advice}")
-    refuse(mode not in MODES, f"{path}: mode {mode} {advice}")
+    refuse(mode not in (*MODES, *DEEP), f"{path}: mode {mode} {advice}")
+    refuse(not np.isfinite(v).all(), f"{path}: a grey level is no number")
     if not all(0 < dots < 2**15 for dots in extra.get("dpi", ())):  # NaN too: no format can write it
         del extra["dpi"]
     v, alpha = v.reshape(*v.shape[:2], -1), None
@@ -101,8 +122,8 @@ def decode(path):
         alpha, v = v[..., -1].copy(), v[..., :-1]
     if (v == v[..., :1]).all():
         v = v[..., :1]
-    negative = mode == "I;16" and tags.get(262) == 0  # of 8 bits Pillow inverts it
-    bits = 8 if mode != "I;16" else 12 if tags.get(258) == (12,) else 0
+    negative = mode in DEEP and tags.get(262) == 0  # of 8 bits Pillow inverts it
+    bits = 8 if mode not in DEEP else 12 if tags.get(258) == (12,) else 0
     v = torch.from_numpy(v.astype(np.float32)).permute(2, 0, 1).contiguous()
     return v, Info(mode, tuple(v.shape[1:]), negative, bits, turn, alpha, extra)
 
@@ -110,10 +131,20 @@ def decode(path):
 def doubts(tags, mode, tile):
     """What Pillow 13 would read wrong, or in part, without an error (beside tifffile). tags: of TIFF."""
     bits, kind = tags.get(258, (1,)), tags.get(339, (1,))[0]  # kind: 1 unsigned, 2 signed, 3 float
-    if kind != 1 or bits[0] > 16:
-        return "signed, float or 32-bit grey"
-    deep_colour = len(bits) > 1 and max(bits) > 8 or ";16" in tile and not mode.startswith("I")
+    swapped = tags and tags.prefix == b"MM" and tags.get(259, 1) != 1  # big-endian and compressed
+    if bits[0] > 16 if kind == 1 else swapped or (kind, bits[0]) not in ((2, 16), (3, 32)):
+        return f"{bits[0]}-bit signed, float or long grey"
+    deep_colour = len(bits) > 1 and max(bits) > 8 or ";16" in tile and mode[0] not in "IF"
     return "16-bit colour" if deep_colour else ""
+
+
+def content_box(v):
+    """The part of v (C, H, W) inside a border of one grey level, as slices; all of it where little is."""
+    off = (v - v[:, :1, :1]).abs().amax(0) > BORDER * (v.max() - v.min())
+    rows, columns = (off.any(axis).nonzero()[:, 0].tolist() for axis in (1, 0))
+    if min(len(rows), len(columns)) < 8:
+        return slice(None), slice(None), slice(None)
+    return slice(None), slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
 def channels_to(x, channels):
@@ -137,26 +168,34 @@ def write_image(path, x, info, reading=Reading()):
     check_writable(path, info)
     name, _, options = FORMATS[Path(path).suffix.lower()]
     x = channels_to(x.detach().float().cpu(), 3 if info.mode in ("RGB", "RGBA") else 1)
-    v = to_levels(-x if reading.invert else x, info.bits, np.uint16 if info.mode == "I;16" else np.uint8)
+    v = to_levels(-x if reading.invert else x, *info.ends(reading), DEEP.get(info.mode, np.uint8))
+    if info.around:
+        whole, (_, *box) = info.around
+        whole = whole.expand(v.shape[-1], -1, -1).permute(1, 2, 0).numpy().astype(v.dtype)
+        whole[tuple(box)] = v
+        v = whole
     if info.alpha is not None:
         v = np.concatenate([v, info.alpha[..., None]], -1)
     if name == "TIFF" and info.turn > 4:  # uncompressed ones Pillow reads wrong
         options = dict(compression="tiff_lzw")
+    extra = info.extra
+    if info.mode == "I":  # Pillow writes the bytes as of unsigned numbers, the tag says that they have a sign
+        v, extra = v.view(np.uint16), extra | dict(tiffinfo=extra["tiffinfo"] | {339: 2})
     try:
         with write_whole(path) as work:
             image = Image.fromarray(v[..., 0] if v.shape[-1] == 1 else v)
             image = image.transpose(LYING[info.turn]) if info.turn in LYING else image
-            image.save(work, name, **options, **info.extra)
+            image.save(work, name, **options, **extra)
     except UserError:
         raise
     except Exception as error:  # an encoder can raise anything too
         raise UserError(f"{path}: cannot be written ({str(error) or type(error).__name__})") from None
 
 
-def to_levels(x, bits=8, dtype=np.uint8):
-    """x (C, H, W) in [-1, 1] as grey levels (H, W, C) of so many bits."""
-    v = ((x.clamp(-1, 1) + 1) / 2 * (2**bits - 1)).round().permute(1, 2, 0)
-    return v.numpy().astype(dtype)
+def to_levels(x, low=0.0, high=255.0, dtype=np.uint8):
+    """x (C, H, W) in [-1, 1] as grey levels (H, W, C) from low to high."""
+    v = ((x.clamp(-1, 1) + 1) / 2 * (high - low) + low).permute(1, 2, 0).numpy()
+    return v if dtype == np.float32 else v.round().astype(dtype)
 
 
 def figure(path, rows, columns, labels, cell=160):

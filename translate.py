@@ -101,7 +101,7 @@ def plan_files(c):
     for path in outputs:
         refuse(path.is_dir(), f"{path} is a folder: name the file that is to be written")
         refuse(path.suffix.lower() not in images.FORMATS, f"{path}: an image ends in {endings}")
-        refuse(path.exists() and not c.overwrite,
+        refuse(path.exists() and not (c.overwrite or c.skip_existing),
                f"{path} would be replaced: choose another name, or say --overwrite or --skip-existing")
     for folder in {path.parent for path in outputs}:
         with explain_os_error(f"the folder {folder}", "cannot be made"):
@@ -119,7 +119,9 @@ def find_readings(c, state):
     known = {name: images.Reading(**how) for name, how in state["image"].get("readings", {}).items()}
     own = [how for name, how in known.items() if c.source in (name, "auto")] or [images.Reading()]
     refuse(len(set(own)) > 1, "--source auto needs domains that are read alike, and these are not: name it")
-    reading = replace(own[0], low=0.0, high=2.0**c.bits - 1) if c.bits else own[0]
+    other = own[0].low or own[0].mode == "F"
+    refuse(c.bits and other, f"--bits {c.bits}: {c.source} has levels {own[0].low:g} to {own[0].high:g}")
+    reading = replace(own[0], high=2.0**c.bits - 1) if c.bits else own[0]
     return reading, replace(reading, invert=known[c.target].invert) if known else reading
 
 

@@ -22,12 +22,13 @@ MOST = 4e9  # bytes of images that the semidiscrete coupling may keep in memory
 MOST_OF_A_LABEL = dict(cpu=1e4, mps=1e4, cuda=1e5)  # images; learning potentials takes the square of it
 
 
-def load_dataset(config):
+def load_dataset(config, readings=None):
     """The Dataset that a config of train.py names: a folder's (data.py) or the simulated one (phantom/), with
-    weights that say how often each image is drawn (balance.py). Raises UserError."""
+    weights that say how often each image is drawn (balance.py). readings: how files are read, if that is
+    known. Raises UserError."""
     if config.data:
         reading = dict(bits=config.bits, invert=config.invert, crop=config.crop)
-        dataset = data.folder_set(config.data, config.size, config.seed, **reading)
+        dataset = data.folder_set(config.data, config.size, config.seed, known=readings, **reading)
     else:
         dataset = sets.phantom_set(config.size, config.train_images, config.valid_heads, config.test_heads,
                                    config.seed, config.shift)
@@ -88,7 +89,7 @@ def batches(dataset, config, device, first=0, dtype=torch.float32, rank=0, proce
 def make_coupling(dataset, config, device, dtype):
     """The coupling that config names. Where there are too many images for semidiscrete it is exact."""
     counts = [len(images) for images in dataset.train_images]
-    size = sum(counts) * dataset.channels * dataset.size**2 * 4  # bytes, in float32
+    size = sum(images.nbytes for images in dataset.train_images)
     name = config.coupling
     if name == "semidiscrete" and (size > MOST or max(counts) > MOST_OF_A_LABEL[device.type]):
         print(f"the semidiscrete coupling would keep {sum(counts)} images ({size / 1e9:.1f} GB) in memory, "

@@ -8,9 +8,11 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 import torch
 
 from minimedshift.folder import find_files, unread
@@ -77,18 +79,22 @@ class Dataset:
 
 # ---------------------------------------------------------------- a folder
 
-def folder_set(root, size, seed=0, cache=None, bits=0, invert="", crop=False):
+def folder_set(root, size, seed=0, cache=None, bits=0, invert="", crop=False, known=None):
     """The Dataset of a folder (folder.py). bits: of files deeper than 8 (0: as the largest level needs).
     invert: domains, with commas, whose files are negatives. crop: constant borders are left out.
-    Raises UserError for what is not clear."""
+    known: {domain: Reading} to take instead. Raises UserError for what is not clear."""
     domains, files, own_split, left = find_files(root, seed)
     inverted = set(invert.split(",")) - {""}
     refuse(inverted - set(domains), f"--invert {invert}: the domains are {', '.join(domains)}")
-    stamps = [(str(file.path.absolute()), file.path.stat().st_mtime_ns) for file in sum(files.values(), [])]
-    code = [inspect.getsource(part) for part in (images, dicom, crop_to_square, read_files, ends_of)]
+    paths = [file.path for some in files.values() for file in some]
+    stamps = [(str(path.absolute()), *path.stat()[6:]) for path in paths]  # size and times
+    code = [inspect.getsource(part) for part in (images, dicom, crop_to_square, read_files, range_of)]
     lengths = {key: len(some) for key, some in files.items()}
-    content = [code, torch.__version__, size, lengths, stamps, bits, sorted(inverted), crop]
-    make = lambda work: read_files(work, domains, files, size, bits, inverted, crop)
+    known = {domain: asdict(how) for domain, how in (known or {}).items()}
+    decoders = [name for name in ("pydicom", "pylibjpeg", "gdcm") if find_spec(name)]
+    content = [code, torch.__version__, PIL.__version__, decoders, size, lengths, stamps, bits,
+               sorted(inverted), crop, known]
+    make = lambda work: read_files(work, domains, files, size, bits, inverted, crop, known)
     folder = cached(cache, f"folder-{size}", content, make)
 
     told = json.loads((folder / "told.json").read_text())
@@ -96,15 +102,16 @@ def folder_set(root, size, seed=0, cache=None, bits=0, invert="", crop=False):
         skipped = f"skipped {len(told['unreadable'])} unreadable files"
         print(*told["unreadable"], skipped, sep="\n", file=sys.stderr)
     names = lambda split: [told["names"][f"{split}-{d}"] for d in range(len(domains))]
-    load = lambda split: [np.load(folder / f"{split}-{d}.npy", mmap_mode="r") for d in range(len(domains))]
+    load = lambda split: [np.load(folder / f"{split}-{d}.npy", mmap_mode="c") for d in range(len(domains))]
     train, valid, test, pairs, notes = *map(load, ("train", "valid", "test")), (None, None), told["notes"]
     for domain, stack in zip(domains, train):
         refuse(not len(stack), f"--data {root}: the domain {domain} has no image that can be read")
     if own_split:  # the tenths that the program holds out may share names by accident
         pairs = find_pairs(paired_by_name(valid, names("valid")), paired_by_name(test, names("test")))
-        groups = [{file.group for key, some in files.items() if split in key for file in some} - {""}
-                  for split in ("train", "test")]
-        for group in sorted(set.intersection(*groups))[:1]:
+        groups = [set(), set()]  # of images to train on, and of the others
+        for key, some in files.items():
+            groups["train" not in key].update({file.group for file in some} - {""})
+        for group in sorted(set.intersection(*groups))[:len(set.union(*groups)) > 1]:
             notes.append(f"warning: images of {group} are both to train and to test on")
     count = len(pairs[1].images) if pairs[1] else "no"
     notes.append(f"{count} pairs to test on, of one name in every domain{unread(left)}")
@@ -122,7 +129,7 @@ class Found(NamedTuple):
     border: float    # share of the file's pixels in a constant border
 
 
-def read_files(folder, domains, files, size, bits, inverted, crop):
+def read_files(folder, domains, files, size, bits, inverted, crop, known):
     """Read {key: Files} into KEY.npy, (N, C, size, size), C = 1 if all are grey, else 3, and told.json."""
     def read(file):
         try:
@@ -147,7 +154,9 @@ def read_files(folder, domains, files, size, bits, inverted, crop):
                     told["unreadable"].append(result)
                 else:
                     good[file] = result
-        reading = Reading(*ends_of(good, bits, domain), domain in inverted, crop)
+        low, high, mode = range_of(good, bits, domain)
+        reading = Reading(low, high, domain in inverted, crop, mode)
+        reading = Reading(**known.get(domain, asdict(reading)))
         told["readings"][domain] = asdict(reading)
         levels[domain] = {found.info.ends(reading) for found in good.values()}
         borders[domain] = np.median([found.border for found in good.values()] or [0])
@@ -174,22 +183,26 @@ def read_files(folder, domains, files, size, bits, inverted, crop):
     (folder / "told.json").write_text(json.dumps(told))
 
 
-def ends_of(good, bits, domain):
-    """The grey levels that become -1 and 1 in deeper files {File: Found} of a domain: from 0, or with a sign,
-    up to the next power of two above the largest."""
-    good = {file: found for file, found in good.items() if found.info.mode in images.DEEP}
+def range_of(good, bits, domain):
+    """The grey levels that become -1 and 1 in deep files {File: Found} of a domain, and their mode.
+    From 0, or with a sign, up to the next power of two above the largest. Files may tell their bits."""
+    deep = {file: found for file, found in good.items() if found.info.mode in images.DEEP}
+    good = {file: found for file, found in deep.items() if not found.info.bits} or deep
+    modes = sorted({found.info.mode for found in good.values()})
+    refuse(len(modes) > 1, f"{domain} has deep files of the modes {', '.join(modes)}: write all in one")
     if not good:
-        return 0.0, 0.0
+        return 0.0, 0.0, "I;16"
     low, high = min(found.least for found in good.values()), max(found.most for found in good.values())
-    sign = int(low < 0)
-    if any(found.info.mode == "F" for found in good.values()):
+    if modes == ["F"]:
         top = 2.0 ** math.ceil(math.log2(max(high, -low, 1e-9)))
-        return 0.0 - top * sign, top
+        return -top if low < -images.SLACK * top else 0.0, top, "F"
+    sign = int(low < 0)
     needed = max(1, int(max(high, -low - 1)).bit_length() + sign)
-    largest = max(good, key=lambda file: good[file].most).path
-    refuse(0 < bits < needed, f"--bits {bits}: {domain} has levels of {needed} bits, {high:g} in {largest}")
-    top = 2.0 ** ((bits or needed) - sign)
-    return 0.0 - top * sign, top - 1
+    largest = max(good, key=lambda file: good[file].most)
+    refuse(0 < bits < needed and not good[largest].info.bits,
+           f"--bits {bits}: {domain} has levels of {needed} bits, {high:g} in {largest.path}")
+    top = 2.0 ** (max(bits, needed) - sign)
+    return 0.0 - top * sign, top - 1, modes[0]
 
 
 def paired_by_name(images, names):

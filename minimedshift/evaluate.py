@@ -22,7 +22,7 @@ from minimedshift.model import load_model
 from minimedshift.phantom import sets
 from minimedshift.support.command import flag, parse, refuse, run
 from minimedshift.support.files import explain_os_error, write_json, write_whole
-from minimedshift.support.images import figure
+from minimedshift.support.images import Reading, figure
 from minimedshift.support.machine import keep_memory, machine_name, pick_device, to_float
 
 
@@ -216,8 +216,9 @@ def open_data(c, state):
     """The Dataset that a checkpoint is scored on: the simulated one it was trained on, or a folder."""
     image = state["image"]
     config = dict(bits=0, invert="", crop=False) | state["config"]
+    readings = {domain: Reading(**how) for domain, how in image.get("readings", {}).items()}
     config |= dict(size=image["size"], valid_heads=c.valid_heads, test_heads=c.heads)
-    dataset = batches.load_dataset(SimpleNamespace(**config | dict(data=c.data or config["data"])))
+    dataset = batches.load_dataset(SimpleNamespace(**config | dict(data=c.data or config["data"])), readings)
     known, found = (state["domains"], image["channels"]), (list(dataset.domains), dataset.channels)
     refuse(found != known, f"{c.checkpoint} knows {', '.join(known[0])} and {known[1]} channels; "
            f"the data has {', '.join(found[0])} and {found[1]}")

@@ -1,10 +1,9 @@
 """What a folder of images is: which of its folders are domains, which are splits, which are patients."""
 
 import re
+import zlib
 from collections import Counter, namedtuple
 from pathlib import Path
-
-import numpy as np
 
 from minimedshift.support import dicom
 from minimedshift.support.command import refuse
@@ -28,7 +27,8 @@ def image_files(root):
             ending = path.suffix.lower()
             if path.name.startswith(".") or path.is_dir() and path.resolve() in above:
                 continue
-            if path.is_dir() and (path.name.lower() in COPIES or (path / "checkpoint.pt").exists()):
+            ours = (path / "checkpoint.pt").exists() or (path / ".lock").exists()  # a run's folder
+            if path.is_dir() and (path.name.lower() in COPIES or ours):
                 left[f"folder {path.name}"] += 1
             elif path.is_dir():
                 walk(path, {*above, path.resolve()})
@@ -53,7 +53,8 @@ def place(root, path):
     domain, *rest = [part for part in folders if part.lower() not in SPLITS] or [""]
     refuse(len(splits) > 1 or splits and not domain,
            f"--data: is {path} to train or to test on, and in which domain? No folder says it, or two do")
-    return File(path, domain, "".join(splits), "/".join(rest), "/".join([*rest, path.stem]))
+    stem = path.stem if path.suffix.lower() in (*FORMATS, ".dcm") else path.name
+    return File(path, domain, "".join(splits), "/".join(rest), "/".join([*rest, stem]))
 
 
 def find_files(root, seed):
@@ -75,24 +76,39 @@ def find_files(root, seed):
         valid, test = ([f for f in own if f.split == split] for split in ("valid", "test"))
         train = [f for f in own if f.split in ("train", "")]
         refuse(not train, f"--data {root}: {domain} has no images to train on")
-        if not splits & {"valid", "test"}:
-            train, test = hold_out(train, np.random.default_rng([seed, d]))
-        elif "test" not in splits:
+        if "test" not in splits:
             valid, test = [], valid
         result |= {f"train-{d}": train, f"valid-{d}": valid, f"test-{d}": test}
-    return tuple(domains), result, bool(splits & {"valid", "test"}), left
+    own_split = bool(splits & {"valid", "test"})
+    return tuple(domains), result if own_split else hold_out(result, seed), own_split, left
 
 
-def hold_out(files, draw):
-    """The Files without about a tenth of them, of five at least one, and those. A group is never split."""
-    grouped = len({file.group for file in files}) > 1
-    group_of = lambda file: file.group if grouped and file.group else file.name
-    sizes, chosen, wanted = Counter(map(group_of, files)), set(), len(files) // 10 or int(len(files) >= 5)
-    for group in draw.permutation(list(sizes)).tolist():
-        if wanted > 0:
+def hold_out(files, seed):
+    """{"train-0": Files, ...} with about a tenth of each domain moved to "test-0" and so on, of five at least
+    one. A group is on one side, in all domains: those in many come first. One that is more than what is still
+    to be moved stays, unless it is the smallest."""
+    group_of, sizes, wanted, least = {}, {}, {}, {}
+    for key in [key for key in files if key.startswith("train")]:
+        grouped = len({file.group for file in files[key]}) > 1
+        group_of |= {file: file.group if grouped and file.group else file.name for file in files[key]}
+        counts = Counter(group_of[file] for file in files[key])
+        for group, count in counts.items():
+            sizes.setdefault(group, {})[key] = count
+        wanted[key], least[key] = len(files[key]) // 10 or int(len(files[key]) >= 5), min(counts.values())
+    chosen = set()
+    by_chance = lambda group: (-len(sizes[group]), zlib.crc32(f"{seed} {group}".encode()))
+    for group in sorted(sizes, key=by_chance):
+        fits = [0 < wanted[key] and n <= max(wanted[key], least[key]) < len(files[key])
+                for key, n in sizes[group].items()]
+        if all(fits):
             chosen.add(group)
-            wanted -= sizes[group]
-    return [f for f in files if group_of(f) not in chosen], [f for f in files if group_of(f) in chosen]
+            for key, n in sizes[group].items():
+                wanted[key] -= n
+    split = dict(files)
+    for key in wanted:
+        split[key] = [file for file in files[key] if group_of[file] not in chosen]
+        split[key.replace("train", "test")] = [file for file in files[key] if group_of[file] in chosen]
+    return split
 
 
 def unread(left):

@@ -58,7 +58,8 @@ def tiff(path, v, order="<", strips=(), **tags):
 
 def seen(path, low=0, high=65535):
     """The grey levels (H, W) or (H, W, 3) that the program sees in a file."""
-    x, _ = images.read_image(path, Reading(low, high))
+    mode = images.decode(path)[1].mode
+    x, _ = images.read_image(path, Reading(low, high, mode=mode if mode in images.DEEP else "I;16"))
     v = (x.double().numpy().transpose(1, 2, 0) + 1) / 2 * (high - low) + low
     return v[..., 0] if len(x) == 1 else v
 
@@ -254,6 +255,40 @@ def test_the_users_validation_images_stay_apart_and_a_person_on_both_sides_is_na
         "warning: images of p2 are both to train and to test on"]
 
 
+@pytest.mark.parametrize("sizes", [(5, 95), (50, 50), (1, 1, 1), (12,) * 9, (40, 3, 3, 3, 3)])
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_are_held_out_alike_in_all_domains_and_never_all_of_them(sizes, seed):
+    files = {f"{split}-{d}": [] for d in range(2) for split in ("train", "valid", "test")}
+    for d in range(2):
+        for p, count in enumerate(sizes):
+            files[f"train-{d}"] += [folder.File(f"{p}-{i}", "ab"[d], "", f"p{p}", f"p{p}/{i}")
+                                    for i in range(count + d)]
+    found = folder.hold_out(files, seed)
+    groups = [{file.group for d in range(2) for file in found[f"{split}-{d}"]} for split in ("train", "test")]
+    assert not set.intersection(*groups) and all(found[f"train-{d}"] for d in range(2))
+    most = max(sum(sizes) // 5, min(sizes) + 1)
+    assert (sum(sizes) < 5 or groups[1]) and all(len(found[f"test-{d}"]) <= most for d in range(2))
+
+
+def test_files_named_by_uid_are_all_themselves_and_a_runs_folder_is_passed_over(tmp_path):
+    names = {folder.place(tmp_path, tmp_path / "a" / f"1.2.840.{i}").name for i in range(9)}
+    assert len(names) == 9 and folder.place(tmp_path, tmp_path / "a" / "x.dcm").name == "x"
+    fill(tmp_path / "out", 2)
+    (tmp_path / "out" / ".lock").touch()
+    assert folder.image_files(tmp_path) == ([], {"folder out": 1})
+
+
+def test_a_folder_is_scored_in_the_range_that_was_trained_on_and_other_files_are_refused(tmp_path):
+    for d in "ab":
+        fill(tmp_path / d, 5, lambda i: head(i, top=1000))
+    known = dict.fromkeys("ab", Reading(0, 4095))
+    made = data.folder_set(tmp_path, 16, cache=tmp_path / ".cache", known=known)
+    assert made.readings == known and made.train_images[0].max() < -.5
+    tiff(tmp_path / "f.tif", head(0).astype(np.float32) / 65535)
+    with pytest.raises(UserError, match="f.tif.*mode F"):
+        images.read_image(tmp_path / "f.tif", known["a"])
+
+
 def test_a_bright_dot_that_widens_the_range_is_warned_of(tmp_path, learn):
     dot = np.pad(np.full((2, 2), 65535, np.uint16), 7)
     fill(tmp_path / "root" / "a", 6, lambda i: head(i, top=4095))
@@ -304,6 +339,10 @@ def test_orientation_is_applied_on_reading_and_kept_on_writing(tmp_path, ending,
         assert b.getexif().get(274, 1) == turn  # before Pillow has turned a TIFF
     for file in files:
         np.testing.assert_allclose(seen(file, 0, top), UPRIGHT[turn](v), atol=8 if ending == "jpg" else .02)
+    other = tmp_path / ("c.tif" if ending == "png" else "c.png")  # in another format it is laid upright
+    assert translated(files[0], other, network(tmp_path)) == 0
+    grey = stored(other).reshape(*UPRIGHT[turn](v).shape, -1)[..., 0]
+    np.testing.assert_allclose(grey, UPRIGHT[turn](v), atol=8 if ending == "jpg" else .02)
 
 
 def test_a_border_of_one_domain_is_warned_of_and_crop_puts_it_back(tmp_path, learn, negate):
@@ -321,8 +360,16 @@ def test_a_border_of_one_domain_is_warned_of_and_crop_puts_it_back(tmp_path, lea
         assert np.abs(x - (inner / 4095 * 2 - 1)).max((1, 2)).min() < 1e-3
     exif[274] = 6
     Image.fromarray(framed[7]).save(file, exif=exif)
-    assert translated(file, tmp_path / "c.png", tmp_path / "out" / "checkpoint.pt", "b", "a") == 0
+    net = tmp_path / "out" / "checkpoint.pt"
+    assert translated(file, tmp_path / "c.png", net, "b", "a") == 0
     np.testing.assert_array_equal(stored(tmp_path / "c.png"), np.pad(4095 - inner[7], ((4, 6), (5, 5))))
+    tiff(tmp_path / "a.tif", 4095 - framed[7], t262=[0])  # the border looks as before, whatever its polarity
+    assert translated(tmp_path / "a.tif", tmp_path / "c.tif", net, "b", "a") == 0
+    np.testing.assert_array_equal(stored(tmp_path / "c.tif"), np.pad(4095 - inner[7], ((4, 6), (5, 5))))
+    v = torch.from_numpy(np.pad(inner[0].astype(np.float32), ((0, 9), (0, 5))))[None]
+    assert images.content_box(v) == (slice(None), slice(0, 16), slice(0, 16))
+    v[0, 2, 2] = 65535  # a label burnt in
+    assert images.content_box(v)[1:] == (slice(0, 16), slice(0, 16))
 
 
 def test_no_more_large_images_wait_than_fit_in_memory(monkeypatch):
@@ -450,10 +497,10 @@ def radiograph(path, v, bits=12, kind="MONOCHROME2", **more):
     meta = pydicom.dataset.FileMetaDataset()
     meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
     file = pydicom.dataset.FileDataset(str(path), {}, preamble=bytes(128), file_meta=meta)
-    more |= dict(SOPClassUID="1.2.840.10008.5.1.4.1.1.1.1", SOPInstanceUID="1.2.3", SamplesPerPixel=1,
+    usual = dict(SOPClassUID="1.2.840.10008.5.1.4.1.1.1.1", SOPInstanceUID="1.2.3", SamplesPerPixel=1,
                  Rows=len(v), Columns=len(v[0]), PhotometricInterpretation=kind, PixelData=v.tobytes(),
                  BitsAllocated=16, BitsStored=bits, HighBit=bits - 1, PixelRepresentation=int(v.min() < 0))
-    for name, value in more.items():
+    for name, value in (usual | more).items():
         setattr(file, name, value)
     path.parent.mkdir(exist_ok=True)
     file.save_as(path, enforce_file_format=True)
@@ -462,12 +509,14 @@ def radiograph(path, v, bits=12, kind="MONOCHROME2", **more):
 # DICOM PS3.3, C.11.2.1.2.1
 window = lambda v, centre, width: ((v - (centre - .5)) / (width - 1) + .5).clip(0, 1)
 WINDOW, RESCALE = dict(WindowCenter=1000, WindowWidth=501), dict(RescaleSlope=2, RescaleIntercept=-1000)
+NEGATIVE = dict(RescaleSlope=-1, RescaleIntercept=4095)
 
 
 @pytest.mark.parametrize("more, want", [
     ({}, lambda v: v), (dict(kind="MONOCHROME1"), lambda v: 4095 - v), (RESCALE, lambda v: v),
     (WINDOW, lambda v: window(v, 1000, 501) * 4095),
-    (dict(RescaleSlope=-1, RescaleIntercept=4095), lambda v: 4095 - v),
+    (NEGATIVE, lambda v: 4095 - v), (dict(WindowCenter="", RescaleSlope="", WindowWidth=9), lambda v: v),
+    (WINDOW | NEGATIVE, lambda v: window(4095. - v, 1000, 501) * 4095),
     (WINDOW | RESCALE | dict(kind="MONOCHROME1"), lambda v: 4095 - window(2 * v - 1000, 1000, 501) * 4095)])
 def test_a_radiograph_is_seen_as_a_viewer_shows_it_and_written_as_png(tmp_path, more, want):
     v, net = head(0, top=4095), network(tmp_path, a=Reading(0, 4095), b=Reading(0, 4095))
@@ -478,6 +527,16 @@ def test_a_radiograph_is_seen_as_a_viewer_shows_it_and_written_as_png(tmp_path, 
     for name in ("a.png", "1.2.840.7.png", "IM0001.png"):
         assert Image.open(tmp_path / "out" / name).mode == "I;16"
         np.testing.assert_allclose(stored(tmp_path / "out" / name), want(v.astype(float)), atol=.51)
+
+
+def test_what_no_radiograph_is_is_refused_in_one_sentence(tmp_path):
+    v = head(0, top=4095)
+    radiograph(tmp_path / "deep" / "0.dcm", v.astype(np.uint32), 20, BitsAllocated=32)
+    radiograph(tmp_path / "colour" / "0.dcm", v, 8, "PALETTE COLOR", BitsAllocated=16)
+    radiograph(tmp_path / "thin" / "0.dcm", np.zeros((2, 40), np.uint16))
+    for name, why in (("deep", "20 bits"), ("colour", "PALETTE"), ("thin", "too thin")):
+        with pytest.raises(UserError, match=f"{why}"):
+            images.read_image(tmp_path / name / "0.dcm")
 
 
 def test_stored_bits_are_the_range_of_radiographs_with_a_sign_too(tmp_path):

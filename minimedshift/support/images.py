@@ -1,5 +1,6 @@
 """Image files: read as people see them, with what is needed to write them back as they were."""
 
+import math
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ FORMATS = {  # extension -> format, the modes it can hold, how it is saved witho
 READ = tuple({name for name, _, _ in FORMATS.values()})  # some others that Pillow knows run programs
 FORMATS |= {".tiff": FORMATS[".tif"], ".jpeg": FORMATS[".jpg"], ".jfif": FORMATS[".jpg"]}
 PIXELS = 64_000_000  # the most in an image, 8000 x 8000; in colour it then takes 2 GB
+THIN, SLACK = 16, .01  # the most of one side over the other; of a float's range, that is not worth a word
 LUMINANCE = (.299, .587, .114)  # ITU-R BT.601
 BORDER = .008  # what differs by less than this share of the range is one grey level: 2 of 255
 LYING = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # EXIF's orientation -> the Image.Transpose that makes it
@@ -40,6 +42,7 @@ class Reading:
     high: float = 0.0     # the one that becomes 1; 0: not known, each file says by its largest level
     invert: bool = False  # the files are negatives of other domains'
     crop: bool = False    # a border of one grey level is left out, and put back on writing
+    mode: str = "I;16"    # of deeper files
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Info:
     turn: int = 1                    # EXIF's orientation
     alpha: np.ndarray | None = None  # (H, W) uint8, kept as it was
     extra: dict = field(default_factory=dict)  # resolution, colour profile, description
-    around: tuple | None = None      # the whole image's grey levels, and the box in them that x is of
+    around: tuple | None = None      # the whole image, and the box in it that x is of
+    format: str = ""                 # Pillow's name
 
     def ends(self, reading):
         """The grey levels that are -1 and 1."""
@@ -66,14 +70,17 @@ def read_image(path, reading=Reading()):
     if info.mode == "I;16" and not info.bits and not reading.high:
         info = replace(info, bits=next(bits for bits in (8, 10, 12, 14, 16) if v.max() < 2**bits))
     low, high = info.ends(reading)
-    refuse(low == high, f"{path}: is signed or float, as no file that was trained on: its range is not known")
-    refuse(v.min() < low or v.max() > high, f"{path}: has levels {v.min():g} to {v.max():g}, files of its "
-                                            f"domain {low:g} to {high:g}: see --bits")
+    refuse(not info.bits and info.mode != reading.mode,
+           f"{path}: has mode {info.mode}, deep files of its domain have {reading.mode}: write it like them")
+    slack = SLACK * (high - low) * (info.mode == "F")
+    refuse(v.min() < low - slack or v.max() > high + slack, f"{path}: has levels {v.min():g} to {v.max():g}, "
+           f"files of its domain {low:g} to {high:g}: see --bits")
+    x = to_x(v, info, reading)
     if reading.crop:
         box = content_box(v)
-        info = replace(info, around=(v, box), size=tuple(v[box].shape[1:]))
-        v = v[box]
-    return to_x(v, info, reading), info
+        info = replace(info, around=(x, box), size=tuple(v[box].shape[1:]))
+        x = x[box]
+    return x, info
 
 
 def to_x(v, info, reading):
@@ -89,11 +96,10 @@ def decode(path):
     try:
         if dicom.is_dicom(path):
             v, negative, bits = dicom.decode(path)
+            check_size(path, *v.shape)
             return torch.from_numpy(v)[None], Info("I;16", v.shape, negative, bits)
         with open(path, "rb") as file, Image.open(file, formats=READ) as image:  # findings/turned-tiff.sh
-            width, height = image.size
-            refuse(width * height > PIXELS, f"{path}: {width} x {height} pixels are too many: make it small")
-            refuse(max(width, height) > 16 * min(width, height), f"{path}: {width} x {height} is too thin")
+            check_size(path, *image.size)
             pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a phone adds small copies
             tags = getattr(image, "tag_v2", {})
             doubt = doubts(tags, image.mode, str(getattr(image, "tile", "")))
@@ -101,6 +107,7 @@ def decode(path):
             extra = {key: image.info[key] for key in ("exif", "dpi", "icc_profile") if image.info.get(key)}
             extra["tiffinfo"] = {tag: tags[tag] for tag in (*KEPT, 274) if tag in tags}
             image.load()
+            name = "JPEG" if image.format == "MPO" else image.format
             image = ImageOps.exif_transpose(image)
             if image.mode == "P":
                 image = image.convert("RGBA" if "transparency" in image.info else "RGB")
@@ -125,7 +132,13 @@ def decode(path):
     negative = mode in DEEP and tags.get(262) == 0  # of 8 bits Pillow inverts it
     bits = 8 if mode not in DEEP else 12 if tags.get(258) == (12,) else 0
     v = torch.from_numpy(v.astype(np.float32)).permute(2, 0, 1).contiguous()
-    return v, Info(mode, tuple(v.shape[1:]), negative, bits, turn, alpha, extra)
+    return v, Info(mode, tuple(v.shape[1:]), negative, bits, turn, alpha, extra, None, name)
+
+
+def check_size(path, *sides):
+    """Raises UserError for an image too large or too thin."""
+    wrong = math.prod(sides) > PIXELS or max(sides) > THIN * min(sides)
+    refuse(wrong, f"{path}: {' x '.join(map(str, sides))} pixels are too many, or too thin")
 
 
 def doubts(tags, mode, tile):
@@ -139,12 +152,17 @@ def doubts(tags, mode, tile):
 
 
 def content_box(v):
-    """The part of v (C, H, W) inside a border of one grey level, as slices; all of it where little is."""
-    off = (v - v[:, :1, :1]).abs().amax(0) > BORDER * (v.max() - v.min())
-    rows, columns = (off.any(axis).nonzero()[:, 0].tolist() for axis in (1, 0))
-    if min(len(rows), len(columns)) < 8:
-        return slice(None), slice(None), slice(None)
-    return slice(None), slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    """The part of v (C, H, W) inside a border of one grey level, as slices; all of it where little is.
+    Above and left the level is that of the first corner, below and right that of the last."""
+    some = v.flatten()[::v.numel() // 10000 + 1].sort().values
+    level = BORDER * (some[-1 - len(some) // 50] - some[len(some) // 50])  # a burnt-in label is no range
+    first, last = ((v - corner).abs().amax(0) > level for corner in (v[:, :1, :1], v[:, -1:, -1:]))
+    box = [slice(None)]
+    for axis in (1, 0):
+        inner = [*first.any(axis).nonzero()[:1, 0].tolist(), *(last.any(axis).nonzero()[-1:, 0] + 1).tolist()]
+        box.append(slice(*inner) if len(inner) == 2 else slice(0, 0))
+    sides = [part.stop - part.start for part in box[1:]]
+    return tuple(box) if min(sides) >= 8 and max(sides) <= THIN * min(sides) else (slice(None),) * 3
 
 
 def channels_to(x, channels):
@@ -167,24 +185,26 @@ def write_image(path, x, info, reading=Reading()):
     Raises UserError if it cannot."""
     check_writable(path, info)
     name, _, options = FORMATS[Path(path).suffix.lower()]
-    x = channels_to(x.detach().float().cpu(), 3 if info.mode in ("RGB", "RGBA") else 1)
-    v = to_levels(-x if reading.invert else x, *info.ends(reading), DEEP.get(info.mode, np.uint8))
+    channels = 3 if info.mode in ("RGB", "RGBA") else 1
+    x = channels_to(x.detach().float().cpu(), channels)
     if info.around:
-        whole, (_, *box) = info.around
-        whole = whole.expand(v.shape[-1], -1, -1).permute(1, 2, 0).numpy().astype(v.dtype)
-        whole[tuple(box)] = v
-        v = whole
+        whole, box = info.around
+        inner, x = x, channels_to(whole, channels).clone()
+        x[box] = inner
+    v = to_levels(-x if reading.invert else x, *info.ends(reading), DEEP.get(info.mode, np.uint8))
     if info.alpha is not None:
         v = np.concatenate([v, info.alpha[..., None]], -1)
-    if name == "TIFF" and info.turn > 4:  # uncompressed ones Pillow reads wrong
+    turn, extra = info.turn, info.extra
+    if name != info.format:  # not all formats can say that an image is turned
+        turn, extra = 1, {key: value for key, value in extra.items() if key in ("dpi", "icc_profile")}
+    if name == "TIFF" and turn > 4:  # uncompressed ones Pillow reads wrong
         options = dict(compression="tiff_lzw")
-    extra = info.extra
     if info.mode == "I":  # Pillow writes the bytes as of unsigned numbers, the tag says that they have a sign
-        v, extra = v.view(np.uint16), extra | dict(tiffinfo=extra["tiffinfo"] | {339: 2})
+        v, extra = v.view(np.uint16), extra | dict(tiffinfo=extra.get("tiffinfo", {}) | {339: 2})
     try:
         with write_whole(path) as work:
             image = Image.fromarray(v[..., 0] if v.shape[-1] == 1 else v)
-            image = image.transpose(LYING[info.turn]) if info.turn in LYING else image
+            image = image.transpose(LYING[turn]) if turn in LYING else image
             image.save(work, name, **options, **extra)
     except UserError:
         raise

@@ -26,9 +26,9 @@ from minimedshift.student import restore, teach
 from minimedshift.support import checkpoint, ranks
 from minimedshift.support.command import UserError, flag, parse, refuse, run
 from minimedshift.support.files import lock_folder, write_json
-from minimedshift.support.log import Log
+from minimedshift.support.log import AHEAD, Log
 from minimedshift.support.machine import (autocast, can_compile, has_bfloat16, keep_memory, machine_name,
-    name_of, pick_device, pick_formats, try_compile)
+    pick_device, pick_formats, try_compile)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,9 @@ def main(argv=None):
         before = stopped_run(config, file, device)
         dtype, memory = ranks.same(formats(config, device, before))
         if not config.check_data:
-            try_out(config, device, dtype, memory)
+            AHEAD.seconds = try_out(config, device, dtype, memory)
+            after = PRESETS[config.preset].after if config.student else {}
+            AHEAD.units = {"training": config.steps} | after
         if ranks.RANK:
             ranks.same(None)  # waits until rank 0 has filled the cache
         dataset = batches.load_dataset(config)
@@ -109,7 +111,7 @@ def train(config, dataset, device, dtype, memory, file, before=None):
     image = data.description(dataset)
     first = go_on(before, file, model, optimizers, ema, list(dataset.domains), image) if before else 0
     net = DistributedDataParallel(model) if ranks.COUNT > 1 else model  # as it is called in training
-    how, machine = translation_of(config), dict(dtype=name_of(dtype), memory_format=name_of(memory))
+    how, machine = translation_of(config), dict(dtype=str(dtype)[6:], memory_format=str(memory)[6:])
     print(f"{device.type}, {', '.join(machine.values())}, {config.preset} preset: "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
           f"{sum(map(len, dataset.train_images))} images of {config.size}x{config.size} of "
@@ -130,8 +132,7 @@ def train(config, dataset, device, dtype, memory, file, before=None):
     stopping = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stopping.append(True))  # finish the step, save, stop
-    steps_after = PRESETS[config.preset].steps_after
-    log = Log(file.parent, first, config.steps, config.batch_size, ranks.RANK > 0, steps_after)
+    log = Log(file.parent, first, config.steps, config.batch_size, ranks.RANK > 0)
     saved = time.time()
     for step, (x0, x1, y, t, e, plan, seconds) in enumerate(steps, first + 1):
         warm_up, cosine = step / 50, (1 + math.cos(math.pi * (step - 1) / config.steps)) / 2
@@ -194,13 +195,17 @@ def build(config, domains, channels, device, dtype, memory):
 
 
 def try_out(config, device, dtype, memory):
-    """One step and one translation at full size, on noise: memory and compiler fail now or not at all."""
+    """Two steps and a translation at full size, of noise: what fails, fails now. Returns a step's seconds."""
     model, optimizers, ema = build(config, 5, 1, device, dtype, memory)
     B = config.batch_size // ranks.COUNT
     x0, x1, e = torch.randn(3, B, 1, config.size, config.size, device=device)
     y, t = torch.arange(B, device=device) % 5, torch.rand(B, device=device)
-    take_step(model, optimizers, config, dtype, x0, x1, y, t, e)
+    for _ in range(2):
+        start = time.time()
+        take_step(model, optimizers, config, dtype, x0, x1, y, t, e)[0].item()
+    seconds = time.time() - start
     sampler.translate(ema.model, x1, 0, 1, **translation_of(config) | dict(steps=1))
+    return seconds
 
 
 # ---------------------------------------------------------------- the student, report and pictures

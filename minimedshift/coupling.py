@@ -136,15 +136,15 @@ class Minibatch:
 class Semidiscrete:
     """Optimal transport from all noise to all training images of a label: to argmax_j <x0, x_j> + g_j, whose
     g_j lets each image be picked by its share of noises (arXiv:2509.25519; there g_j + ||x_j||^2 / 2).
-    images: one (N, ...) array or tensor a label; g: the potentials (N,) of each, from `learn_potentials`.
-    dtype: of a first look at all images. After one in bfloat16 the CLOSEST are compared again in float32."""
+    images: one (N, ...) array or tensor a label, kept as it is, float16 too; g: the potentials (N,) of each,
+    from `learn_potentials`. dtype: of a first look at all images. After one in bfloat16 the CLOSEST are
+    compared again in float32."""
 
     def __init__(self, images, g, device="cpu", dtype=torch.float32):
-        self.images = [torch.tensor(np.asarray(x), device=device).float() for x in images]
-        self.rows = [x.flatten(1).to(dtype) for x in self.images]
+        self.images, self.dtype = [torch.as_tensor(np.asarray(x), device=device) for x in images], dtype
         self.g = [torch.as_tensor(z, device=device) for z in g]
-        self.mean = [x.mean(0) for x in self.images]
-        self.square = [x.square().flatten(1).sum(1).mean() for x in self.images]
+        self.mean = [x.mean(0, dtype=torch.float32) for x in self.images]
+        self.square = [x.float().square().flatten(1).sum(1).mean() for x in self.images]
 
     def __call__(self, x0, y, generator=None):
         """x0 (n, ...) as it is, the image x1 (n, ...) of each noise, and the Plan. y (n,): on the host."""
@@ -153,19 +153,19 @@ class Semidiscrete:
         for label in y.unique().tolist():
             rows = to_device((y == label).nonzero()[:, 0], x0.device)
             noise = x0[rows]
-            x1[rows] = self.images[label][self.best(noise.flatten(1), label)]
+            x1[rows] = self.images[label][self.best(noise.flatten(1), label)].float()
             squares = noise.square().sum() + len(rows) * self.square[label]
             all_pairs = all_pairs + (squares - 2 * (noise * self.mean[label]).sum())
         return x0, x1, Plan(0.0, (x1 - x0).square().sum() / all_pairs, 0.0)
 
     def best(self, x0, label):
         """argmax_j <x0, x_j> + g_j among the images of one label: x0 (n, d) -> (n,)."""
-        rows, g = self.rows[label], self.g[label]
-        value = (x0.to(rows.dtype) @ rows.T).float() + g
-        if rows.dtype == torch.float32:
+        rows, g = self.images[label].flatten(1), self.g[label]
+        value = (x0.to(self.dtype) @ rows.to(self.dtype).T).float() + g
+        if self.dtype == torch.float32:
             return value.argmax(1)
         closest = value.topk(min(CLOSEST, len(rows)), 1).indices  # (n, k)
-        candidates = self.images[label].flatten(1)[closest]  # (n, k, d)
+        candidates = rows[closest].float()  # (n, k, d)
         again = torch.einsum("nd,nkd->nk", x0, candidates) + g[closest]
         return closest.gather(1, again.argmax(1, keepdim=True))[:, 0]
 

@@ -19,7 +19,7 @@ from minimedshift.bands import BandCurves, Curve, blur, erode, fit_bands, fit_hi
 from minimedshift.support.log import progress
 from minimedshift.support.machine import autocast
 
-IMAGES, NOISY = 1000, 250  # images of a domain: fewer pull its tone off; so many are enough for its noise
+IMAGES, NOISY = 500, 250  # images of a domain: fewer pull its tone off; so many are enough for its noise
 LEVELS, ENOUGH = 16, 100  # Noise is measured at 16 levels of grey, where a level has 100 pixels.
 NORMAL = 0.6745  # This is the median of |N(0, 1)|.
 UNIT = (0.87252, 0.18928)  # White noise of variance 1 has these deviations in its bands of grain.

@@ -151,16 +151,16 @@ class Preset:
     batch_size: int     # images a step
     lessons: int        # images of each domain that the flow translates for the student
     student_steps: int  # the student's optimizer steps, 32 images each
-    steps_after: int    # what comes after the training takes about as long as so many steps
+    after: dict         # how long what follows takes, in training steps
 
 
 PRESETS = {  # GFLOPs: of one evaluation of one image, a multiply-add counted as two
-    # 2.65M parameters, 0.54 GFLOPs
-    "cpu": Preset(64, Shape(stem=4, widths=(96, 128), blocks=(2, 2)), 1400, 16, 300, 600, 1700),
+    # 1.40M parameters, 0.27 GFLOPs
+    "cpu": Preset(64, Shape(stem=4, widths=(64, 96), blocks=(2, 2)), 700, 32, 300, 900,
+                  {"the flow translates": 100, "the student learns": 450, "its finish": 150}),
     # 24.09M parameters, 27.11 GFLOPs
-    "gpu": Preset(256, Shape(stem=4, widths=(128, 256, 384), blocks=(2, 2, 2)), 10000, 32, 500, 2000, 5000),
-    # 1.40M parameters, 0.27 GFLOPs: what notebooks/checkpoint.pt holds
-    "notebook": Preset(64, Shape(stem=4, widths=(64, 96), blocks=(2, 2)), 1400, 16, 300, 600, 2000),
+    "gpu": Preset(256, Shape(stem=4, widths=(128, 256, 384), blocks=(2, 2, 2)), 10000, 32, 500, 2000,
+                  {"the flow translates": 1000, "the student learns": 3000, "its finish": 800}),
 }
 
 

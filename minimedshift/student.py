@@ -9,7 +9,6 @@ do not move (an L2 loss would give the mean, which they do):
 What differs between two domains is local, so the student may be. A median has no noise of its own, and a tone
 that is wrong in all lessons stays wrong: finish.py mends both."""
 
-import itertools
 import time
 from dataclasses import asdict, dataclass
 
@@ -25,7 +24,8 @@ from minimedshift.support.command import UserError
 from minimedshift.support.log import progress
 from minimedshift.support.machine import autocast
 
-LESSONS = dict(tau=0.1, steps=5, t_image=0.99)  # how the flow translates what the student learns from
+LESSONS = dict(tau=0.1, steps=3, t_image=0.99)  # how the flow translates what the student learns from
+TARGETS = 2    # domains to which it translates an image, drawn for each
 GAMMA = 16.97  # of the EMA: about the last twentieth of the steps
 
 
@@ -35,7 +35,7 @@ class LocalShape:
     num_domains: int = 5
     channels: int = 1
     width: int = 64
-    stem: int = 2  # pixels of a side that become channels
+    stem: int = 4  # pixels of a side that become channels
     blocks: int = 6
 
 
@@ -93,20 +93,23 @@ def spread_out(dataset, count):
 
 
 @torch.inference_mode()
-def lessons(flow, images, tau, batch=64, **how):
-    """What the flow makes of images (D, N, C, H, W), N of each domain: (D, D, N, C, H, W) float16.
-    [s, t] is domain s translated to domain t; [s, s] stays empty. how: the sampler's steps, t_image."""
-    start, (D, N) = time.time(), images.shape[:2]
-    device = next(flow.parameters()).device
-    answers = torch.zeros(D, D, *images.shape[1:], dtype=torch.float16)
+def lessons(flow, images, tau, seed=0, batch=64, **how):
+    """What the flow makes of images (D, N, C, H, W), N of each domain: targets (D, N, K) int64, the domains
+    to which each is translated, and answers (D, N, K, C, H, W) float16. how: the sampler's steps, t_image."""
+    start, (D, N), draw = time.time(), images.shape[:2], torch.Generator().manual_seed(seed)
+    device, K = next(flow.parameters()).device, min(TARGETS, D - 1)
+    others = torch.rand(D, N, D - 1, generator=draw).argsort(2)[..., :K] + 1  # domains further on
+    targets = (torch.arange(D)[:, None, None] + others) % D
+    answers = torch.zeros(D, N, K, *images.shape[2:], dtype=torch.float16)
     for s in range(D):
         for some in torch.arange(N).split(batch):
             x = images[s, some].to(device, torch.float32)
             z = sampler.encode(flow, x, s, tau, **how)  # the way back is the same for all targets
-            for t in set(range(D)) - {s}:
-                answers[s, t, some] = sampler.decode(flow, z, t, tau, **how).half().cpu()
+            for k in range(K):
+                y = targets[s, some, k].to(device)
+                answers[s, some, k] = sampler.decode(flow, z, y, tau, **how).half().cpu()
             progress(s * N + int(some[-1]) + 1, D * N, start, "the flow translates")
-    return answers
+    return targets, answers
 
 
 def turned(x, way):
@@ -116,12 +119,12 @@ def turned(x, way):
     return x.transpose(-1, -2) if way & 4 else x
 
 
-def learn(shape, images, answers, steps, batch=32, lr=1.5e-3, seed=0, dtype=torch.float32, device="cpu"):
-    """A LocalNet, in eval mode, that has learned answers (D, D, N, C, H, W) to images (D, N, C, H, W).
-    Its loss, mean |net(x) - answer|, seeks the median. Its weights are a running mean."""
-    start, (D, N) = time.time(), images.shape[:2]
-    device, draw = torch.device(device), torch.Generator().manual_seed(seed)
-    pairs = torch.tensor(list(itertools.permutations(range(D), 2)))
+def learn(shape, images, targets, answers, steps, batch=32, lr=1.5e-3, seed=0, dtype=torch.float32,
+          device="cpu"):
+    """A LocalNet, in eval mode, that has learned answers (D, N, K, C, H, W) to images (D, N, C, H, W), which
+    show them in domains targets (D, N, K). Its loss, mean |net(x) - answer|, seeks the median. Its weights
+    are a running mean."""
+    start, device, draw = time.time(), torch.device(device), torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = LocalNet(shape)
@@ -130,13 +133,12 @@ def learn(shape, images, answers, steps, batch=32, lr=1.5e-3, seed=0, dtype=torc
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(2, steps))
     ema = EMA(net, GAMMA)
     for step in range(1, steps + 1):
-        s, t = pairs[torch.randint(len(pairs), (batch,), generator=draw)].T
-        i = torch.randint(N, (batch,), generator=draw)
+        s, i, k = (torch.randint(n, (batch,), generator=draw) for n in targets.shape)
         way = int(torch.randint(8, (), generator=draw))
         x = turned(images[s, i], way).to(device, torch.float32).contiguous()
-        answer = turned(answers[s, t, i], way).to(device, torch.float32)
+        answer = turned(answers[s, i, k], way).to(device, torch.float32)
         with autocast(device, dtype):
-            out = net(x, s.to(device), t.to(device))
+            out = net(x, s.to(device), targets[s, i, k].to(device))
         loss = (out - answer).abs().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -195,9 +197,9 @@ def teach(model, dataset, count, steps, dtype, device, seed=0):
     """The Student of a trained flow: `steps` of the optimizer on `count` images a domain, then its finish."""
     images = spread_out(dataset, count)
     with autocast(device, dtype):
-        answers = lessons(model, images, **LESSONS)
-    stem = 2 ** (1 + (dataset.size >= 128) + (dataset.size >= 256))  # the view is the same share of any size
-    shape = LocalShape(len(dataset.domains), dataset.channels, 128 if dataset.size >= 256 else 64, stem)
-    net = learn(shape, images, answers, steps, seed=seed, dtype=dtype, device=device)
+        targets, answers = lessons(model, images, seed=seed, **LESSONS)
+    width, stem = (128, 8) if dataset.size >= 256 else (64, 4)
+    shape = LocalShape(len(dataset.domains), dataset.channels, width, stem)
+    net = learn(shape, images, targets, answers, steps, seed=seed, dtype=dtype, device=device)
     enough = min(finish.IMAGES, max(map(len, dataset.train_images)))
     return Student(net, finish.fit(net, spread_out(dataset, enough), dtype))

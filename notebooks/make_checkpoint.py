@@ -1,7 +1,7 @@
 """Make notebooks/checkpoint.pt, the trained network of lessons 5 to 7, in half precision and without the optimizer:
 
-    python train.py --preset notebook --out out/notebook
-    python notebooks/make_checkpoint.py out/notebook/checkpoint.pt
+    python train.py
+    python notebooks/make_checkpoint.py out/checkpoint.pt
 """
 
 import sys

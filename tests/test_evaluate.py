@@ -14,7 +14,7 @@ import torch
 from networks import HOW, save_network
 from PIL import Image
 
-from minimedshift import data, evaluate, methods, metrics, sampler
+from minimedshift import evaluate, methods, metrics, sampler
 from minimedshift.methods import Method
 from minimedshift.model import Shape, UNet, load_model
 from minimedshift.phantom import sets
@@ -246,22 +246,6 @@ def write(folder, names, bright, seed=0):
     g = np.random.default_rng(seed)
     for name in names:
         Image.fromarray((g.random((32, 32)) * 100 + bright).astype(np.uint8)).save(folder / f"{name}.png")
-
-
-def test_test_images_of_one_name_are_pairs_and_others_are_not(tmp_path):
-    names = [f"head{i}" for i in range(9)]
-    for domain, bright in (("a", 0), ("b", 100)):
-        write(tmp_path / "train" / domain, [f"t{i}" for i in range(5)], bright)
-        write(tmp_path / "test" / domain, names + [f"only-{domain}"], bright, seed=1)
-    found = data.folder_set(tmp_path, 32, cache=tmp_path / "cache")
-    assert found.valid_pairs.images.shape == (5, 2, 1, 32, 32)
-    assert found.test_pairs.images.shape == (4, 2, 1, 32, 32) and found.test_pairs.truth is None
-    lighter = found.test_pairs.images[:, 1] - found.test_pairs.images[:, 0]  # the same, 100 levels brighter
-    np.testing.assert_allclose(lighter, 100 / 127.5, atol=2e-3)
-    (tmp_path / "test" / "a" / "head3.png").unlink()
-    (tmp_path / "test" / "a" / "head4.png").unlink()
-    again = data.folder_set(tmp_path, 32, cache=tmp_path / "cache")
-    assert again.test_pairs is None and again.valid_pairs is None and len(again.test_images[0]) == 8
 
 
 @pytest.mark.parametrize("paired", [True, False])

@@ -15,6 +15,7 @@ import torch
 from disk import full_disk
 from minimedshift.support import files, images
 from minimedshift.support.command import UserError
+from minimedshift.support import log
 from minimedshift.support.log import Log
 
 ROOT = Path(__file__).parents[1]
@@ -72,12 +73,25 @@ def test_a_log_that_was_cut_goes_on_with_whole_lines(tmp_path):
     assert Log(tmp_path, 4, 4, 1).rows == [] and sorted(os.listdir(tmp_path)) == ["log.csv", "loss.png"]
 
 
-def test_the_log_tells_once_how_long_all_takes_and_knows_a_failed_run(tmp_path, capsys):
-    log = Log(tmp_path, 0, 40, 1, steps_after=10)
+def test_every_phase_tells_the_time_left_of_the_whole_run(tmp_path, capsys, monkeypatch):
+    """A step was thought to take 2 s and takes 3; what comes after the training takes 10 and 20 steps."""
+    clock = [0.0]
+    monkeypatch.setattr(log.time, "time", lambda: clock[0])
+    monkeypatch.setattr(log, "AHEAD", log.Ahead())
+    log.AHEAD.seconds, log.AHEAD.units = 2.0, {"potentials": 5, "training": 40, "taught": 10, "report": 20}
+    clock[0] = 10.0
+    log.progress(1, 3, 0.0, "simulating")                 # 20 s, and 75 steps
+    log.progress(1, 5, 0.0, "potentials")                 # too soon for another line
+    clock[0] = 100.0
+    log.progress(2, 5, 0.0, "potentials")                 # 150 s, and 70 steps
+    run = Log(tmp_path, 0, 40, 1)
     for step in range(1, 41):
-        log(step, torch.tensor(1.0), float("inf") if step > 30 else 1.0, *REST[1:])
-    assert capsys.readouterr().out.count("all of it takes about 0 min") == 1
-    assert log.failed(10) and not log.failed(11)
+        clock[0] += 3
+        run(step, torch.tensor(1.0), float("inf") if step > 30 else 1.0, *REST[1:])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(", ")[2].split()[0] for line in said] == [
+        "2:50", "4:50", "2:57", "2:24", "1:51", "1:30"]
+    assert run.failed(10) and not run.failed(11)
 
 
 # ---------------------------------------------------------------- a folder for one

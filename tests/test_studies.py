@@ -78,14 +78,6 @@ def test_distance_is_that_of_the_best_pairing():
     assert plane.distance(x, x + torch.tensor([.3, .4])) == pytest.approx(.25)
 
 
-def test_a_short_run_in_the_plane_already_prefers_the_coupling_per_label():
-    """At one Euler step, as in the long runs below. The floor is the samples', whatever was trained."""
-    found = {name: plane.errors(plane.train(name, 0, 150, batch=128), 0, 256) for name in plane.RUNS}
-    per_label, independent = found["per label"], found["independent"]
-    assert per_label["1 Euler step"] < .5 * independent["1 Euler step"]
-    assert per_label["floor"] == independent["floor"] < .5 * per_label["1 Euler step"]
-
-
 @pytest.mark.slow
 def test_couplings_in_the_plane_are_ordered_as_the_literature_says():
     """8gaussians to moons (arXiv:2503.10636, figure 2): at one Euler step the coupling per label is far ahead
@@ -195,14 +187,6 @@ def look(x):
     return .5 * x - .4
 
 
-def test_a_judge_marks_patches():
-    x = torch.rand(1, 1, 64, 64, generator=seeded()).requires_grad_()
-    marks = rivals.judge(1, 8)(x)
-    marks[0, 0, 7, 7].backward()
-    rows, columns = torch.nonzero(x.grad[0, 0], as_tuple=True)
-    assert marks.shape == (1, 1, 14, 14) and np.ptp(rows.numpy()) + 1 == 34 == np.ptp(columns.numpy()) + 1
-
-
 @pytest.fixture
 def float32(monkeypatch):
     for study in (rivals, bench):
@@ -234,18 +218,6 @@ def test_supervision_learns_what_its_pairs_show(float32):
     network = rivals.supervised(source, look(source), 300, CPU, lr=3e-3, width=16, blocks=1)
     test = blobs(16, seed=2)
     assert metrics.mse(network(test), look(test)).mean() < .03 * metrics.mse(test, look(test)).mean()
-
-
-def test_training_takes_the_time_it_is_given(monkeypatch):
-    clock = [0.0]
-
-    def train(steps):
-        """Three seconds to start, then half a second a step; what starts once does not start again."""
-        clock[0] += (3.0 if clock[0] == 0 else 0) + .5 * steps
-        return steps
-
-    monkeypatch.setattr(rivals.time, "time", lambda: clock[0])
-    assert rivals.train_for(60, train) == 120 and rivals.train_for(.01, train) == 1
 
 
 @pytest.mark.slow

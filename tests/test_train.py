@@ -259,26 +259,6 @@ def test_log_csv_tells_what_a_coupling_did_and_cost(tmp_path, here):
         assert 0 < row["coupling_seconds"] < row["seconds"]
 
 
-def test_ctrl_c_between_a_step_and_its_log_is_heard_a_step_later(tmp_path, cache, monkeypatch, capsys):
-    """The signal comes when it is settled already whether this step is saved."""
-    class Late(Log):
-        def __call__(self, step, *rest, **more):
-            if step == 3:
-                os.kill(os.getpid(), signal.SIGINT)
-            return super().__call__(step, *rest, **more)
-
-    monkeypatch.setattr(train, "Log", Late)
-    monkeypatch.setenv("MINIMEDSHIFT_CACHE", cache["MINIMEDSHIFT_CACHE"])
-    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        assert train.main([*TINY, "--steps", "9", "--out", str(tmp_path)]) == 130
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
-    assert "stopped and saved after step 4" in capsys.readouterr().out
-    assert checkpoint.load(tmp_path / "checkpoint.pt")["step"] == 4
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("coupling", ["semidiscrete", "sinkhorn --sigma 2"])
@@ -315,7 +295,7 @@ def test_a_step_without_a_finite_gradient_moves_no_weight_to_nonsense(tmp_path, 
     def wrong_at(steps):
         def loss(*args):
             calls.append(0)
-            return right(*args) * (float("nan") if len(calls) - 1 in steps else 1)  # call 0 is the trial
+            return right(*args) * (float("nan") if len(calls) - 2 in steps else 1)  # two calls are the trial
         return loss
 
     flags = "--steps 16 --no-evaluate --no-student --overwrite".split()
@@ -346,7 +326,6 @@ def test_the_readme_run_beats_the_grey_value_curves(tmp_path, cache):
     command = [sys.executable, str(ROOT / "train.py"), "--out", str(tmp_path)]
     done = subprocess.run(command, env={**os.environ, **cache}, capture_output=True, text=True, timeout=5000)
     assert done.returncode == 0, done.stderr
-    assert "all of it takes about" in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     main, every = report["main_pair"]["shared"], report["all_pairs"]["shared"]["means"]
     flow, taught = main["MedShift"], main["MedShift's student"]

@@ -2,7 +2,7 @@
 
     training heads     one domain each, never two; a share `shift` of them comes from its own population
     paired heads       validation and test: each head in every domain, so that a translation has a truth
-    decoys             for each paired head a few other people in exactly the same view
+    decoys             for each test head a few other people in exactly the same view
 """
 
 import inspect
@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -22,10 +23,10 @@ from minimedshift.support.command import UserError
 from minimedshift.support.files import cached
 from minimedshift.support.log import progress
 
-BLOCK, BIG = 16, 500  # heads rendered at once; images worth starting processes for
+BLOCK, BIG = 64, 500  # heads rendered at once; images worth starting processes for
 KINDS = {"images": {}, "truth": dict(noise=False), "second": dict(exposure=1)}  # pictures of a paired head
 # the first head seed of each split, in millions
-FIRST_SEED = {"valid": 0, "train": 2, "test": 7, "valid decoys": 8, "test decoys": 9, "supervised": 1.5}
+FIRST_SEED = {"valid": 0, "train": 2, "test": 7, "test decoys": 9, "supervised": 1.5}
 DECOYS = 7
 
 
@@ -42,11 +43,14 @@ def render_training(size, domain, first, count, shift):
 
 
 def render_pairs(size, first, count, prior, person):
-    """A block of paired heads from seed `first` on, decoys from `person` on: a dict of what `Pairs` holds."""
+    """A block of paired heads from seed `first` on, decoys from `person` on: a dict of what `Pairs` holds.
+    person: None for no decoys."""
     seeds = range(first, first + count)
     heads = [phantom.Head(seed, prior) for seed in seeds]
     block = {kind: in_all_domains(heads, size, **how) for kind, how in KINDS.items()}
     block["materials"] = phantom.project(heads, size).half().numpy()
+    if person is None:
+        return block
     decoys = []
     for k in range(DECOYS):
         others = [phantom.Head(seed, prior, person + i * DECOYS + k) for i, seed in enumerate(seeds)]
@@ -72,38 +76,39 @@ def begin_process():
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def render_in_processes(render, jobs):
-    """Yield render(*job), job after job, made by one process a core: threads take twice as long. Raises
+@contextmanager
+def processes():
+    """A pool of one process a core, as threads take twice as long. They start with the first job. Raises
     UserError if one of them is killed."""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(os.cpu_count(), 16), spawn, begin_process) as pool:
-        try:
-            for block in [pool.submit(render, *job) for job in jobs]:
-                yield block.result()
-        except BrokenExecutor:
-            raise UserError("a process that simulates was killed: is there too little memory?") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    pool = ProcessPoolExecutor(min(os.cpu_count(), 16), spawn, begin_process)
+    try:
+        yield pool
+    except BrokenExecutor:
+        raise UserError("a process that simulates was killed: is there too little memory?") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def load_or_render(render, jobs, images, name, cache):
+def load_or_render(render, jobs, images, name, cache, pool):
     """All that render(*job) returns for `jobs`, `images` in all, as a dict of arrays on disk."""
     def save_blocks(folder):
         start, done = time.time(), []
-        blocks = render_in_processes(render, jobs) if images > BIG else (render(*job) for job in jobs)
-        for block in blocks:
-            done.append(block)
-            progress(images * len(done) // len(jobs), images, start, f"simulating {name}, once")
+        with nullcontext(pool) if pool else processes() as many:
+            apply = many.map if images > BIG else map
+            for block in apply(render, *zip(*jobs)):
+                done.append(block)
+                progress(images * len(done) // len(jobs), images, start, f"simulating {name}, once")
         for kind in done[0]:
             np.save(folder / f"{kind}.npy", np.concatenate([block[kind] for block in done]))
 
     code = [inspect.getsource(part) for part in (phantom.anatomy, phantom.rays, phantom.xray, phantom.sets)]
     content = [code, torch.__version__, jobs]
     folder = cached(cache, name, content, save_blocks)
-    return {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
+    return {path.stem: np.load(path, mmap_mode="c") for path in folder.glob("*.npy")}
 
 
-def training_images(size, per_domain, seed=0, shift=.1, cache=None):
+def training_images(size, per_domain, seed=0, shift=.1, cache=None, pool=None):
     """(D, N, 1, H, W) float16 on disk: N unpaired training images of each domain."""
     jobs = []
     for d, domain in enumerate(phantom.DOMAINS):
@@ -111,25 +116,27 @@ def training_images(size, per_domain, seed=0, shift=.1, cache=None):
             first = first_seed(seed, "train", d) + start
             jobs.append((size, domain, first, min(BLOCK, per_domain - start), shift))
     images = len(phantom.DOMAINS) * per_domain
-    train = load_or_render(render_training, jobs, images, f"train-{size}", cache)["train"]
+    train = load_or_render(render_training, jobs, images, f"train-{size}", cache, pool)["train"]
     return train.reshape(-1, per_domain, 1, size, size)
 
 
-def paired_heads(size, count, split, seed=0, prior=None, cache=None):
-    """`Pairs` of `count` heads of a split. prior: a domain's own population, None: the shared one."""
+def paired_heads(size, count, split, seed=0, prior=None, cache=None, pool=None):
+    """`Pairs` of `count` heads of a split; those of "test" have decoys. prior: a domain's own population, or
+    None for the shared one. pool: of `processes`, if there is one."""
     jobs = []
     for start in range(0, count, BLOCK):
         first = first_seed(seed, split) + start
-        person = first_seed(seed, f"{split} decoys") + start * DECOYS
+        person = first_seed(seed, "test decoys") + start * DECOYS if split == "test" else None
         jobs.append((size, first, min(BLOCK, count - start), prior, person))
-    images = count * len(phantom.DOMAINS) * (len(KINDS) + DECOYS)
-    return Pairs(**load_or_render(render_pairs, jobs, images, f"{split}-{size}", cache))
+    images = count * len(phantom.DOMAINS) * (len(KINDS) + (split == "test") * DECOYS)
+    return Pairs(**load_or_render(render_pairs, jobs, images, f"{split}-{size}", cache, pool))
 
 
 def phantom_set(size, train_images=5000, valid_heads=64, test_heads=128, seed=0, shift=.1, cache=None):
     """The simulated five-domain set. shift: the share of each domain's training heads that comes from its own
     population, in [0, 1]. Validation and test heads are from the population that all share."""
-    train = training_images(size, train_images // len(phantom.DOMAINS), seed, float(shift), cache)
-    valid = paired_heads(size, valid_heads, "valid", seed, cache=cache)
-    test = paired_heads(size, test_heads, "test", seed, cache=cache)
+    with processes() as pool:
+        train = training_images(size, train_images // len(phantom.DOMAINS), seed, float(shift), cache, pool)
+        valid = paired_heads(size, valid_heads, "valid", seed, cache=cache, pool=pool)
+        test = paired_heads(size, test_heads, "test", seed, cache=cache, pool=pool)
     return Dataset(phantom.DOMAINS, size, 1, list(train), list(test.images.swapaxes(0, 1)), valid, test)

@@ -9,16 +9,33 @@ from matplotlib.figure import Figure
 from minimedshift.support.files import explain_os_error, write_whole
 
 LOOK = 20  # steps from one look at a GPU's losses to the next: no other step waits for it
+EVERY = 30  # seconds from one line of a log file to the next
 
 
-def progress(done, total, start, what, unit="images"):
-    """One line that rewrites itself on a terminal; in a log file only the last one appears."""
-    if not sys.stdout.isatty() and done < total:
-        return
+class Ahead:
+    """What a run will do, {what: units} in order, and the seconds of a unit, which is a training step. So
+    each phase tells the time that is left of the whole run."""
+    def __init__(self):
+        self.units, self.seconds, self.shown = {}, 0.0, -EVERY
+
+    def line(self, what, text, here, end):
+        """A line of phase `what`, which needs `here` seconds more. The next one of a terminal replaces it."""
+        if what in self.units:  # earlier phases are over
+            names = list(self.units)
+            self.units = {name: self.units[name] for name in names[names.index(what) + 1:]}
+        terminal, now = sys.stdout.isatty(), time.time()
+        if terminal or end or now > self.shown + EVERY:
+            self.shown, left = now, round(here + self.seconds * sum(self.units.values()))
+            end = "\n" if end or not terminal else "\r"
+            print(f"{text}, {left // 60}:{left % 60:02d} left   ", end=end, flush=True)
+
+
+AHEAD = Ahead()
+
+
+def progress(done, total, start, what, unit="images"):  # a line of AHEAD
     rate = done / max(time.time() - start, 1e-9)
-    left = f"{(total - done) / rate:.0f} s left" if done < total else f"{total / rate:.0f} s"
-    end = "\n" if done == total else ""
-    print(f"\r{what}: {done}/{total}, {rate:.1f} {unit}/s, {left}   ", end=end, flush=True)
+    AHEAD.line(what, f"{what}: {done}/{total}, {rate:.1f} {unit}/s", (total - done) / rate, done == total)
 
 
 def row_of(line):
@@ -30,21 +47,20 @@ def row_of(line):
 
 
 class Log:
-    """log.csv, loss.png and the progress line of a run.
-    out: its folder. first: the step to go on from; rows of earlier steps are kept. silent: writes and says
-    nothing. steps_after: what comes after the training takes about as long as so many steps."""
+    """log.csv, loss.png and the progress line of a run. out: its folder. first: the step to go on from; rows
+    of earlier steps are kept. silent: writes and says nothing."""
     COLUMNS = ("step", "loss", "grad_norm", "lr", "entropy", "cost", "marginal_error", "coupling_seconds",
                "seconds")
 
-    def __init__(self, out, first, steps, batch_size, silent=False, steps_after=0):
-        self.path, self.first, self.steps, self.batch_size = out / "log.csv", first, steps, batch_size
-        self.silent, self.steps_after = silent, steps_after
+    def __init__(self, out, first, steps, batch_size, silent=False):
+        self.path, self.silent = out / "log.csv", silent
+        self.first, self.steps, self.batch_size = first, steps, batch_size
         lines = self.kept_lines() if first else []
         self.rows = [row_of(line) for line in lines]
         if not silent:
             with write_whole(self.path) as work:
                 work.write_text("\n".join([",".join(self.COLUMNS), *lines, ""]))
-        self.start, self.shown, self.pending = time.time(), 0.0, []
+        self.start, self.pending = time.time(), []
         self.before = self.rows[-1][-1] if self.rows else 0.0  # seconds that earlier processes took
 
     def __call__(self, step, loss, norm, lr, plan, coupling_seconds, now=False):
@@ -53,17 +69,11 @@ class Log:
         self.pending.append((step, loss, norm, lr, *plan, coupling_seconds, self.before + seconds))
         if now or not loss.is_cuda or step % LOOK == 0:
             self.flush()
-        rate, terminal = (step - self.first) / seconds, sys.stdout.isatty()
-        if step == self.first + LOOK:
-            minutes = (self.steps - self.first + self.steps_after) / rate / 60
-            print(f"all of it takes about {minutes:.0f} min from here", flush=True)
-        if self.rows and (seconds - self.shown > (1 if terminal else 30) or step == self.steps):
-            self.shown = seconds
-            left = round((self.steps - step) / rate)
-            end = "\r" if terminal and step < self.steps else "\n"
-            loss = np.mean(self.column("loss")[-100:])
-            print(f"step {step}/{self.steps}  loss {loss:.4f}  {rate * self.batch_size:.0f} images/s  "
-                  f"{left // 60}:{left % 60:02d} left  ", end=end, flush=True)
+        each = seconds / (step - self.first)
+        if self.rows:
+            AHEAD.seconds, loss = each, np.mean([row[1] for row in self.rows[-100:]])
+            text = f"step {step}/{self.steps}, loss {loss:.4f}, {self.batch_size / each:.0f} images/s"
+            AHEAD.line("training", text, (self.steps - step) * each, step == self.steps)
 
     def failed(self, count):
         """Whether the last `count` steps that are known had no finite gradient."""

@@ -127,11 +127,6 @@ def in_batches(function, x, batch=64):
             batch //= 2
 
 
-def name_of(torch_constant):
-    """torch.float32 -> "float32"."""
-    return str(torch_constant).removeprefix("torch.")
-
-
 def machine_name(device):
     """The name of the GPU, or of the processor and how many threads it runs, for a report."""
     if device.type == "cuda":

@@ -75,7 +75,7 @@ def balanced(dataset, cache=None):
     content = [inspect.getsource(sys.modules[__name__]), torch.__version__, digests]
     folder = cached(cache, "balance", content, save_weights)
     found = [np.load(folder / f"{d}.npy") for d in range(len(dataset.domains))]
-    counts = [f"{name} {effective(w):.0f} of {len(w)} ({w.mean():.0%} in common)"
+    counts = [f"{name} {effective(w):.0f} of {len(w)} ({min(w.mean(), 1):.0%} in common)"
               for name, w in zip(dataset.domains, found)]
     print("balanced populations, effective images: " + ", ".join(counts), flush=True)
     for name, w in zip(dataset.domains, found):

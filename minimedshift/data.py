@@ -4,6 +4,7 @@ on and, where it can be, pairs to validate and test on. A folder is read once, i
 import inspect
 import json
 import math
+import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,9 +25,10 @@ from minimedshift.support.log import progress
 from minimedshift.sizes import crop_to_square
 
 FEW = 50  # `check` warns of a domain with fewer images
-NARROW = 0.3  # of 2: `check` warns where 98 % of the pixels of a domain lie in so little of its range
+NARROW = 0.5  # of 2: `check` warns where 98 % of the pixels of a domain lie in so little of its range
 WIDE = 0.1  # a border is told if it is this share of an image more than in another domain
 SHOWN = 8  # domains that `check` shows; of more it warns
+SOME = 0.1  # a share of a domain's images, or of their pairs, that is worth a warning
 OPPOSITE = -0.5  # two domains are negatives of each other if their mean images correlate less than this
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def folder_set(root, size, seed=0, cache=None, bits=0, invert="", crop=False, kn
         groups = [set(), set()]  # of images to train on, and of the others
         for key, some in files.items():
             groups["train" not in key].update({file.group for file in some} - {""})
-        for group in sorted(set.intersection(*groups))[:len(set.union(*groups)) > 1]:
+        for group in sorted(set.intersection(*groups))[:1]:
             notes.append(f"warning: images of {group} are both to train and to test on")
     count = len(pairs[1].images) if pairs[1] else "no"
     notes.append(f"{count} pairs to test on, of one name in every domain{unread(left)}")
@@ -143,6 +145,7 @@ def read_files(folder, domains, files, size, bits, inverted, crop, known):
 
     told, stacks, coloured = dict(unreadable=[], readings={}, names={}, notes=[]), {}, []
     start, done, total, borders, levels = time.time(), 0, sum(map(len, files.values())), {}, {}
+    dim = {}  # shares of images that are dark in their domain's range
     for d, domain in enumerate(domains):
         keys, good = [key for key in files if key.endswith(f"-{d}")], {}  # good: {File: Found}
         own = sum((files[key] for key in keys), [])
@@ -159,6 +162,8 @@ def read_files(folder, domains, files, size, bits, inverted, crop, known):
         reading = Reading(**known.get(domain, asdict(reading)))
         told["readings"][domain] = asdict(reading)
         levels[domain] = {found.info.ends(reading) for found in good.values()}
+        deep = [found.most for found in good.values() if not found.info.bits]
+        dim[domain] = np.mean([most - low < (high - low) / 8 for most in deep] or [0])
         borders[domain] = np.median([found.border for found in good.values()] or [0])
         coloured += [str(file.path) for file, found in good.items() if len(found.x) == 3]
         for key in keys:
@@ -176,6 +181,10 @@ def read_files(folder, domains, files, size, bits, inverted, crop, known):
     told["notes"].append("grey levels: " + ", ".join(f"{d} {words(some)}" for d, some in levels.items()))
     if coloured:
         told["notes"].append(f"3 channels, for {len(coloured)} of {total} images, such as {coloured[0]}")
+    for domain, count in dim.items():
+        if count > SOME:
+            told["notes"].append(f"warning: {count:.0%} of {domain}'s images fill less than an eighth of its "
+                                 "grey levels: have they other bits?")
     for domain, share in borders.items():
         if share > min(borders.values()) + WIDE and not crop:
             told["notes"].append(f"warning: a border of one grey level is {share:.0%} of {domain}'s images, "
@@ -194,7 +203,7 @@ def range_of(good, bits, domain):
         return 0.0, 0.0, "I;16"
     low, high = min(found.least for found in good.values()), max(found.most for found in good.values())
     if modes == ["F"]:
-        top = 2.0 ** math.ceil(math.log2(max(high, -low, 1e-9)))
+        top = 2.0 ** math.ceil(math.log2(max(high, -low, 1e-9) / (1 + images.SLACK)))
         return -top if low < -images.SLACK * top else 0.0, top, "F"
     sign = int(low < 0)
     needed = max(1, int(max(high, -low - 1)).bit_length() + sign)
@@ -244,13 +253,17 @@ def check(dataset, path=None):
         print(f"{domain}: {count} to train, {len(kept)} held out; "
               f"values {some.min():.2f} to {some.max():.2f}, mean {some.mean():.2f}{few}")
         if np.ptp(np.quantile(some, (.01, .99))) < NARROW:
-            print(f"warning: {domain} fills a small part of its range: is a dot bright, or --bits wrong?")
+            print(f"warning: {domain} fills a small part of its range: is one pixel bright, or --bits wrong?")
+        flat = some[:100].mean(1).reshape(len(some[:100]), -1)
+        alike = np.corrcoef(flat + 1e-9 * np.arange(flat.shape[1]))
+        if (alike < OPPOSITE).mean() > SOME:
+            print(f"warning: some images of {domain} look like negatives of others")
     if len(sizes) > SHOWN or np.median(sizes) < 5:
         print(f"warning: {len(sizes)} domains, most of few images: are these domains, or patients?")
     print(*dataset.notes, sep="\n", end="\n" * bool(dataset.notes), flush=True)
     for a, b in opposite(dataset):
         print(f"warning: {a} and {b} look like negatives of each other: a translation between them "
-              f"will not show the same thing; --invert {b} reads it as a negative")
+              f"will not show the same thing; --invert {shlex.quote(b)} reads it as a negative")
     if path:
         figure(path, rows, [], dataset.domains[:SHOWN])
         print(f"examples: {path}")

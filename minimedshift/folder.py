@@ -1,6 +1,8 @@
 """What a folder of images is: which of its folders are domains, which are splits, which are patients."""
 
+import os
 import re
+import unicodedata
 import zlib
 from collections import Counter, namedtuple
 from pathlib import Path
@@ -9,11 +11,12 @@ from minimedshift.support import dicom
 from minimedshift.support.command import refuse
 from minimedshift.support.images import FORMATS
 
-SPLITS = dict(train="train", training="train", val="valid", valid="valid", validation="valid", test="test",
-              testing="test")
-BOTH = re.compile("(?i:(train|val|test))(?:[_-](.+)|([A-Z]))|(.+)[_-](?i:(train|val|test))")  # trainA, a_test
-COPIES = {"thumbnails", "thumbnail", "thumbs", "previews", "preview", "__macosx"}
-# group: the folders below the domain's, as of a patient; name: what pairs have in common, with the group
+SPLIT = re.compile("(train|training|val|valid|validation|test|testing)([ _-]?(set|data|images))?", re.I)
+# a split and a domain: trainA, train_A, a_test
+BOTH = re.compile("(?i:(train|val|test))(?:[ _-](.+)|([A-Z].*))|(.+)[ _-](?i:(train|val|test))")
+NONE = {"thumbnails", "thumbnail", "thumbs", "previews", "preview", "__macosx", "masks", "mask",
+        "masks_machine", "overlays", "annotations", "ann", "labels", "segmentations"}  # no images of ours
+# group: of a domain's folders the first in which files differ: a patient; name: what pairs have in common
 File = namedtuple("File", "path domain split group name")
 
 
@@ -28,12 +31,14 @@ def image_files(root):
             if path.name.startswith(".") or path.is_dir() and path.resolve() in above:
                 continue
             ours = (path / "checkpoint.pt").exists() or (path / ".lock").exists()  # a run's folder
-            if path.is_dir() and (path.name.lower() in COPIES or ours):
+            if path.is_dir() and (path.name.lower() in NONE or ours):
                 left[f"folder {path.name}"] += 1
             elif path.is_dir():
                 walk(path, {*above, path.resolve()})
             elif not path.exists():
                 left["broken links"] += 1
+            elif path.stem.lower().endswith("_mask"):
+                left["masks"] += 1
             elif ending in FORMATS or dicom.pydicom and dicom.is_dicom(path):
                 found.append(path)
             else:
@@ -44,17 +49,27 @@ def image_files(root):
     return sorted(found), left
 
 
-def place(root, path):
-    """The File at a path: the first folder that is no split is its domain, those below are its group."""
-    folders = path.relative_to(root).parts[:-1]
-    both = BOTH.fullmatch(folders[0]) if folders else None
-    folders = (*filter(None, both.groups()), *folders[1:]) if both else folders
-    splits = {SPLITS[part.lower()] for part in folders if part.lower() in SPLITS}
-    domain, *rest = [part for part in folders if part.lower() not in SPLITS] or [""]
+def place(root, path, joined=True):
+    """The File at a path: the first folder that is no split is its domain, those below are its group.
+    joined: whether a split and a domain may be one name."""
+    folders = [unicodedata.normalize("NFC", part) for part in path.relative_to(root).parts[:-1]]
+    both = joined and folders and not SPLIT.fullmatch(folders[0]) and BOTH.fullmatch(folders[0])
+    folders = [*filter(None, both.groups()), *folders[1:]] if both else folders
+    first_letters = dict(tr="train", va="valid", te="test")
+    splits = {first_letters[part[:2].lower()] for part in folders if SPLIT.fullmatch(part)}
+    domain, *rest = [part for part in folders if not SPLIT.fullmatch(part)] or [""]
     refuse(len(splits) > 1 or splits and not domain,
            f"--data: is {path} to train or to test on, and in which domain? No folder says it, or two do")
-    stem = path.stem if path.suffix.lower() in (*FORMATS, ".dcm") else path.name
+    stem = unicodedata.normalize("NFC", path.stem if path.suffix.lower() in (*FORMATS, ".dcm") else path.name)
     return File(path, domain, "".join(splits), "/".join(rest), "/".join([*rest, stem]))
+
+
+def grouped(files):
+    """The Files of a domain, whose groups are now the first folder in which they differ: what is below it, as
+    a patient's studies, belongs together."""
+    folders = [file.group.split("/") for file in files]
+    same = len(os.path.commonprefix(folders))
+    return [file._replace(group=[*parts[same:], ""][0]) for file, parts in zip(files, folders)]
 
 
 def find_files(root, seed):
@@ -63,14 +78,19 @@ def find_files(root, seed):
     Raises UserError, asking back, for what cannot be understood."""
     refuse(not Path(root).is_dir(), f"--data {root}: there is no such folder")
     paths, left = image_files(root)
-    files = [place(root, path) for path in paths]
+    tops = [BOTH.fullmatch(path.relative_to(root).parts[0]) for path in paths]
+    joined = any(top and "train" in map(str.lower, filter(None, top.groups())) for top in tops)
+    files = [place(root, path, joined) for path in paths]
     left["images outside the domains' folders"] = sum(not file.domain for file in files)
     files = [file for file in files if file.domain]
     domains, splits, result = sorted({file.domain for file in files}), {file.split for file in files}, {}
     refuse(len(domains) < 2, f"--data {root}: two or more sub-folders with images are needed, one a domain, "
                              f"found: {', '.join(domains) or 'none'}{unread(left)}")
+    starts = {domain[:4].lower() for domain in domains}
+    refuse({"trai", "test"} <= starts, f"--data {root}: are {', '.join(domains)} splits? Name them "
+                                       "train/DOMAIN and test/DOMAIN")
     for d, domain in enumerate(domains):
-        own = [file for file in files if file.domain == domain]
+        own = grouped([file for file in files if file.domain == domain])
         refuse("train" in splits and any(not file.split for file in own),
                f"--data {root}: {domain} has images outside a folder train: sort them into it, or away")
         valid, test = ([f for f in own if f.split == split] for split in ("valid", "test"))
@@ -89,8 +109,7 @@ def hold_out(files, seed):
     to be moved stays, unless it is the smallest."""
     group_of, sizes, wanted, least = {}, {}, {}, {}
     for key in [key for key in files if key.startswith("train")]:
-        grouped = len({file.group for file in files[key]}) > 1
-        group_of |= {file: file.group if grouped and file.group else file.name for file in files[key]}
+        group_of |= {file: file.group or file.name for file in files[key]}
         counts = Counter(group_of[file] for file in files[key])
         for group, count in counts.items():
             sizes.setdefault(group, {})[key] = count

@@ -30,8 +30,8 @@ def decode(path):
     for name in [name for name in OFTEN_EMPTY if name in file and file[name].is_empty]:
         del file[name]
     v, bits, kind = file.pixel_array, file.BitsStored, file.PhotometricInterpretation
-    plain = v.ndim == 2 and kind.startswith("MONO") and "SharedFunctionalGroupsSequence" not in file
-    refuse(not plain or bits > 16, f"{path}: {kind}, {v.shape}, {bits} bits: export it as a plain grey image")
+    refuse(v.ndim != 2 or kind[:4] != "MONO" or bits > 16 or "SharedFunctionalGroupsSequence" in file,
+           f"{path}: {kind}, {v.shape}, {bits} bits: export it as a plain grey image of 16 bits")
     first = -file.PixelRepresentation * 2 ** (bits - 1)  # of numbers with a sign
     v, ends = (apply_modality_lut(a, file) for a in (v, np.array([first, first + 2**bits - 1])))
     if "VOILUTSequence" in file:

@@ -25,8 +25,7 @@ FORMATS = {  # extension -> format, the modes it can hold, how it is saved witho
 READ = tuple({name for name, _, _ in FORMATS.values()})  # some others that Pillow knows run programs
 FORMATS |= {".tiff": FORMATS[".tif"], ".jpeg": FORMATS[".jpg"], ".jfif": FORMATS[".jpg"]}
 PIXELS = 64_000_000  # the most in an image, 8000 x 8000; in colour it then takes 2 GB
-THIN, SLACK = 16, .01  # the most of one side over the other; of a float's range, that is not worth a word
-LUMINANCE = (.299, .587, .114)  # ITU-R BT.601
+THIN, SLACK = 16, .05  # the most of one side over the other; of a float's range, that is not worth a word
 BORDER = .008  # what differs by less than this share of the range is one grey level: 2 of 255
 LYING = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # EXIF's orientation -> the Image.Transpose that makes it
 KEPT = (270, 282, 283, 296)  # of a TIFF file: description (with ImageJ's scale), resolution and its unit
@@ -153,14 +152,16 @@ def doubts(tags, mode, tile):
 
 def content_box(v):
     """The part of v (C, H, W) inside a border of one grey level, as slices; all of it where little is.
-    Above and left the level is that of the first corner, below and right that of the last."""
+    The level is that of the nearest corner. Half of the first line inside must differ from it."""
     some = v.flatten()[::v.numel() // 10000 + 1].sort().values
     level = BORDER * (some[-1 - len(some) // 50] - some[len(some) // 50])  # a burnt-in label is no range
     first, last = ((v - corner).abs().amax(0) > level for corner in (v[:, :1, :1], v[:, -1:, -1:]))
     box = [slice(None)]
     for axis in (1, 0):
-        inner = [*first.any(axis).nonzero()[:1, 0].tolist(), *(last.any(axis).nonzero()[-1:, 0] + 1).tolist()]
-        box.append(slice(*inner) if len(inner) == 2 else slice(0, 0))
+        shares = [off.float().mean(axis) for off in (first, last.flip(0, 1))]  # of each line, from outside
+        widths = [int((share > 0).float().argmax()) for share in shares]
+        start, end = (n * bool(share[n] > .5) for n, share in zip(widths, shares))  # else: air round a head
+        box.append(slice(start, len(shares[0]) - end))
     sides = [part.stop - part.start for part in box[1:]]
     return tuple(box) if min(sides) >= 8 and max(sides) <= THIN * min(sides) else (slice(None),) * 3
 
@@ -170,7 +171,7 @@ def channels_to(x, channels):
     if len(x) == channels:
         return x
     if channels == 1:
-        return (x * torch.tensor(LUMINANCE).view(3, 1, 1)).sum(0, keepdim=True)
+        return (x * torch.tensor([.299, .587, .114]).view(3, 1, 1)).sum(0, keepdim=True)  # ITU-R BT.601
     return x.expand(channels, -1, -1)
 
 
@@ -188,9 +189,8 @@ def write_image(path, x, info, reading=Reading()):
     channels = 3 if info.mode in ("RGB", "RGBA") else 1
     x = channels_to(x.detach().float().cpu(), channels)
     if info.around:
-        whole, box = info.around
-        inner, x = x, channels_to(whole, channels).clone()
-        x[box] = inner
+        inner, x = x, channels_to(info.around[0], channels).clone()
+        x[info.around[1]] = inner
     v = to_levels(-x if reading.invert else x, *info.ends(reading), DEEP.get(info.mode, np.uint8))
     if info.alpha is not None:
         v = np.concatenate([v, info.alpha[..., None]], -1)
@@ -199,7 +199,7 @@ def write_image(path, x, info, reading=Reading()):
         turn, extra = 1, {key: value for key, value in extra.items() if key in ("dpi", "icc_profile")}
     if name == "TIFF" and turn > 4:  # uncompressed ones Pillow reads wrong
         options = dict(compression="tiff_lzw")
-    if info.mode == "I":  # Pillow writes the bytes as of unsigned numbers, the tag says that they have a sign
+    if info.mode == "I":  # the bytes are as of unsigned numbers, the tag says that they have a sign
         v, extra = v.view(np.uint16), extra | dict(tiffinfo=extra.get("tiffinfo", {}) | {339: 2})
     try:
         with write_whole(path) as work:

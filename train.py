@@ -83,7 +83,6 @@ FREE = {"data", "steps", "out", "resume", "overwrite", "device", "dtype", "compi
 def main(argv=None):
     config, device = resolve(parse(Config, __doc__, argv))  # every flag is checked before any long work
     device = ranks.join(device)
-    keep_memory()
     file = Path(config.out) / "checkpoint.pt"
     with nullcontext() if ranks.RANK else lock_folder(file.parent):  # all ranks are one run
         before = stopped_run(config, file, device)
@@ -92,6 +91,7 @@ def main(argv=None):
             AHEAD.seconds = try_out(config, device, dtype, memory)
             after = PRESETS[config.preset].after if config.student else {}
             AHEAD.units = {"training": config.steps} | after
+        keep_memory()
         if ranks.RANK:
             ranks.same(None)  # waits until rank 0 has filled the cache
         dataset = batches.load_dataset(config)

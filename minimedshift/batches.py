@@ -16,7 +16,7 @@ from minimedshift.flow import draw_noise, tint
 from minimedshift.phantom import sets
 from minimedshift.support.files import cached, digest
 from minimedshift.support.log import progress
-from minimedshift.support.machine import to_device
+from minimedshift.support.machine import keep_memory, to_device
 
 MOST = 4e9  # bytes of images that the semidiscrete coupling may keep in memory
 MOST_OF_A_LABEL = dict(cpu=1e4, mps=1e4, cuda=1e5)  # images; learning potentials takes the square of it
@@ -97,6 +97,7 @@ def make_coupling(dataset, config, device, dtype):
         name = "exact"
     if name == "semidiscrete":
         g = learned_potentials(dataset, config, device)
+        keep_memory()
         return Semidiscrete(dataset.train_images, g, device, dtype)
     return Minibatch(name, dataset.batch, 2 * config.sigma**2)
 

@@ -126,7 +126,7 @@ class Found(NamedTuple):
     """An image of a folder."""
     x: torch.Tensor  # (C, size, size), grey levels
     info: images.Info
-    least: float     # grey level, in it or that its file allows
+    least: float     # grey level
     most: float
     border: float    # share of the file's pixels in a constant border
 
@@ -140,8 +140,8 @@ def read_files(folder, domains, files, size, bits, inverted, crop, known):
             return str(error)
         inner = v[images.content_box(v)]
         x = crop_to_square(inner if crop else v, size)
-        levels = info.ends(Reading(v.min().item(), v.max().item()))
-        return Found(x, replace(info, alpha=None), *levels, 1 - inner.numel() / v.numel())
+        border = 1 - inner.numel() / v.numel()
+        return Found(x, replace(info, alpha=None), v.min().item(), v.max().item(), border)
 
     told, stacks, coloured = dict(unreadable=[], readings={}, names={}, notes=[]), {}, []
     start, done, total, borders, levels = time.time(), 0, sum(map(len, files.values())), {}, {}
@@ -162,8 +162,8 @@ def read_files(folder, domains, files, size, bits, inverted, crop, known):
         reading = Reading(**known.get(domain, asdict(reading)))
         told["readings"][domain] = asdict(reading)
         levels[domain] = {found.info.ends(reading) for found in good.values()}
-        deep = [found.most for found in good.values() if not found.info.bits]
-        dim[domain] = np.mean([most - low < (high - low) / 8 for most in deep] or [0])
+        ends = [(found.most, *found.info.ends(reading)) for found in good.values()]
+        dim[domain] = np.mean([most - low < .3 * (high - low) for most, low, high in ends] or [0])
         borders[domain] = np.median([found.border for found in good.values()] or [0])
         coloured += [str(file.path) for file, found in good.items() if len(found.x) == 3]
         for key in keys:
@@ -183,7 +183,7 @@ def read_files(folder, domains, files, size, bits, inverted, crop, known):
         told["notes"].append(f"3 channels, for {len(coloured)} of {total} images, such as {coloured[0]}")
     for domain, count in dim.items():
         if count > SOME:
-            told["notes"].append(f"warning: {count:.0%} of {domain}'s images fill less than an eighth of its "
+            told["notes"].append(f"warning: {count:.0%} of {domain}'s images fill less than a third of its "
                                  "grey levels: have they other bits?")
     for domain, share in borders.items():
         if share > min(borders.values()) + WIDE and not crop:
@@ -201,7 +201,8 @@ def range_of(good, bits, domain):
     refuse(len(modes) > 1, f"{domain} has deep files of the modes {', '.join(modes)}: write all in one")
     if not good:
         return 0.0, 0.0, "I;16"
-    low, high = min(found.least for found in good.values()), max(found.most for found in good.values())
+    ends = [found.info.ends(Reading(found.least, found.most)) for found in good.values()]
+    low, high = min(low for low, _ in ends), max(high for _, high in ends)
     if modes == ["F"]:
         top = 2.0 ** math.ceil(math.log2(max(high, -low, 1e-9) / (1 + images.SLACK)))
         return -top if low < -images.SLACK * top else 0.0, top, "F"

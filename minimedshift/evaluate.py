@@ -181,6 +181,7 @@ def evaluation(dataset, methods, s, t, device, heads=128, heads_each=32, valid_h
 def report(model, student, dataset, how, device="cpu"):
     """What train.py writes to report.json, and prints: `evaluation` at default settings.
     how: checkpoint["translate"]."""
+    keep_memory()
     s, t = main_domains(dataset.domains)
     methods = every_method(dataset, model, how, student)
     found = evaluation(dataset, methods, s, t, device)

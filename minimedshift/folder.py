@@ -11,11 +11,12 @@ from minimedshift.support import dicom
 from minimedshift.support.command import refuse
 from minimedshift.support.images import FORMATS
 
-SPLIT = re.compile("(train|training|val|valid|validation|test|testing)([ _-]?(set|data|images))?", re.I)
-# a split and a domain: trainA, train_A, a_test
-BOTH = re.compile("(?i:(train|val|test))(?:[ _-](.+)|([A-Z].*))|(.+)[ _-](?i:(train|val|test))")
-NONE = {"thumbnails", "thumbnail", "thumbs", "previews", "preview", "__macosx", "masks", "mask",
-        "masks_machine", "overlays", "annotations", "ann", "labels", "segmentations"}  # no images of ours
+WORDS = "(training|train|validation|valid|val|testing|test)"
+SPLIT = re.compile(f"{WORDS}([ _-]?(set|data|images))?", re.I)
+BOTH = re.compile(f"(?i:{WORDS})(?:[ _-](.+)|([A-Z].*))|(.+)[ _-](?i:{WORDS})")  # trainA, train_A, a_test
+# what lies beside images, as a folder or as a part of a file's name
+OTHER = re.compile("(.*[ _-])?(mask|seg|segmentation|label|overlay|annotation|thumb|thumbnail|preview)s?"
+                   "([ _-].*)?|__macosx", re.I)
 # group: of a domain's folders the first in which files differ: a patient; name: what pairs have in common
 File = namedtuple("File", "path domain split group name")
 
@@ -23,24 +24,27 @@ File = namedtuple("File", "path domain split group name")
 def image_files(root):
     """The images (Paths, sorted) in a folder and below, and {what else is there: how many}.
     A link to a folder is followed, unless it leads back to a folder that it lies in."""
-    found, left = [], Counter()
+    found, seen, left = [], set(), Counter()
 
     def walk(folder, above):
-        for path in folder.iterdir():
+        for path in sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path)):
             ending = path.suffix.lower()
             if path.name.startswith(".") or path.is_dir() and path.resolve() in above:
                 continue
             ours = (path / "checkpoint.pt").exists() or (path / ".lock").exists()  # a run's folder
-            if path.is_dir() and (path.name.lower() in NONE or ours):
+            if path.is_dir() and (OTHER.fullmatch(path.name) or ours):
                 left[f"folder {path.name}"] += 1
             elif path.is_dir():
                 walk(path, {*above, path.resolve()})
             elif not path.exists():
                 left["broken links"] += 1
-            elif path.stem.lower().endswith("_mask"):
-                left["masks"] += 1
+            elif OTHER.fullmatch(path.stem):
+                left["masks, thumbnails and the like"] += 1
+            elif path.resolve() in seen:
+                left["links to images that are there"] += 1
             elif ending in FORMATS or dicom.pydicom and dicom.is_dicom(path):
                 found.append(path)
+                seen.add(path.resolve())
             else:
                 what = "DICOM (pip install pydicom)" if dicom.is_dicom(path) else ending or "nameless"
                 left[f"{what} files"] += 1
@@ -60,7 +64,10 @@ def place(root, path, joined=True):
     domain, *rest = [part for part in folders if not SPLIT.fullmatch(part)] or [""]
     refuse(len(splits) > 1 or splits and not domain,
            f"--data: is {path} to train or to test on, and in which domain? No folder says it, or two do")
-    stem = unicodedata.normalize("NFC", path.stem if path.suffix.lower() in (*FORMATS, ".dcm") else path.name)
+    stem = path
+    while stem.suffix.lower() in (*FORMATS, ".dcm"):  # x.dcm.png is made of x.dcm
+        stem = stem.with_suffix("")
+    stem = unicodedata.normalize("NFC", stem.name)
     return File(path, domain, "".join(splits), "/".join(rest), "/".join([*rest, stem]))
 
 
@@ -79,13 +86,14 @@ def find_files(root, seed):
     refuse(not Path(root).is_dir(), f"--data {root}: there is no such folder")
     paths, left = image_files(root)
     tops = [BOTH.fullmatch(path.relative_to(root).parts[0]) for path in paths]
-    joined = any(top and "train" in map(str.lower, filter(None, top.groups())) for top in tops)
+    joined = any(top and (top[1] or top[5] or "").lower().startswith("train") for top in tops)
     files = [place(root, path, joined) for path in paths]
     left["images outside the domains' folders"] = sum(not file.domain for file in files)
     files = [file for file in files if file.domain]
     domains, splits, result = sorted({file.domain for file in files}), {file.split for file in files}, {}
     refuse(len(domains) < 2, f"--data {root}: two or more sub-folders with images are needed, one a domain, "
                              f"found: {', '.join(domains) or 'none'}{unread(left)}")
+    parts = []  # names of the domains' sub-folders
     starts = {domain[:4].lower() for domain in domains}
     refuse({"trai", "test"} <= starts, f"--data {root}: are {', '.join(domains)} splits? Name them "
                                        "train/DOMAIN and test/DOMAIN")
@@ -95,11 +103,14 @@ def find_files(root, seed):
                f"--data {root}: {domain} has images outside a folder train: sort them into it, or away")
         valid, test = ([f for f in own if f.split == split] for split in ("valid", "test"))
         train = [f for f in own if f.split in ("train", "")]
+        parts.append({file.group for file in train})
         refuse(not train, f"--data {root}: {domain} has no images to train on")
         if "test" not in splits:
             valid, test = [], valid
         result |= {f"train-{d}": train, f"valid-{d}": valid, f"test-{d}": test}
     own_split = bool(splits & {"valid", "test"})
+    if all(names == parts[0] for names in parts) and 2 <= len(parts[0]) <= 4 and not own_split:
+        print(f"warning: all domains have the sub-folders {', '.join(sorted(parts[0]))}: are these patients?")
     return tuple(domains), result if own_split else hold_out(result, seed), own_split, left
 
 

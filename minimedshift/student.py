@@ -22,7 +22,7 @@ from minimedshift.optim import EMA
 from minimedshift.support import checkpoint
 from minimedshift.support.command import UserError
 from minimedshift.support.log import progress
-from minimedshift.support.machine import autocast
+from minimedshift.support.machine import autocast, keep_memory
 
 LESSONS = dict(tau=0.1, steps=3, t_image=0.99)  # how the flow translates what the student learns from
 TARGETS = 2    # domains to which it translates an image, drawn for each
@@ -195,11 +195,13 @@ def restore(state, device="cpu", path="the checkpoint"):
 
 def teach(model, dataset, count, steps, dtype, device, seed=0):
     """The Student of a trained flow: `steps` of the optimizer on `count` images a domain, then its finish."""
+    keep_memory()
     images = spread_out(dataset, count)
     with autocast(device, dtype):
         targets, answers = lessons(model, images, seed=seed, **LESSONS)
     width, stem = (128, 8) if dataset.size >= 256 else (64, 4)
     shape = LocalShape(len(dataset.domains), dataset.channels, width, stem)
     net = learn(shape, images, targets, answers, steps, seed=seed, dtype=dtype, device=device)
+    keep_memory()
     enough = min(finish.IMAGES, max(map(len, dataset.train_images)))
     return Student(net, finish.fit(net, spread_out(dataset, enough), dtype))

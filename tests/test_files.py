@@ -74,7 +74,6 @@ def test_a_log_that_was_cut_goes_on_with_whole_lines(tmp_path):
 
 
 def test_every_phase_tells_the_time_left_of_the_whole_run(tmp_path, capsys, monkeypatch):
-    """A step was thought to take 2 s and takes 3; what comes after the training takes 10 and 20 steps."""
     clock = [0.0]
     monkeypatch.setattr(log.time, "time", lambda: clock[0])
     monkeypatch.setattr(log, "AHEAD", log.Ahead())

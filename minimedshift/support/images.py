@@ -135,9 +135,8 @@ def decode(path):
 
 
 def check_size(path, *sides):
-    """Raises UserError for an image too large or too thin."""
-    wrong = math.prod(sides) > PIXELS or max(sides) > THIN * min(sides)
-    refuse(wrong, f"{path}: {' x '.join(map(str, sides))} pixels are too many, or too thin")
+    refuse(math.prod(sides) > PIXELS or max(sides) > THIN * min(sides),
+           f"{path}: {' x '.join(map(str, sides))} pixels are too many, or too thin")
 
 
 def doubts(tags, mode, tile):

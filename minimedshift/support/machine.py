@@ -97,12 +97,13 @@ def try_compile(model, x, dtype):
 
 
 def keep_memory():
-    """Let glibc keep large blocks that a step frees for the next: saves a fifth of a CPU training step."""
+    """Let glibc keep what a step frees for the next: saves a fifth of it. What is free now is given back."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     with suppress(OSError, AttributeError):  # another system has no glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.malloc_trim(0)
 
 
 def autocast(device, dtype):

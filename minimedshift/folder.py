@@ -31,8 +31,8 @@ def image_files(root):
             ending = path.suffix.lower()
             if path.name.startswith(".") or path.is_dir() and path.resolve() in above:
                 continue
-            ours = (path / "checkpoint.pt").exists() or (path / ".lock").exists()  # a run's folder
-            if path.is_dir() and (OTHER.fullmatch(path.name) or ours):
+            ours = path.is_dir() and any((path / name).exists() for name in ("checkpoint.pt", ".lock"))
+            if ours or path.is_dir() and OTHER.fullmatch(path.name):
                 left[f"folder {path.name}"] += 1
             elif path.is_dir():
                 walk(path, {*above, path.resolve()})

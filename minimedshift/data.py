@@ -17,12 +17,12 @@ import PIL
 import torch
 
 from minimedshift.folder import find_files, unread
+from minimedshift.sizes import crop_to_square
 from minimedshift.support import dicom, images
 from minimedshift.support.command import UserError, refuse
 from minimedshift.support.files import cached, digest
 from minimedshift.support.images import Reading, figure
 from minimedshift.support.log import progress
-from minimedshift.sizes import crop_to_square
 
 FEW = 50  # `check` warns of a domain with fewer images
 NARROW = 0.5  # of 2: `check` warns where 98 % of the pixels of a domain lie in so little of its range
@@ -90,7 +90,8 @@ def folder_set(root, size, seed=0, cache=None, bits=0, invert="", crop=False, kn
     refuse(inverted - set(domains), f"--invert {invert}: the domains are {', '.join(domains)}")
     paths = [file.path for some in files.values() for file in some]
     stamps = [(str(path.absolute()), *path.stat()[6:]) for path in paths]  # size and times
-    code = [inspect.getsource(part) for part in (images, dicom, crop_to_square, read_files, range_of)]
+    parts = images, dicom, crop_to_square, read_files, remarks, range_of
+    code = [inspect.getsource(part) for part in parts]
     lengths = {key: len(some) for key, some in files.items()}
     known = {domain: asdict(how) for domain, how in (known or {}).items()}
     decoders = [name for name in ("pydicom", "pylibjpeg", "gdcm") if find_spec(name)]
@@ -143,7 +144,7 @@ def read_files(folder, domains, files, size, bits, inverted, crop, known):
         border = 1 - inner.numel() / v.numel()
         return Found(x, replace(info, alpha=None), v.min().item(), v.max().item(), border)
 
-    told, stacks, coloured = dict(unreadable=[], readings={}, names={}, notes=[]), {}, []
+    told, stacks, coloured = dict(unreadable=[], readings={}, names={}), {}, []
     start, done, total, borders, levels = time.time(), 0, sum(map(len, files.values())), {}, {}
     dim = {}  # shares of images that are dark in their domain's range
     for d, domain in enumerate(domains):
@@ -159,7 +160,10 @@ def read_files(folder, domains, files, size, bits, inverted, crop, known):
                     good[file] = result
         low, high, mode = range_of(good, bits, domain)
         reading = Reading(low, high, domain in inverted, crop, mode)
-        reading = Reading(**known.get(domain, asdict(reading)))
+        if domain in known:
+            reading = Reading(**known[domain])
+            refuse(low < reading.low or high > reading.high, f"{domain} has grey levels {low:g} to {high:g}, "
+                   f"in training it had {reading.low:g} to {reading.high:g}")
         told["readings"][domain] = asdict(reading)
         levels[domain] = {found.info.ends(reading) for found in good.values()}
         ends = [(found.most, *found.info.ends(reading)) for found in good.values()]
@@ -177,19 +181,25 @@ def read_files(folder, domains, files, size, bits, inverted, crop, known):
         for i, x in enumerate(found):
             stack[i] = x  # grey goes into every channel
         np.save(folder / f"{key}.npy", stack)
+    told["notes"] = remarks(levels, coloured, total, dim, {} if crop else borders)
+    (folder / "told.json").write_text(json.dumps(told))
+
+
+def remarks(levels, coloured, total, dim, borders):
+    """What is said of a folder's files, a line each: their grey levels, colour, and what may be wrong."""
     words = lambda some: " and ".join(f"{low:g} to {high:g}" for low, high in sorted(some))
-    told["notes"].append("grey levels: " + ", ".join(f"{d} {words(some)}" for d, some in levels.items()))
+    notes = ["grey levels: " + ", ".join(f"{d} {words(some)}" for d, some in levels.items())]
     if coloured:
-        told["notes"].append(f"3 channels, for {len(coloured)} of {total} images, such as {coloured[0]}")
+        notes.append(f"3 channels, for {len(coloured)} of {total} images, such as {coloured[0]}")
     for domain, count in dim.items():
         if count > SOME:
-            told["notes"].append(f"warning: {count:.0%} of {domain}'s images fill less than a third of its "
-                                 "grey levels: have they other bits?")
+            notes.append(f"warning: {count:.0%} of {domain}'s images fill less than a third of its levels: "
+                         "have they other bits?")
     for domain, share in borders.items():
-        if share > min(borders.values()) + WIDE and not crop:
-            told["notes"].append(f"warning: a border of one grey level is {share:.0%} of {domain}'s images, "
-                                 "more than elsewhere: --crop leaves it out")
-    (folder / "told.json").write_text(json.dumps(told))
+        if share > min(borders.values()) + WIDE:
+            notes.append(f"warning: a border of one grey level is {share:.0%} of {domain}'s images, more "
+                         "than elsewhere: --crop leaves it out")
+    return notes
 
 
 def range_of(good, bits, domain):

@@ -74,11 +74,10 @@ def test_a_log_that_was_cut_goes_on_with_whole_lines(tmp_path):
 
 
 def test_every_phase_tells_the_time_left_of_the_whole_run(tmp_path, capsys, monkeypatch):
-    clock = [0.0]
+    clock = [10.0]
     monkeypatch.setattr(log.time, "time", lambda: clock[0])
     monkeypatch.setattr(log, "AHEAD", log.Ahead())
     log.AHEAD.seconds, log.AHEAD.units = 2.0, {"potentials": 5, "training": 40, "taught": 10, "report": 20}
-    clock[0] = 10.0
     log.progress(1, 3, 0.0, "simulating")                 # 20 s, and 75 steps
     log.progress(1, 5, 0.0, "potentials")                 # too soon for another line
     clock[0] = 100.0

@@ -293,6 +293,8 @@ def test_a_folder_is_scored_in_the_range_that_was_trained_on_and_other_files_are
     known = dict.fromkeys("ab", Reading(0, 4095))
     made = data.folder_set(tmp_path, 16, cache=tmp_path / ".cache", known=known)
     assert made.readings == known and made.train_images[0].max() < -.5
+    with pytest.raises(UserError, match="0 to 1023, in training it had 0 to 511"):
+        data.folder_set(tmp_path, 16, cache=tmp_path / ".cache", known=dict.fromkeys("ab", Reading(0, 511)))
     tiff(tmp_path / "f.tif", head(0).astype(np.float32) / 65535)
     with pytest.raises(UserError, match="f.tif.*mode F"):
         images.read_image(tmp_path / "f.tif", known["a"])

@@ -57,8 +57,7 @@ def test_an_untrained_student_changes_nothing():
 
 # ---------------------------------------------------------------- lessons
 
-def other(n):  # the targets of n images of each of two domains
-    return torch.tensor([1, 0])[:, None, None].expand(2, n, 1)
+other = lambda n: torch.tensor([1, 0])[:, None, None].expand(2, n, 1)  # targets of n images of two domains
 
 
 def test_the_loss_seeks_the_median():

@@ -134,7 +134,7 @@ def decode(path):
     return v, Info(mode, tuple(v.shape[1:]), negative, bits, turn, alpha, extra, None, name)
 
 
-def check_size(path, *sides):
+def check_size(path, *sides):  # raises UserError for what is too large or too thin
     refuse(math.prod(sides) > PIXELS or max(sides) > THIN * min(sides),
            f"{path}: {' x '.join(map(str, sides))} pixels are too many, or too thin")
 

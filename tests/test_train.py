@@ -295,7 +295,7 @@ def test_a_step_without_a_finite_gradient_moves_no_weight_to_nonsense(tmp_path, 
     def wrong_at(steps):
         def loss(*args):
             calls.append(0)
-            return right(*args) * (float("nan") if len(calls) - 2 in steps else 1)  # two calls are the trial
+            return right(*args) * (float("nan") if len(calls) - 4 in steps else 1)  # four calls are the trial
         return loss
 
     flags = "--steps 16 --no-evaluate --no-student --overwrite".split()

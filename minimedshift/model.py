@@ -2,9 +2,9 @@
 
     xt (B, 1, 64, 64)                                             vt (B, 1, 64, 64)      shapes: preset cpu
        | unshuffle 4, stem                                           | out, shuffle 4
-    down[0] (B, 96, 16, 16)  ------------- skip -------------->  up[1] (B, 96, 16, 16)
+    down[0] (B, 64, 16, 16)  ------------- skip -------------->  up[1] (B, 64, 16, 16)
        | unshuffle 2                                                 | shuffle 2
-    down[1] (B, 128, 8, 8)  ---------- skip and attention ---->  up[0] (B, 128, 8, 8)
+    down[1] (B, 96, 8, 8)  ----------- skip and attention ---->  up[0] (B, 96, 8, 8)
     knows t                                                      knows t and y
 
 Only the way up knows the label: the way down describes what is in the picture, whatever its domain, and the

@@ -77,7 +77,6 @@ class Side:
 
     def __init__(self, device, plain=False):
         preset = PRESETS["gpu" if device.type == "cuda" else "cpu"]
-        batch = 64 if device.type == "cuda" else 16
         self.dtype, memory = pick_formats("auto", device)
         self.velocity = sampler.Velocity
         if plain:
@@ -89,8 +88,9 @@ class Side:
         inside, rest = split(self.model)
         self.optimizers = [Muon(inside, .02), torch.optim.AdamW(rest, .001, fused=not plain)]
         self.noise = lambda count: flow.draw_noise((count, 1, preset.size, preset.size), None, 1.0, device)
-        self.x0, self.x1 = self.noise(batch), self.noise(batch)
-        self.t, self.y = torch.rand(batch, device=device), torch.arange(batch, device=device) % 5
+        self.x0, self.x1 = self.noise(preset.batch_size), self.noise(preset.batch_size)
+        self.y = torch.arange(preset.batch_size, device=device) % 5
+        self.t = torch.rand(preset.batch_size, device=device)
 
     def step(self):
         """A training step: forward, backward, optimizers."""
@@ -135,7 +135,7 @@ def couplings(repeats, device):
     side = Side(device)
     count, generator = len(side.y), torch.Generator().manual_seed(0)
     x0, x1, y = side.noise(16 * count), side.noise(8 * count), side.y.cpu().repeat(16)
-    images = [.5 * side.noise(2000).cpu() for _ in range(5)]
+    images = [.5 * side.noise(2000).cpu().half() for _ in range(5)]  # float16 as in training
     plans = {}  # steps that a plan serves, and the coupling
     for name in PAIRINGS:
         plans[name] = 8, Minibatch(name, lambda y, generator: x1, 2.0)

@@ -85,7 +85,7 @@ def main(argv=None):
     device = ranks.join(device)
     file = Path(config.out) / "checkpoint.pt"
     with nullcontext() if ranks.RANK else lock_folder(file.parent):  # all ranks are one run
-        before = stopped_run(config, file, device)
+        before = stopped_run(config, file)
         dtype, memory = ranks.same(formats(config, device, before))
         if not config.check_data:
             AHEAD.seconds = try_out(config, device, dtype, memory)
@@ -112,7 +112,7 @@ def train(config, dataset, device, dtype, memory, file, before=None):
     first = go_on(before, file, model, optimizers, ema, list(dataset.domains), image) if before else 0
     net = DistributedDataParallel(model) if ranks.COUNT > 1 else model  # as it is called in training
     how, machine = translation_of(config), dict(dtype=str(dtype)[6:], memory_format=str(memory)[6:])
-    print(f"{device.type}, {', '.join(machine.values())}, {config.preset} preset: "
+    print(f"{machine_name(device)}, {', '.join(machine.values())}, {config.preset} preset: "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
           f"{sum(map(len, dataset.train_images))} images of {config.size}x{config.size} of "
           f"{', '.join(dataset.domains)}, steps {first} to {config.steps}, {config.batch_size} images each",
@@ -130,8 +130,8 @@ def train(config, dataset, device, dtype, memory, file, before=None):
 
     steps = batches.batches(dataset, config, device, first, dtype, ranks.RANK, ranks.COUNT)
     stopping = []
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stopping.append(True))  # finish the step, save, stop
+    for name in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, stop; a second one stops at once
+        signal.signal(name, lambda n, _: stopping.append(signal.signal(n, signal.default_int_handler)))
     log = Log(file.parent, first, config.steps, config.batch_size, ranks.RANK > 0)
     saved = time.time()
     for step, (x0, x1, y, t, e, plan, seconds) in enumerate(steps, first + 1):
@@ -250,14 +250,14 @@ def translation_of(config):
                 t_image=config.t_image)
 
 
-def stopped_run(config, file, device):
+def stopped_run(config, file):
     """With --resume the checkpoint to go on from, else None. Raises UserError if one would be lost."""
     if not config.resume:
         refuse(file.exists() and not (config.overwrite or config.check_data),
                f"{file} would be replaced: --resume goes on from it, --overwrite starts anew, "
                "--out names another folder")
         return None
-    state = checkpoint.load(file, device)
+    state = checkpoint.load(file)
     checkpoint.check_settings(state, file)
     others = []
     for name, value in asdict(config).items():

@@ -90,8 +90,10 @@ def make_coupling(dataset, config, device, dtype):
     """The coupling that config names. Where there are too many images for semidiscrete it is exact."""
     counts = [len(images) for images in dataset.train_images]
     size = sum(images.nbytes for images in dataset.train_images)
-    name = config.coupling
-    if name == "semidiscrete" and (size > MOST or max(counts) > MOST_OF_A_LABEL[device.type]):
+    name, most = config.coupling, MOST
+    if device.type == "cuda":
+        most = min(MOST, torch.cuda.mem_get_info(device)[0] / 3)  # the rest is for the network and its steps
+    if name == "semidiscrete" and (size > most or max(counts) > MOST_OF_A_LABEL[device.type]):
         print(f"the semidiscrete coupling would keep {sum(counts)} images ({size / 1e9:.1f} GB) in memory, "
               f"too much here: taking --coupling exact over {config.ot_batch} batches", flush=True)
         name = "exact"
@@ -117,6 +119,6 @@ def learned_potentials(dataset, config, device):
 
     code = inspect.getsource(coupling.learn_potentials) + inspect.getsource(tint)
     digests = [digest(array) for array in (*dataset.train_images, *weights)]
-    content = [code, torch.__version__, digests, config.colour, config.seed]
+    content = [code, torch.__version__, digests, config.colour, config.seed, str(where)]
     folder = cached(None, "potentials", content, learn)
     return [np.load(folder / f"{d}.npy") for d in range(len(weights))]

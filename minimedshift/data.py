@@ -114,7 +114,8 @@ def folder_set(root, size, seed=0, cache=None, bits=0, invert="", crop=False, kn
         groups = [set(), set()]  # of images to train on, and of the others
         for key, some in files.items():
             groups["train" not in key].update({file.group for file in some} - {""})
-        for group in sorted(set.intersection(*groups))[:1]:
+        few = len(groups[0]) < 5  # these are no patients
+        for group in sorted(set.intersection(*groups))[few:1]:
             notes.append(f"warning: images of {group} are both to train and to test on")
     count = len(pairs[1].images) if pairs[1] else "no"
     notes.append(f"{count} pairs to test on, of one name in every domain{unread(left)}")
@@ -130,6 +131,7 @@ class Found(NamedTuple):
     least: float     # grey level
     most: float
     border: float    # share of the file's pixels in a constant border
+    drawn: bool      # nearly all pixels have the least or the largest level: a mask, or nothing
 
 
 def read_files(folder, domains, files, size, bits, inverted, crop, known):
@@ -142,11 +144,13 @@ def read_files(folder, domains, files, size, bits, inverted, crop, known):
         inner = v[images.content_box(v)]
         x = crop_to_square(inner if crop else v, size)
         border = 1 - inner.numel() / v.numel()
-        return Found(x, replace(info, alpha=None), v.min().item(), v.max().item(), border)
+        least, most = v.min().item(), v.max().item()
+        drawn = ((v == least) | (v == most)).float().mean().item() > .999
+        return Found(x, replace(info, alpha=None), least, most, border, drawn)
 
     told, stacks, coloured = dict(unreadable=[], readings={}, names={}), {}, []
     start, done, total, borders, levels = time.time(), 0, sum(map(len, files.values())), {}, {}
-    dim = {}  # shares of images that are dark in their domain's range
+    dim, drawn = {}, []  # dim: shares of images that are dark in their domain's range
     for d, domain in enumerate(domains):
         keys, good = [key for key in files if key.endswith(f"-{d}")], {}  # good: {File: Found}
         own = sum((files[key] for key in keys), [])
@@ -167,7 +171,8 @@ def read_files(folder, domains, files, size, bits, inverted, crop, known):
         told["readings"][domain] = asdict(reading)
         levels[domain] = {found.info.ends(reading) for found in good.values()}
         ends = [(found.most, *found.info.ends(reading)) for found in good.values()]
-        dim[domain] = np.mean([most - low < .3 * (high - low) for most, low, high in ends] or [0])
+        dim[domain] = np.mean([most - low < .501 * (high - low) for most, low, high in ends] or [0])
+        drawn += [str(file.path) for file, found in good.items() if found.drawn]
         borders[domain] = np.median([found.border for found in good.values()] or [0])
         coloured += [str(file.path) for file, found in good.items() if len(found.x) == 3]
         for key in keys:
@@ -181,11 +186,11 @@ def read_files(folder, domains, files, size, bits, inverted, crop, known):
         for i, x in enumerate(found):
             stack[i] = x  # grey goes into every channel
         np.save(folder / f"{key}.npy", stack)
-    told["notes"] = remarks(levels, coloured, total, dim, {} if crop else borders)
+    told["notes"] = remarks(levels, coloured, total, dim, drawn, {} if crop else borders)
     (folder / "told.json").write_text(json.dumps(told))
 
 
-def remarks(levels, coloured, total, dim, borders):
+def remarks(levels, coloured, total, dim, drawn, borders):
     """What is said of a folder's files, a line each: their grey levels, colour, and what may be wrong."""
     words = lambda some: " and ".join(f"{low:g} to {high:g}" for low, high in sorted(some))
     notes = ["grey levels: " + ", ".join(f"{d} {words(some)}" for d, some in levels.items())]
@@ -193,8 +198,10 @@ def remarks(levels, coloured, total, dim, borders):
         notes.append(f"3 channels, for {len(coloured)} of {total} images, such as {coloured[0]}")
     for domain, count in dim.items():
         if count > SOME:
-            notes.append(f"warning: {count:.0%} of {domain}'s images fill less than a third of its levels: "
-                         "have they other bits?")
+            notes.append(f"warning: {count:.0%} of {domain}'s images fill less than half of its levels: "
+                         "have they other bits, or some a bright spot?")
+    if drawn:
+        notes.append(f"warning: {len(drawn)} images have only two grey levels, such as {drawn[0]}: masks?")
     for domain, share in borders.items():
         if share > min(borders.values()) + WIDE:
             notes.append(f"warning: a border of one grey level is {share:.0%} of {domain}'s images, more "
@@ -204,7 +211,7 @@ def remarks(levels, coloured, total, dim, borders):
 
 def range_of(good, bits, domain):
     """The grey levels that become -1 and 1 in deep files {File: Found} of a domain, and their mode.
-    From 0, or with a sign, up to the next power of two above the largest. Files may tell their bits."""
+    From 0 up to the next power of two above the largest, likewise down. Files may tell their bits."""
     deep = {file: found for file, found in good.items() if found.info.mode in images.DEEP}
     good = {file: found for file, found in deep.items() if not found.info.bits} or deep
     modes = sorted({found.info.mode for found in good.values()})
@@ -213,11 +220,14 @@ def range_of(good, bits, domain):
         return 0.0, 0.0, "I;16"
     ends = [found.info.ends(Reading(found.least, found.most)) for found in good.values()]
     low, high = min(low for low, _ in ends), max(high for _, high in ends)
+    power = lambda level: 2.0 ** math.ceil(math.log2(max(level, 1e-9)))
     if modes == ["F"]:
-        top = 2.0 ** math.ceil(math.log2(max(high, -low, 1e-9) / (1 + images.SLACK)))
-        return -top if low < -images.SLACK * top else 0.0, top, "F"
+        top = power(max(high, -low / 2**20) / (1 + images.SLACK))
+        return -power(-low / (1 + images.SLACK)) if low < -images.SLACK * top else 0.0, top, "F"
     sign = int(low < 0)
     needed = max(1, int(max(high, -low - 1)).bit_length() + sign)
+    if sign and not bits:
+        return -power(-low), power(high + 1) - 1, modes[0]
     largest = max(good, key=lambda file: good[file].most)
     refuse(0 < bits < needed and not good[largest].info.bits,
            f"--bits {bits}: {domain} has levels of {needed} bits, {high:g} in {largest.path}")
@@ -265,7 +275,7 @@ def check(dataset, path=None):
               f"values {some.min():.2f} to {some.max():.2f}, mean {some.mean():.2f}{few}")
         if np.ptp(np.quantile(some, (.01, .99))) < NARROW:
             print(f"warning: {domain} fills a small part of its range: is one pixel bright, or --bits wrong?")
-        flat = some[:100].mean(1).reshape(len(some[:100]), -1)
+        flat = inner(some[:100]).mean(1).reshape(len(some[:100]), -1)
         alike = np.corrcoef(flat + 1e-9 * np.arange(flat.shape[1]))
         if (alike < OPPOSITE).mean() > SOME:
             print(f"warning: some images of {domain} look like negatives of others")
@@ -280,10 +290,16 @@ def check(dataset, path=None):
         print(f"examples: {path}")
 
 
+def inner(images):
+    """Images (N, C, H, H) without an eighth at each side, where frames and borders are."""
+    m = 3 * images.shape[-1] // 16
+    return images[..., m:-m, m:-m]
+
+
 def opposite(dataset):
     """Pairs of domains of opposite polarity: where one's mean image is bright, the other's is dark. Coarse
     contrast is what noise remembers of an image, so a translation keeps it: dark stays dark."""
-    means = np.stack([sample(images).mean((0, 1)).ravel() for images in dataset.train_images])
+    means = np.stack([inner(sample(images)).mean((0, 1)).ravel() for images in dataset.train_images])
     noise = np.random.default_rng(0).standard_normal(means[0].size)  # for images without any contrast
     pairs = np.argwhere(np.triu(np.corrcoef(means + 1e-6 * noise) < OPPOSITE, 1))
     return [(dataset.domains[i], dataset.domains[j]) for i, j in pairs]

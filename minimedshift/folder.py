@@ -15,9 +15,11 @@ WORDS = "(training|train|validation|valid|val|testing|test)"
 SPLIT = re.compile(f"{WORDS}([ _-]?(set|data|images))?", re.I)
 BOTH = re.compile(f"(?i:{WORDS})(?:[ _-](.+)|([A-Z].*))|(.+)[ _-](?i:{WORDS})")  # trainA, train_A, a_test
 # what lies beside images, as a folder or as a part of a file's name
-OTHER = re.compile("(.*[ _-])?(mask|seg|segmentation|label|overlay|annotation|thumb|thumbnail|preview)s?"
-                   "([ _-].*)?|__macosx", re.I)
-# group: of a domain's folders the first in which files differ: a patient; name: what pairs have in common
+OTHER = re.compile(r"(.*[ _-])?(\w*mask|seg|segmentation|label|overlay|annotation|thumb|thumbnail|preview)s?"
+                   r"(t[rs])?\d*([ _-].*)?|__macosx", re.I)
+NAMED = re.compile(r"(.*?\d[^_-]*)[_-]")  # 00000013_005.png, patient7_view1.png: of one patient
+# group: a patient: of a domain's folders the first in which files differ, or what DICOM or names say;
+# name: what pairs have in common
 File = namedtuple("File", "path domain split group name")
 
 
@@ -60,8 +62,10 @@ def place(root, path, joined=True):
     both = joined and folders and not SPLIT.fullmatch(folders[0]) and BOTH.fullmatch(folders[0])
     folders = [*filter(None, both.groups()), *folders[1:]] if both else folders
     first_letters = dict(tr="train", va="valid", te="test")
-    splits = {first_letters[part[:2].lower()] for part in folders if SPLIT.fullmatch(part)}
-    domain, *rest = [part for part in folders if not SPLIT.fullmatch(part)] or [""]
+    domain = next((part for part in folders if not SPLIT.fullmatch(part)), "")
+    own = re.compile(f"({SPLIT.pattern})[ _-]?({re.escape(domain)})?", re.I)  # CT/train_ct is CT/train
+    splits = {first_letters[part[:2].lower()] for part in folders if own.fullmatch(part)}
+    rest = [part for part in folders if not own.fullmatch(part)][1:]
     refuse(len(splits) > 1 or splits and not domain,
            f"--data: is {path} to train or to test on, and in which domain? No folder says it, or two do")
     stem = path
@@ -73,10 +77,16 @@ def place(root, path, joined=True):
 
 def grouped(files):
     """The Files of a domain, whose groups are now the first folder in which they differ: what is below it, as
-    a patient's studies, belongs together."""
+    a patient's studies, belongs together. Without folders: the patient in DICOM files, or if there are ten or
+    more, the start of names."""
     folders = [file.group.split("/") for file in files]
     same = len(os.path.commonprefix(folders))
-    return [file._replace(group=[*parts[same:], ""][0]) for file, parts in zip(files, folders)]
+    names = [NAMED.match(file.path.name) for file in files]
+    names = [name[1] if name else "" for name in names]
+    if len({*names}) < 10:
+        names = [""] * len(files)
+    return [file._replace(group=[*parts[same:], dicom.patient(file.path) or name][0])
+            for file, parts, name in zip(files, folders, names)]
 
 
 def find_files(root, seed):
@@ -94,7 +104,7 @@ def find_files(root, seed):
     refuse(len(domains) < 2, f"--data {root}: two or more sub-folders with images are needed, one a domain, "
                              f"found: {', '.join(domains) or 'none'}{unread(left)}")
     parts = []  # names of the domains' sub-folders
-    starts = {domain[:4].lower() for domain in domains}
+    starts = {part[:4].lower() for domain in domains for part in re.split("[ _-]", domain)}
     refuse({"trai", "test"} <= starts, f"--data {root}: are {', '.join(domains)} splits? Name them "
                                        "train/DOMAIN and test/DOMAIN")
     for d, domain in enumerate(domains):
@@ -126,7 +136,8 @@ def hold_out(files, seed):
             sizes.setdefault(group, {})[key] = count
         wanted[key], least[key] = len(files[key]) // 10 or int(len(files[key]) >= 5), min(counts.values())
     chosen = set()
-    by_chance = lambda group: (-len(sizes[group]), zlib.crc32(f"{seed} {group}".encode()))
+    code = lambda group: zlib.crc32(f"{seed} {group}".encode(errors="surrogateescape"))  # any bytes
+    by_chance = lambda group: (-len(sizes[group]), code(group))
     for group in sorted(sizes, key=by_chance):
         fits = [0 < wanted[key] and n <= max(wanted[key], least[key]) < len(files[key])
                 for key, n in sizes[group].items()]

@@ -28,7 +28,7 @@ class Velocity:
 
     def __call__(self, x, t):
         t = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
-        y = torch.as_tensor(self.y, device=x.device).expand(len(x))
+        y = self.y if torch.is_tensor(self.y) else torch.full_like(t, self.y, dtype=torch.int64)
         asked = torch.is_autocast_enabled(x.device.type)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=asked or x.is_cuda and has_bfloat16()):
             if self.guidance == 1:

@@ -240,10 +240,11 @@ def pretended(name):
         patch.setattr(torch.cuda, "is_available", here("cuda"))
         patch.setattr(torch.backends.mps, "is_available", here("mps"))
         patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-        patch.setattr(torch.cuda, "get_device_name", lambda: "pretended")
-        patch.setattr(torch.cuda, "get_device_capability", lambda: (6, 0))  # too old to compile for
+        patch.setattr(torch.cuda, "get_device_name", lambda *_: "pretended")
+        patch.setattr(torch.cuda, "get_device_capability", lambda *_: (6, 0))  # too old to compile for
         for check in ("_cuda_graph_capture_health_check", "_accelerator_graph_capture_health_check"):
             patch.setattr(torch.optim.Optimizer, check, lambda _: None, raising=False)  # they ask the driver
+        patch.setattr(torch.cuda, "mem_get_info", lambda *_: (8e9, 8e9))
         patch.setattr(torch.cuda, "max_memory_allocated", lambda: 1e9)
         patch.setattr(torch.cuda, "synchronize", lambda: devices.wait("synchronize"))
         # grouping by device is C++, which sees where tensors really are

@@ -60,22 +60,6 @@ def test_a_folder_becomes_domains_and_a_tenth_is_held_out(tmp_path):
     assert len(data.folder_set(root, 16, cache=tmp_path / "cache").train_images[0]) == 3
 
 
-def test_depths_and_colours_mix(tmp_path, capsys):
-    deep = lambda i: Image.fromarray(np.full((16, 16), 40000 + i, np.uint16))
-    fill(tmp_path / "root" / "a", 2, picture=deep)
-    fill(tmp_path / "root" / "b", 2, picture=lambda i: Image.fromarray(np.full((16, 16, 3), 7, np.uint8)))
-    grey = data.folder_set(tmp_path / "root", 16, cache=tmp_path / "cache")
-    assert grey.channels == 1
-    np.testing.assert_allclose(grey.train_images[0].astype(np.float32), 40000 / 65535 * 2 - 1, atol=2e-4)
-    fill(tmp_path / "root" / "b", 1, 2, picture=lambda i: Image.fromarray(noise(16, 16, 3)))
-    colour = data.folder_set(tmp_path / "root", 16, cache=tmp_path / "cache")
-    assert colour.channels == 3 and colour.train_images[0].shape == (2, 3, 16, 16)
-    data.check(colour, tmp_path / "grid.png")
-    said = capsys.readouterr().out
-    assert "a: 2 to train, 0 held out; values 0.22 to 0.22" in said and said.count("; few: ") == 2
-    assert Image.open(tmp_path / "grid.png").size[0] > 100
-
-
 def test_domains_of_opposite_polarity_are_warned_of(tmp_path, capsys):
     """Five domains of heads are not; heads and their negatives are. Noise without a shape is not."""
     heads = [phantom.Head(seed) for seed in range(12)]

@@ -8,6 +8,7 @@ import torch
 from minimedshift.methods import scorer
 from minimedshift.model import Shape, UNet
 from minimedshift.support import machine
+from minimedshift.support.command import UserError
 
 pick = machine.pick_formats.__wrapped__  # without the memory of an earlier answer
 CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))
@@ -37,9 +38,22 @@ def test_a_gpu_takes_what_it_has_a_unit_for(monkeypatch):
     for has, auto in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(machine, "has_bfloat16", lambda: has)
         assert pick("auto", CUDA) == (auto, torch.channels_last)
-        assert pick("bfloat16", CUDA)[0] == torch.bfloat16
         assert pick("float32", CUDA) == (torch.float32, torch.channels_last)
+    with pytest.raises(UserError, match="only emulates"):
+        pick("bfloat16", CUDA)
     assert pick("auto", MPS) == (torch.float32, torch.contiguous_format)
+
+
+def test_a_gpu_that_cannot_run_this_torch_is_refused_and_one_that_it_misses_is_told(monkeypatch, capsys):
+    def ones(*_, **__):
+        raise RuntimeError("no kernel image\nand more")
+
+    monkeypatch.setattr(machine.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    assert machine.pick_device("auto").type == "cpu" and "no GPU is seen by torch" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", ones)
+    with pytest.raises(UserError, match="cuda: no kernel image; torch .* --device cpu"):
+        machine.pick_device("auto")
 
 
 def test_scores_are_computed_where_there_is_float64():

@@ -185,6 +185,8 @@ def test_a_translation_is_read_and_written_in_the_range_of_its_domain(tmp_path, 
     ("training_A 6, validation_A 2, training_B 7, validation_B 3", "A 6 0 2, B 7 0 3"),
     ("A_training 6, A_Testing 2, B_training 7, B_Testing 3, B_training/Segmentation 9", "A 6 0 2, B 7 0 3"),
     ("Val-de-Grace 9, test-b 9, a/img 9, a/masks_machine 9", "Val-de-Grace 8 0 1, a 8 0 1, test-b 8 0 1"),
+    ("CT/train_ct 6, CT/test_ct 9, MR/trainMR 7, MR/testMR 9, MR/leftMask 9", "CT 6 0 9, MR 7 0 9"),
+    ("real/imagesTr 9, real/labelsTr 9, drr 10", "drr 9 0 1, real 8 0 1"),
     ("a 10, a/thumbnails 10, b 20, b/left 10, out! 3, old/runs! 2, b/.hidden 5", "a 9 0 1, b 27 0 3")])
 def test_a_layout_is_understood(tmp_path, layout, domains):
     """Words are folders with a number of images; "!" has a checkpoint. Domain: to train, valid, test."""
@@ -203,7 +205,8 @@ def test_a_layout_is_understood(tmp_path, layout, domains):
 
 @pytest.mark.parametrize("layout", ["images/a images/b", "a/train a/test b", "train/a train/b test/a c", "a",
                                     "train/a/test train/b/test", "test/a test/b", "trainA testB",
-                                    "TrainA TrainB TestA TestB", "A_train B_train A_test B_test"])
+                                    "TrainA TrainB TestA TestB", "A_train B_train A_test B_test",
+                                    "A_train_png B_train_png A_test_png B_test_png"])
 def test_a_layout_that_is_not_understood_is_asked_back_in_one_sentence(tmp_path, layout):
     for name in layout.split():
         fill(tmp_path / name, 6)
@@ -251,7 +254,7 @@ def test_only_a_test_split_of_the_user_is_paired_and_the_report_says_how_many(tm
 
 def test_the_users_validation_images_stay_apart_and_a_person_on_both_sides_is_named(tmp_path):
     for d in "ab":
-        for split, count in (("train/p1", 9), ("train/p2", 9), ("val", 4), ("test/p2", 6)):
+        for split, count in (*((f"train/p{i}", 3) for i in range(6)), ("val", 4), ("test/p2", 6)):
             fill(tmp_path / split.replace("/", f"/{d}/") / (d if split == "val" else ""), count)
     made = data.folder_set(tmp_path, 16, cache=tmp_path / ".cache")
     assert (len(made.valid_pairs.images), len(made.test_pairs.images)) == (4, 6)
@@ -305,6 +308,27 @@ def test_images_of_two_polarities_or_depths_in_one_domain_are_warned_of(tmp_path
     fill(tmp_path / "root" / "deep", 12, lambda i: head(i, top=16383 if i % 2 else 1023))
     says = learn(tmp_path / "root", "--check-data")[1]
     assert "some images of two look like negatives" in says and "50% of deep's images fill less" in says
+
+
+@pytest.mark.parametrize("frame", [0, 1, 3])
+def test_negatives_in_a_dark_frame_and_masks_among_images_are_warned_of(tmp_path, learn, frame):
+    for d in "ab":
+        v = lambda i: np.abs(255 * (d == "b") - head(i, 32, 255).astype(int)).astype(np.uint8)
+        fill(tmp_path / "root" / d, 12, lambda i: np.pad(v(i)[frame:32 - frame, frame:32 - frame], frame))
+    fill(tmp_path / "root" / "a" / "roi", 2, lambda i: np.uint8(255 * (head(i, 32, 255) > 99)))
+    says = learn(tmp_path / "root", "--check-data", "--size", 32)[1]
+    assert "a and b look like negatives" in says and "2 images have only two grey levels, such as" in says
+
+
+def test_images_of_a_patient_stay_together_by_their_names_and_by_dicom(tmp_path):
+    for i in range(60):
+        radiograph(tmp_path / "b" / f"{i}.dcm", head(0, top=4095), PatientID=f"{i // 5}")
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a" / f"scan_{i // 5:04}_view{i % 5}.png").touch()
+    files = folder.find_files(tmp_path, 0)[1]
+    for d in "01":
+        train, test = ({file.group for file in files[f"{split}-{d}"]} for split in ("train", "test"))
+        assert len(train | test) == 12 and test and not train & test
 
 
 def test_a_bright_dot_that_widens_the_range_is_warned_of(tmp_path, learn):
@@ -463,14 +487,14 @@ def test_a_kind_of_tiff_is_read_right_or_refused_in_one_sentence(tmp_path, kind)
 @pytest.mark.parametrize("order", "<>")
 def test_grey_levels_with_a_sign_and_floats_keep_their_range_and_kind(tmp_path, negate, order):
     signed, root = rng.integers(-900, 1900, (5, 16, 16)).astype(np.int16), tmp_path / "root"
-    for d, v in (("a", signed), ("b", signed.astype(np.float32) / 7)):
+    for d, v in (("a", signed), ("b", signed.astype(np.float32) / 6)):
         (root / d).mkdir(parents=True)
         for i in range(5):
             tiff(root / d / f"{i}.tif", v[i], order)
     readings = data.folder_set(root, 16, cache=tmp_path / "cache").readings
-    assert (readings["a"].low, readings["a"].high) == (-2048, 2047)
-    assert (readings["b"].low, readings["b"].high) == (-512, 512)
-    for s, t, kind, want in (("a", "b", 2, -1 - signed[0]), ("b", "a", 3, -signed[0] / 7)):
+    assert (readings["a"].low, readings["a"].high) == (-1024, 2047)
+    assert (readings["b"].low, readings["b"].high) == (-256, 512)
+    for s, t, kind, want in (("a", "b", 2, 1023 - signed[0]), ("b", "a", 3, 256 - signed[0] / 6)):
         out = tmp_path / f"{s}.tif"
         assert translated(root / s / "0.tif", out, network(tmp_path, **readings), s, t) == 0
         with Image.open(out) as image:

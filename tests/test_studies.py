@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch import nn
 from torch.testing import assert_close
 
 from minimedshift import metrics
-from minimedshift.model import PRESETS, Shape
 from minimedshift.support.command import UserError, run
 from studies import bench, couplings, latent, plane, rivals
 
@@ -262,27 +260,6 @@ def test_both_sides_of_a_comparison_compute_the_same(float32):
         results.append([translation] + [p.grad for p in side.model.parameters()])
     for a, b in zip(*results):
         assert_close(a, b, rtol=1e-2, atol=1e-3 * b.abs().max().item())
-
-
-def test_the_bench_counts_a_plan_for_every_step_it_serves(tmp_path, monkeypatch, float32):
-    """Everything is done once, and counted as 8 ms: a plan for 8 steps takes a ninth of a step, one for 16 a
-    seventeenth."""
-    done = []
-
-    def clock(functions, repeats, device):
-        done.extend(function() for function in functions)
-        return np.full((len(functions), repeats), 8.0)
-
-    tiny = replace(PRESETS["cpu"], size=16, shape=Shape(widths=(32,), blocks=(1,)))
-    monkeypatch.setattr(bench, "PRESETS", dict(cpu=tiny))
-    monkeypatch.setattr(bench, "clock", clock)
-    flags = ["--repeats", "3", "--device", "cpu", "--out", str(tmp_path)]
-    bench.main([*flags, "--only", "couplings"])
-    lines = (tmp_path / "bench-couplings.md").read_text().splitlines()
-    assert len(done) == 5 and "| exact | 1.000 | 1.000 | 1.000 | 0.111 |" in lines
-    assert "| semidiscrete | 0.500 | 0.500 | 0.500 | 0.059 |" in lines
-    bench.main([*flags, "--only", "steps"])
-    assert len(done) == 9 and "| translation | 8.000 |" in (tmp_path / "bench-steps.md").read_text()
 
 
 @pytest.mark.slow

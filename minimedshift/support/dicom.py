@@ -1,5 +1,6 @@
 """DICOM files, read through pydicom where the user has it, as a viewer would show them."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,12 @@ def is_dicom(path):
         return ending == "dcm"
     with open(path, "rb") as file:
         return file.read(132)[128:] == b"DICM" and Path(path).name != "DICOMDIR"
+
+
+def patient(path):
+    """Who is in a DICOM file, if that can be read."""
+    with suppress(Exception):  # a damaged header can raise anything
+        return pydicom.dcmread(path, True, specific_tags=["PatientID"]).PatientID if is_dicom(path) else ""
 
 
 @np.errstate(all="ignore")

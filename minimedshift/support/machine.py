@@ -3,6 +3,8 @@
 import ctypes
 import math
 import platform
+import shutil
+import sys
 import time
 from contextlib import suppress
 from functools import cache
@@ -17,7 +19,7 @@ try:
 except ImportError:
     triton = None
 
-from minimedshift.support.command import refuse
+from minimedshift.support.command import UserError, refuse
 
 
 def pick_device(name):
@@ -26,7 +28,17 @@ def pick_device(name):
     numbered = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if "cuda" in here else []
     refuse(name not in ("auto", *here, *numbered),
            f"--device {name} is not available on this machine, which has: {', '.join(here)}")
-    return torch.device(here[0] if name == "auto" else name)
+    device = torch.device(here[0] if name == "auto" else name)
+    if name == "auto" and device.type == "cpu" and shutil.which("nvidia-smi"):
+        print(f"no GPU is seen by torch {torch.__version__} (its CUDA: {torch.version.cuda}; is the driver "
+              "too old?): computing on the CPU", file=sys.stderr)
+    try:
+        torch.ones(2, device=device).sum().item()
+    except RuntimeError as error:  # a card without kernels is "available"
+        why = str(error).partition("\n")[0]
+        raise UserError(f"{device}: {why}; torch {torch.__version__} is made for "
+                        f"{torch.cuda.get_arch_list()}: take another build, or --device cpu") from None
+    return device
 
 
 @cache
@@ -35,8 +47,8 @@ def pick_formats(dtype, device):
     On a CPU they are measured, in about a second. dtype: "auto", or the name of the one to take."""
     wanted = [torch.float32, torch.bfloat16] if dtype == "auto" else [getattr(torch, dtype)]
     if device.type == "cuda":
-        can = dtype != "auto" or has_bfloat16()
-        return wanted[-1] if can else torch.float32, torch.channels_last
+        refuse(dtype == "bfloat16" and not has_bfloat16(), "--dtype bfloat16: this GPU only emulates it")
+        return wanted[-1] if has_bfloat16() else torch.float32, torch.channels_last
     if device.type == "mps":
         return wanted[0], torch.contiguous_format
     seconds = dict.fromkeys(product(wanted, (torch.contiguous_format, torch.channels_last)), math.inf)
@@ -129,8 +141,11 @@ def in_batches(function, x, batch=64):
 
 
 def machine_name(device):
-    """The name of the GPU, or of the processor and how many threads it runs, for a report."""
+    """The GPU with its memory and software, or the processor and how many threads it runs, for a report."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name()
+        free, total = (round(n / 1e9, 1) for n in torch.cuda.mem_get_info(device))
+        software = f"CUDA {torch.version.cuda}, Triton {getattr(triton, '__version__', 'none')}"
+        card = f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)}"
+        return f"{card}, {free} of {total} GB free, {software}"
     found = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 has none
     return f"{torch.get_num_threads()} x {found.get('cpu_name', platform.machine())}"

@@ -109,6 +109,10 @@ def folder_set(root, size, seed=0, cache=None, bits=0, invert="", crop=False, kn
     train, valid, test, pairs, notes = *map(load, ("train", "valid", "test")), (None, None), told["notes"]
     for domain, stack in zip(domains, train):
         refuse(not len(stack), f"--data {root}: the domain {domain} has no image that can be read")
+    for domain, a, b in zip(domains, train, () if own_split else test):
+        if len(b) > 3 * WIDE * (len(a) + len(b)):
+            notes.append(f"warning: {len(b)} of {len(a) + len(b)} images of {domain} are held out: its "
+                         "sub-folders are few, and never split")
     if own_split:  # the tenths that the program holds out may share names by accident
         pairs = find_pairs(paired_by_name(valid, names("valid")), paired_by_name(test, names("test")))
         groups = [set(), set()]  # of images to train on, and of the others

@@ -3,23 +3,27 @@
     tone    the histogram of each pyramid band, then of the pixels, is brought to the target's
     grain   fine bands get the strength of noise that the target has, by grey level
 
-A median does not mend what the flow does wrong on every head, but histograms show it. And a median is smooth,
-while strong noise of the source passes through a local network."""
+A median does not mend what the flow does wrong on every head, but histograms show it: those of the answers
+beside those of the target's images that look most like them, as the populations may differ. Where domains
+differ little, a histogram's own error counts, and less of the tone is changed. And a median is smooth, while
+strong noise of the source passes through a local network."""
 
 import itertools
 import math
 import time
 import zlib
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
-from minimedshift.bands import BandCurves, Curve, blur, erode, fit_bands, fit_histogram, flat_region, inside
+from minimedshift.bands import (BandCurves, Curve, blur, erode, fit_bands, fit_histogram, flat_region, inside,
+    low_pass)
 from minimedshift.support.log import progress
 from minimedshift.support.machine import autocast
 
-IMAGES, NOISY = 500, 250  # images of a domain: fewer pull its tone off; so many are enough for its noise
+IMAGES, SOME = 1000, 250  # images of a domain: to look for the nearest in, and to translate or to measure
+ERROR = 0.007  # about what the tone of so many images is off
 LEVELS, ENOUGH = 16, 100  # Noise is measured at 16 levels of grey, where a level has 100 pixels.
 NORMAL = 0.6745  # This is the median of |N(0, 1)|.
 UNIT = (0.87252, 0.18928)  # White noise of variance 1 has these deviations in its bands of grain.
@@ -94,41 +98,70 @@ class Finish:
     """Gives a student's answers x (B, C, H, W) for one ordered pair the target's tone and grain."""
     bands: BandCurves
     pixels: Curve
-    own: list  # Curves of the answers' grain, once their tone is right
-    wanted: list  # Curves of the target's
+    strength: float = 1.0  # of the tone: 0 leaves it
+    own: list = ()  # Curves of the answers' grain, once their tone is right
+    wanted: list = ()  # Curves of the target's
+
+    def tone(self, x):
+        """Answers x with the target's tone."""
+        return torch.lerp(x, self.pixels(self.bands(x)), self.strength)
 
     def __call__(self, x, noise):  # noise: white, like x
-        return regrain(self.pixels(self.bands(x)), self.own, self.wanted, noise)
+        return regrain(self.tone(x), self.own, self.wanted, noise)
 
     def state(self):
         """As plain types and tensors."""
         groups = dict(bands=self.bands.curves, pixels=[self.pixels], own=self.own, wanted=self.wanted)
-        return {name: [astuple(curve) for curve in curves] for name, curves in groups.items()}
+        curves = {name: [astuple(curve) for curve in group] for name, group in groups.items()}
+        return curves | dict(strength=self.strength)
 
 
 def restore(state):
     """The Finish of Finish.state()."""
-    groups = {name: [Curve(*curve) for curve in curves] for name, curves in state.items()}
-    return Finish(BandCurves(tuple(groups["bands"])), groups["pixels"][0], groups["own"], groups["wanted"])
+    strength = state.get("strength", 1.0)
+    groups = {name: [Curve(*curve) for curve in state[name]] for name in state if name != "strength"}
+    bands = BandCurves(tuple(groups["bands"]))
+    return Finish(bands, groups["pixels"][0], strength, groups["own"], groups["wanted"])
+
+
+def thinned(images):
+    """About SOME of images (N, C, H, W), float32: files in order may be alike."""
+    return images[::max(1, len(images) // SOME)].float()
+
+
+def changes(images):
+    """How far each domain is from each other one, (D, D): the root mean square of what fitting bands changes
+    in images (D, N, C, H, W), low-passed, in units of x."""
+    result = torch.zeros(len(images), len(images))
+    for s, t in itertools.permutations(range(len(images)), 2):
+        x, target = thinned(images[s]), thinned(images[t])
+        result[s, t] = low_pass(fit_bands(x, target)(x) - x).square().mean().sqrt()
+    return result
+
+
+def thumbnails(images):
+    """Images (N, C, H, W) as points (N, C 64): those that look alike are near."""
+    return F.interpolate(images.float(), (8, 8), mode="bilinear", antialias=True).flatten(1)
 
 
 @torch.inference_mode()
-def fit(net, images, dtype=torch.float32, batch=64):
-    """{(s, t): Finish} of a LocalNet, from training images (D, N, C, H, W). dtype: of its arithmetic."""
+def fit(net, images, changes, dtype=torch.float32, batch=64):
+    """{(s, t): Finish} of a LocalNet, from training images (D, N, C, H, W) and their `changes` d. The strength
+    of the tone is d^2 / (d^2 + ERROR^2). dtype: of the network's arithmetic."""
     start, device = time.time(), next(net.parameters()).device
     pairs = list(itertools.permutations(range(len(images)), 2))
-    some = slice(None, None, max(1, images.shape[1] // NOISY))  # files in order may be alike
-    wanted = [grain(target[some].float(), robust=True) for target in images]
-    finishes = {}
+    wanted = [grain(thinned(target), robust=True) for target in images]
+    points, finishes = [thumbnails(target) for target in images], {}
     for s, t in pairs:
         answers, labels = [], torch.tensor([[s], [t]], device=device)
-        for x in images[s].float().split(batch):
+        for x in thinned(images[s]).split(batch):
             with autocast(device, dtype):
                 answers.append(net(x.to(device), *labels.expand(2, len(x))).float().cpu())
-        x, target = torch.cat(answers), images[t].float()
-        bands = fit_bands(x, target)
-        x = bands(x)
-        pixels = fit_histogram(x, target)
-        finishes[s, t] = Finish(bands, pixels, grain(pixels(x[some]), robust=False), wanted[t])
+        x = torch.cat(answers)
+        nearest = images[t][torch.cdist(thumbnails(x), points[t]).argmin(1)].float()
+        bands = fit_bands(x, nearest)
+        strength = float(changes[s, t] ** 2 / (changes[s, t] ** 2 + ERROR**2))
+        toned = Finish(bands, fit_histogram(bands(x), nearest), strength)
+        finishes[s, t] = replace(toned, own=grain(toned.tone(x), robust=False), wanted=wanted[t])
         progress(len(finishes), len(pairs), start, "its finish", "pairs")
     return finishes

@@ -6,9 +6,11 @@ do not move (an L2 loss would give the mean, which they do):
 
     student(x, s, t) = argmin_f  E | f(x) - flow(x, s, t) |          over training images x of domain s
 
-What differs between two domains is local, so the student may be. A median has no noise of its own, and a tone
-that is wrong in all lessons stays wrong: finish.py mends both."""
+What differs between two domains is local, so the student may be. The less two domains differ, the less far
+back the flow goes: what lies below the noise at tau is drawn anew, and need not be. A median has no noise of
+its own, and a tone that is wrong in all lessons stays wrong: finish.py mends both."""
 
+import itertools
 import time
 from dataclasses import asdict, dataclass
 
@@ -24,8 +26,9 @@ from minimedshift.support.command import UserError
 from minimedshift.support.log import progress
 from minimedshift.support.machine import autocast, keep_memory
 
-LESSONS = dict(tau=0.1, steps=3, t_image=0.99)  # how the flow translates what the student learns from
-TARGETS = 2    # domains to which it translates an image, drawn for each
+LESSONS = dict(steps=3, t_image=0.99)  # how the flow translates what the student learns from
+HIDDEN = 100    # At tau the noise is so many times as strong as the change from one domain to the other.
+TARGETS = 2    # domains to which the flow translates an image, drawn for each
 GAMMA = 16.97  # of the EMA: about the last twentieth of the steps
 
 
@@ -92,23 +95,30 @@ def spread_out(dataset, count):
     return torch.from_numpy(np.stack([dataset.drawn(d, count) for d in range(len(dataset.domains))]))
 
 
+def depths(changes):
+    """tau of each ordered pair (D, D), at which noise hides the `finish.changes` of these domains:
+    (1 - tau) / tau = HIDDEN changes, and .1 <= tau <= .8."""
+    return (1 / (1 + HIDDEN * changes)).clamp(.1, .8)
+
+
 @torch.inference_mode()
-def lessons(flow, images, tau, seed=0, batch=64, **how):
+def lessons(flow, images, taus, seed=0, batch=64, **how):
     """What the flow makes of images (D, N, C, H, W), N of each domain: targets (D, N, K) int64, the domains
-    to which each is translated, and answers (D, N, K, C, H, W) float16. how: the sampler's steps, t_image."""
+    to which each is translated, and answers (D, N, K, C, H, W) float16. taus (D, D): of each ordered pair.
+    how: the sampler's steps, t_image."""
     start, (D, N), draw = time.time(), images.shape[:2], torch.Generator().manual_seed(seed)
     device, K = next(flow.parameters()).device, min(TARGETS, D - 1)
     others = torch.rand(D, N, D - 1, generator=draw).argsort(2)[..., :K] + 1  # domains further on
     targets = (torch.arange(D)[:, None, None] + others) % D
     answers = torch.zeros(D, N, K, *images.shape[2:], dtype=torch.float16)
-    for s in range(D):
-        for some in torch.arange(N).split(batch):
-            x = images[s, some].to(device, torch.float32)
-            z = sampler.encode(flow, x, s, tau, **how)  # the way back is the same for all targets
-            for k in range(K):
-                y = targets[s, some, k].to(device)
-                answers[s, some, k] = sampler.decode(flow, z, y, tau, **how).half().cpu()
-            progress(s * N + int(some[-1]) + 1, D * N, start, "the flow translates")
+    done = 0
+    for s, t in itertools.permutations(range(D), 2):
+        for some in (targets[s] == t).nonzero().split(batch):
+            i, k = some.T
+            x = images[s, i].to(device, torch.float32)
+            answers[s, i, k] = sampler.translate(flow, x, s, t, taus[s, t].item(), **how).half().cpu()
+            done += len(some)
+            progress(done, D * N * K, start, "the flow translates")
     return targets, answers
 
 
@@ -196,12 +206,13 @@ def restore(state, device="cpu", path="the checkpoint"):
 def teach(model, dataset, count, steps, dtype, device, seed=0):
     """The Student of a trained flow: `steps` of the optimizer on `count` images a domain, then its finish."""
     keep_memory()
-    images = spread_out(dataset, count)
+    enough = min(finish.IMAGES, max(map(len, dataset.train_images)))
+    images, many = spread_out(dataset, count), spread_out(dataset, enough)
+    changes = finish.changes(many)
     with autocast(device, dtype):
-        targets, answers = lessons(model, images, seed=seed, **LESSONS)
+        targets, answers = lessons(model, images, depths(changes), seed=seed, **LESSONS)
     width, stem = (128, 8) if dataset.size >= 256 else (64, 4)
     shape = LocalShape(len(dataset.domains), dataset.channels, width, stem)
     net = learn(shape, images, targets, answers, steps, seed=seed, dtype=dtype, device=device)
     keep_memory()
-    enough = min(finish.IMAGES, max(map(len, dataset.train_images)))
-    return Student(net, finish.fit(net, spread_out(dataset, enough), dtype))
+    return Student(net, finish.fit(net, many, changes, dtype))

@@ -315,8 +315,13 @@ def test_negatives_in_a_dark_frame_and_masks_among_images_are_warned_of(tmp_path
     for d in "ab":
         v = lambda i: np.abs(255 * (d == "b") - head(i, 32, 255).astype(int)).astype(np.uint8)
         fill(tmp_path / "root" / d, 12, lambda i: np.pad(v(i)[frame:32 - frame, frame:32 - frame], frame))
+    for i in range(12):
+        half = tmp_path / "root" / "b" / ("left", "right")[i % 2]
+        half.mkdir(exist_ok=True)
+        (tmp_path / "root" / "b" / f"{i:03}.png").rename(half / f"{i}.png")
     fill(tmp_path / "root" / "a" / "roi", 2, lambda i: np.uint8(255 * (head(i, 32, 255) > 99)))
     says = learn(tmp_path / "root", "--check-data", "--size", 32)[1]
+    assert "6 of 12 images of b are held out" in says
     assert "a and b look like negatives" in says and "2 images have only two grey levels, such as" in says
 
 

@@ -1,5 +1,6 @@
 """The student against known answers: what it sees, what its loss makes of outliers, what its lessons are."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -87,14 +88,28 @@ def test_lessons_are_the_flows_translations():
         torch.nn.init.normal_(p, std=.3)
     images = torch.rand(3, 5, 1, 8, 8).half()
     how = dict(steps=2, solver="fireflow", t_image=.9)
-    targets, answers = student.lessons(model, images, .2, batch=2, **how)
+    taus = torch.tensor([[0, .2, .1], [.3, 0, .2], [.1, .2, 0]])
+    targets, answers = student.lessons(model, images, taus, batch=2, **how)
     assert targets.shape == (3, 5, student.TARGETS)
     for s in range(3):
         assert all(sorted([s, *some]) == [0, 1, 2] for some in targets[s].tolist())  # two others of three
-        for k in range(2):
-            want = sampler.translate(model, images[s].float(), s, targets[s, :, k], .2, **how)
-            torch.testing.assert_close(answers[s, :, k].float(), want, atol=2e-3, rtol=2e-3)
-            assert (want - images[s]).abs().mean() > .002
+        for i, k in itertools.product(range(5), range(2)):
+            t, x = targets[s, i, k], images[s, i, None].float()
+            want = sampler.translate(model, x, s, int(t), taus[s, t].item(), **how)
+            torch.testing.assert_close(answers[s, i, k, None].float(), want, atol=2e-3, rtol=2e-3)
+            assert (want - x).abs().mean() > .002
+
+
+def test_the_flow_goes_less_far_back_the_less_two_domains_differ():
+    """A step of .02 of all images beside noise of (1 - tau): 100 times as strong."""
+    a = torch.rand(1, 60, 1, 16, 16, generator=torch.Generator().manual_seed(0)) - .5
+    images = torch.cat([a, a + .02, a - .3])
+    changes = finish.changes(images)
+    off = torch.tensor([[0, .02, .3], [.02, 0, .32], [.3, .32, 0]])
+    torch.testing.assert_close(changes, off, atol=.002, rtol=.02)
+    taus = student.depths(changes)
+    tau = taus[0, 1]
+    assert tau * .02 == pytest.approx((1 - tau).item() / student.HIDDEN, rel=.05) and taus[0, 2] == taus.min()
 
 
 def test_images_are_turned_in_eight_ways():
@@ -116,7 +131,7 @@ def made():
     """A Student whose target 1 has noise, as if its network left none."""
     torch.manual_seed(0)
     net = awake(SMALL)
-    finishes = finish.fit(net, torch.rand(3, 8, 1, 16, 16) * 2 - 1)
+    finishes = finish.fit(net, torch.rand(3, 8, 1, 16, 16) * 2 - 1, torch.ones(3, 3))
     own, wanted = ([Curve(-1.0, 1.0, torch.full((2,), size))] * 2 for size in (0.0, 0.1))
     finishes[0, 1] = replace(finishes[0, 1], own=own, wanted=wanted)
     return student.Student(net, finishes)
@@ -128,7 +143,7 @@ def test_a_batch_of_several_pairs_is_translated_pair_by_pair(made):
     together = made(x, y_source, y_target, seed=3)
     for i in range(4):
         alone = made(x[i:i + 1], int(y_source[i]), int(y_target[i]), seed=3)
-        torch.testing.assert_close(together[i:i + 1], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together[i:i + 1], alone, atol=1e-4, rtol=1e-5)  # a curve can be steep
     assert torch.equal(together[3], x[3]) and not torch.equal(together[2], x[2])
     own = made.net(x, labels(0, 0, 0, 0), labels(1, 1, 1, 1))
     assert torch.equal(made(x, 0, 1, finished=False), own)

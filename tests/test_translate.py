@@ -112,7 +112,7 @@ def net_with_student(net, tmp_path_factory):
     domains = len(phantom.DOMAINS)
     images = torch.rand(domains, 30, 1, SIZE, SIZE) * torch.linspace(.2, 1, domains).view(-1, 1, 1, 1, 1)
     network = student.LocalNet(student.LocalShape(width=8, blocks=1))
-    whole = student.Student(network, finish.fit(network, images))
+    whole = student.Student(network, finish.fit(network, images, torch.ones(domains, domains)))
     checkpoint.save(path, {**checkpoint.load(net), "student": whole.state()})
     return path
 

@@ -146,8 +146,8 @@ def thumbnails(images):
 
 @torch.inference_mode()
 def fit(net, images, changes, dtype=torch.float32, batch=64):
-    """{(s, t): Finish} of a LocalNet, from training images (D, N, C, H, W) and their `changes` d. The strength
-    of the tone is d^2 / (d^2 + ERROR^2). dtype: of the network's arithmetic."""
+    """{(s, t): Finish} of a LocalNet, from training images (D, N, C, H, W) and their `changes`, d. Tone is
+    as strong as d^2 / (d^2 + ERROR^2). dtype: of the network's arithmetic."""
     start, device = time.time(), next(net.parameters()).device
     pairs = list(itertools.permutations(range(len(images)), 2))
     wanted = [grain(thinned(target), robust=True) for target in images]

@@ -109,10 +109,11 @@ def folder_set(root, size, seed=0, cache=None, bits=0, invert="", crop=False, kn
     train, valid, test, pairs, notes = *map(load, ("train", "valid", "test")), (None, None), told["notes"]
     for domain, stack in zip(domains, train):
         refuse(not len(stack), f"--data {root}: the domain {domain} has no image that can be read")
-    for domain, a, b in zip(domains, train, () if own_split else test):
-        if len(b) > 3 * WIDE * (len(a) + len(b)):
-            notes.append(f"warning: {len(b)} of {len(a) + len(b)} images of {domain} are held out: its "
-                         "sub-folders are few, and never split")
+    for d, domain in enumerate(() if own_split else domains):
+        out, kept = ({file.group for file in files[f"{split}-{d}"]} - {""} for split in ("test", "train"))
+        if out and len(out | kept) < 10:
+            out = " and ".join(sorted(out))
+            notes.append(f"warning: of {domain} {out} is held out whole: is it a patient?")
     if own_split:  # the tenths that the program holds out may share names by accident
         pairs = find_pairs(paired_by_name(valid, names("valid")), paired_by_name(test, names("test")))
         groups = [set(), set()]  # of images to train on, and of the others
@@ -154,7 +155,7 @@ def read_files(folder, domains, files, size, bits, inverted, crop, known):
 
     told, stacks, coloured = dict(unreadable=[], readings={}, names={}), {}, []
     start, done, total, borders, levels = time.time(), 0, sum(map(len, files.values())), {}, {}
-    dim, drawn = {}, []  # dim: shares of images that are dark in their domain's range
+    dim, drawn, long = {}, [], []  # dim: shares of images that are dark in their domain's range
     for d, domain in enumerate(domains):
         keys, good = [key for key in files if key.endswith(f"-{d}")], {}  # good: {File: Found}
         own = sum((files[key] for key in keys), [])
@@ -177,6 +178,8 @@ def read_files(folder, domains, files, size, bits, inverted, crop, known):
         ends = [(found.most, *found.info.ends(reading)) for found in good.values()]
         dim[domain] = np.mean([most - low < .501 * (high - low) for most, low, high in ends] or [0])
         drawn += [str(file.path) for file, found in good.items() if found.drawn]
+        long += [str(file.path) for file, found in good.items()
+                 if max(found.info.size) > 1.5 * min(found.info.size)]
         borders[domain] = np.median([found.border for found in good.values()] or [0])
         coloured += [str(file.path) for file, found in good.items() if len(found.x) == 3]
         for key in keys:
@@ -190,11 +193,11 @@ def read_files(folder, domains, files, size, bits, inverted, crop, known):
         for i, x in enumerate(found):
             stack[i] = x  # grey goes into every channel
         np.save(folder / f"{key}.npy", stack)
-    told["notes"] = remarks(levels, coloured, total, dim, drawn, {} if crop else borders)
+    told["notes"] = remarks(levels, coloured, total, dim, drawn, long, {} if crop else borders)
     (folder / "told.json").write_text(json.dumps(told))
 
 
-def remarks(levels, coloured, total, dim, drawn, borders):
+def remarks(levels, coloured, total, dim, drawn, long, borders):
     """What is said of a folder's files, a line each: their grey levels, colour, and what may be wrong."""
     words = lambda some: " and ".join(f"{low:g} to {high:g}" for low, high in sorted(some))
     notes = ["grey levels: " + ", ".join(f"{d} {words(some)}" for d, some in levels.items())]
@@ -204,6 +207,8 @@ def remarks(levels, coloured, total, dim, drawn, borders):
         if count > SOME:
             notes.append(f"warning: {count:.0%} of {domain}'s images fill less than half of its levels: "
                          "have they other bits, or some a bright spot?")
+    if long:
+        notes.append(f"{len(long)} images are long, such as {long[0]}: their middle square is trained on")
     if drawn:
         notes.append(f"warning: {len(drawn)} images have only two grey levels, such as {drawn[0]}: masks?")
     for domain, share in borders.items():
@@ -279,10 +284,12 @@ def check(dataset, path=None):
               f"values {some.min():.2f} to {some.max():.2f}, mean {some.mean():.2f}{few}")
         if np.ptp(np.quantile(some, (.01, .99))) < NARROW:
             print(f"warning: {domain} fills a small part of its range: is one pixel bright, or --bits wrong?")
-        flat = inner(some[:100]).mean(1).reshape(len(some[:100]), -1)
-        alike = np.corrcoef(flat + 1e-9 * np.arange(flat.shape[1]))
-        if (alike < OPPOSITE).mean() > SOME:
-            print(f"warning: some images of {domain} look like negatives of others")
+        for part in (some[::len(some) // 100 + 1], inner(some[::len(some) // 100 + 1])):
+            flat = part.mean(1).reshape(len(part), -1)
+            alike = np.corrcoef(flat + 1e-9 * np.arange(flat.shape[1]))
+            if (alike < OPPOSITE).mean() > SOME:
+                print(f"warning: some images of {domain} look like negatives of others")
+                break
     if len(sizes) > SHOWN or np.median(sizes) < 5:
         print(f"warning: {len(sizes)} domains, most of few images: are these domains, or patients?")
     print(*dataset.notes, sep="\n", end="\n" * bool(dataset.notes), flush=True)

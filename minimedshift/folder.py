@@ -77,15 +77,15 @@ def place(root, path, joined=True):
 
 def grouped(files):
     """The Files of a domain, whose groups are now the first folder in which they differ: what is below it, as
-    a patient's studies, belongs together. Without folders: the patient in DICOM files, or if there are ten or
-    more, the start of names."""
+    a patient's studies, belongs together. DICOM files name the patient themselves. Without folders the start
+    of names counts, if there are ten or more."""
     folders = [file.group.split("/") for file in files]
     same = len(os.path.commonprefix(folders))
     names = [NAMED.match(file.path.name) for file in files]
     names = [name[1] if name else "" for name in names]
     if len({*names}) < 10:
         names = [""] * len(files)
-    return [file._replace(group=[*parts[same:], dicom.patient(file.path) or name][0])
+    return [file._replace(group=dicom.patient(file.path) or [*parts[same:], name][0])
             for file, parts, name in zip(files, folders, names)]
 
 

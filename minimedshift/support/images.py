@@ -145,6 +145,8 @@ def doubts(tags, mode, tile):
     swapped = tags and tags.prefix == b"MM" and tags.get(259, 1) != 1  # big-endian and compressed
     if bits[0] > 16 if kind == 1 else swapped or (kind, bits[0]) not in ((2, 16), (3, 32)):
         return f"{bits[0]}-bit signed, float or long grey"
+    if tags.get(32997, 1) > 1:  # ImageDepth
+        return "a volume"
     deep_colour = len(bits) > 1 and max(bits) > 8 or ";16" in tile and mode[0] not in "IF"
     return "16-bit colour" if deep_colour else ""
 

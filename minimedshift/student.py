@@ -114,6 +114,8 @@ def lessons(flow, images, taus, seed=0, batch=64, **how):
     done = 0
     for s, t in itertools.permutations(range(D), 2):
         for some in (targets[s] == t).nonzero().split(batch):
+            if not len(some):  # no image drew this target
+                continue
             i, k = some.T
             x = images[s, i].to(device, torch.float32)
             answers[s, i, k] = sampler.translate(flow, x, s, t, taus[s, t].item(), **how).half().cpu()

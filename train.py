@@ -112,7 +112,7 @@ def train(config, dataset, device, dtype, memory, file, before=None):
     first = go_on(before, file, model, optimizers, ema, list(dataset.domains), image) if before else 0
     net = DistributedDataParallel(model) if ranks.COUNT > 1 else model  # as it is called in training
     how, machine = translation_of(config), dict(dtype=str(dtype)[6:], memory_format=str(memory)[6:])
-    print(f"{machine_name(device)}, {', '.join(machine.values())}, {config.preset} preset: "
+    print(f"{device.type}: {machine_name(device)}, {', '.join(machine.values())}, {config.preset} preset: "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
           f"{sum(map(len, dataset.train_images))} images of {config.size}x{config.size} of "
           f"{', '.join(dataset.domains)}, steps {first} to {config.steps}, {config.batch_size} images each",

@@ -265,7 +265,7 @@ def description(dataset):
     """What a checkpoint says of the images that it was trained on."""
     readings = {domain: asdict(how) for domain, how in (dataset.readings or {}).items()}
     return dict(size=dataset.size, channels=dataset.channels, range=[-1.0, 1.0], readings=readings,
-                digests=list(map(digest, dataset.train_images)))
+                digests=[digest(images) for images in (*dataset.train_images, *dataset.test_images)])
 
 
 def sample(images):

@@ -78,12 +78,12 @@ def place(root, path, joined=True):
 def grouped(files):
     """The Files of a domain, whose groups are now the first folder in which they differ: what is below it, as
     a patient's studies, belongs together. DICOM files name the patient themselves. Without folders the start
-    of names counts, if there are ten or more."""
+    of names counts, if there are five or more."""
     folders = [file.group.split("/") for file in files]
     same = len(os.path.commonprefix(folders))
     names = [NAMED.match(file.path.name) for file in files]
     names = [name[1] if name else "" for name in names]
-    if len({*names}) < 10:
+    if len({*names}) < 5:
         names = [""] * len(files)
     return [file._replace(group=dicom.patient(file.path) or [*parts[same:], name][0])
             for file, parts, name in zip(files, folders, names)]

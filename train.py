@@ -280,7 +280,7 @@ def go_on(before, file, model, optimizers, ema, domains, image):
     """Fill model, optimizers and EMA from a checkpoint of the same domains. Returns its step."""
     refuse(before["domains"] != domains, f"{file} knows the domains {', '.join(before['domains'])}; the data "
                                          f"has {', '.join(domains)}")
-    if before["image"].get("digests", image["digests"]) != image["digests"]:
+    if (was := before["image"].get("digests", [])) != image["digests"][:len(was)]:  # older ones know less
         print("warning: these are not the images of the stopped run, or are read otherwise", flush=True)
     checkpoint.fill(model, before.get("model"), file)
     checkpoint.fill(ema.model, before.get("ema"), file)

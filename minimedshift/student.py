@@ -27,7 +27,7 @@ from minimedshift.support.log import progress
 from minimedshift.support.machine import autocast, keep_memory
 
 LESSONS = dict(steps=3, t_image=0.99)  # how the flow translates what the student learns from
-HIDDEN = 100    # At tau the noise is so many times as strong as the change from one domain to the other.
+HIDDEN = 100  # At tau the noise is so many times as strong as the change from one domain to the other.
 TARGETS = 2    # domains to which the flow translates an image, drawn for each
 GAMMA = 16.97  # of the EMA: about the last twentieth of the steps
 

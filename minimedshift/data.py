@@ -7,6 +7,8 @@ import math
 import shlex
 import sys
 import time
+import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -26,7 +28,7 @@ from minimedshift.support.log import progress
 
 FEW = 50  # `check` warns of a domain with fewer images
 NARROW = 0.5  # of 2: `check` warns where 98 % of the pixels of a domain lie in so little of its range
-WIDE = 0.1  # a border is told if it is this share of an image more than in another domain
+WIDE = 0.1  # a border counts if it is this share of an image
 SHOWN = 8  # domains that `check` shows; of more it warns
 SOME = 0.1  # a share of a domain's images, or of their pairs, that is worth a warning
 OPPOSITE = -0.5  # two domains are negatives of each other if their mean images correlate less than this
@@ -155,7 +157,7 @@ def read_files(folder, domains, files, size, bits, inverted, crop, known):
 
     told, stacks, coloured = dict(unreadable=[], readings={}, names={}), {}, []
     start, done, total, borders, levels = time.time(), 0, sum(map(len, files.values())), {}, {}
-    dim, drawn, long = {}, [], []  # dim: shares of images that are dark in their domain's range
+    dim, drawn, long = {}, [], []  # dim: how many images are dark in their domain's range
     for d, domain in enumerate(domains):
         keys, good = [key for key in files if key.endswith(f"-{d}")], {}  # good: {File: Found}
         own = sum((files[key] for key in keys), [])
@@ -176,11 +178,12 @@ def read_files(folder, domains, files, size, bits, inverted, crop, known):
         told["readings"][domain] = asdict(reading)
         levels[domain] = {found.info.ends(reading) for found in good.values()}
         ends = [(found.most, *found.info.ends(reading)) for found in good.values()]
-        dim[domain] = np.mean([most - low < .501 * (high - low) for most, low, high in ends] or [0])
+        filled = np.array([(most - low) / (high - low) for most, low, high in ends])
+        dim[domain] = int(sum(filled < (.501 if (filled < .501).sum() > SOME * len(filled) else .26)))
         drawn += [str(file.path) for file, found in good.items() if found.drawn]
         long += [str(file.path) for file, found in good.items()
                  if max(found.info.size) > 1.5 * min(found.info.size)]
-        borders[domain] = np.median([found.border for found in good.values()] or [0])
+        borders[domain] = np.mean([found.border > WIDE for found in good.values()] or [0])
         coloured += [str(file.path) for file, found in good.items() if len(found.x) == 3]
         for key in keys:
             readable = [file for file in files[key] if file in good]
@@ -204,16 +207,16 @@ def remarks(levels, coloured, total, dim, drawn, long, borders):
     if coloured:
         notes.append(f"3 channels, for {len(coloured)} of {total} images, such as {coloured[0]}")
     for domain, count in dim.items():
-        if count > SOME:
-            notes.append(f"warning: {count:.0%} of {domain}'s images fill less than half of its levels: "
+        if count:
+            notes.append(f"warning: {count} of {domain}'s images fill less than half of its levels: "
                          "have they other bits, or some a bright spot?")
     if long:
         notes.append(f"{len(long)} images are long, such as {long[0]}: their middle square is trained on")
     if drawn:
         notes.append(f"warning: {len(drawn)} images have only two grey levels, such as {drawn[0]}: masks?")
     for domain, share in borders.items():
-        if share > min(borders.values()) + WIDE:
-            notes.append(f"warning: a border of one grey level is {share:.0%} of {domain}'s images, more "
+        if share > min(borders.values()) + SOME:
+            notes.append(f"warning: {share:.0%} of {domain}'s images have a border of one grey level, more "
                          "than elsewhere: --crop leaves it out")
     return notes
 
@@ -284,12 +287,14 @@ def check(dataset, path=None):
               f"values {some.min():.2f} to {some.max():.2f}, mean {some.mean():.2f}{few}")
         if np.ptp(np.quantile(some, (.01, .99))) < NARROW:
             print(f"warning: {domain} fills a small part of its range: is one pixel bright, or --bits wrong?")
-        for part in (some[::len(some) // 100 + 1], inner(some[::len(some) // 100 + 1])):
-            flat = part.mean(1).reshape(len(part), -1)
-            alike = np.corrcoef(flat + 1e-9 * np.arange(flat.shape[1]))
-            if (alike < OPPOSITE).mean() > SOME:
-                print(f"warning: some images of {domain} look like negatives of others")
-                break
+        both = np.concatenate([some, sample(kept)])
+        odd = max(((alike(part) < OPPOSITE).mean(1) > .3).sum() for part in (both, inner(both)))
+        if odd:
+            print(f"warning: {odd} of {len(both)} images of {domain} look like negatives of others")
+    codes = Counter(zlib.crc32(x.tobytes()) for images in (*dataset.train_images, *dataset.test_images)
+                    for x in images)
+    if twice := sum(n > 1 for n in codes.values()):
+        print(f"warning: {twice} images are there more than once, in two domains or in one")
     if len(sizes) > SHOWN or np.median(sizes) < 5:
         print(f"warning: {len(sizes)} domains, most of few images: are these domains, or patients?")
     print(*dataset.notes, sep="\n", end="\n" * bool(dataset.notes), flush=True)
@@ -301,6 +306,12 @@ def check(dataset, path=None):
         print(f"examples: {path}")
 
 
+def alike(images):
+    """The correlations, (N, N), of images (N, C, H, W)."""
+    flat = images.mean(1).reshape(len(images), -1)
+    return np.corrcoef(flat + 1e-9 * np.arange(flat.shape[1]))  # for images without any contrast
+
+
 def inner(images):
     """Images (N, C, H, H) without an eighth at each side, where frames and borders are."""
     m = 3 * images.shape[-1] // 16
@@ -310,7 +321,6 @@ def inner(images):
 def opposite(dataset):
     """Pairs of domains of opposite polarity: where one's mean image is bright, the other's is dark. Coarse
     contrast is what noise remembers of an image, so a translation keeps it: dark stays dark."""
-    means = np.stack([inner(sample(images)).mean((0, 1)).ravel() for images in dataset.train_images])
-    noise = np.random.default_rng(0).standard_normal(means[0].size)  # for images without any contrast
-    pairs = np.argwhere(np.triu(np.corrcoef(means + 1e-6 * noise) < OPPOSITE, 1))
+    means = np.stack([inner(sample(images)).mean(0) for images in dataset.train_images])
+    pairs = np.argwhere(np.triu(alike(means) < OPPOSITE, 1))
     return [(dataset.domains[i], dataset.domains[j]) for i, j in pairs]

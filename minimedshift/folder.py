@@ -17,7 +17,7 @@ BOTH = re.compile(f"(?i:{WORDS})(?:[ _-](.+)|([A-Z].*))|(.+)[ _-](?i:{WORDS})") 
 # what lies beside images, as a folder or as a part of a file's name
 OTHER = re.compile(r"(.*[ _-])?(\w*mask|seg|segmentation|label|overlay|annotation|thumb|thumbnail|preview)s?"
                    r"(t[rs])?\d*([ _-].*)?|__macosx", re.I)
-NAMED = re.compile(r"(.*?\d[^_-]*)[_-]")  # 00000013_005.png, patient7_view1.png: of one patient
+NAMED = re.compile(r"(.*?\d[^ _-]*)[ _-]")  # 00000013_005.png, patient7_view1.png: of one patient
 # group: a patient: of a domain's folders the first in which files differ, or what DICOM or names say;
 # name: what pairs have in common
 File = namedtuple("File", "path domain split group name")
@@ -81,7 +81,8 @@ def grouped(files):
     of names counts, if there are five or more."""
     folders = [file.group.split("/") for file in files]
     same = len(os.path.commonprefix(folders))
-    names = [NAMED.match(file.path.name) for file in files]
+    start = re.match("(.*[ _-])?", os.path.commonprefix([file.path.name for file in files])).end()
+    names = [NAMED.match(file.path.name, start) for file in files]  # study1_p003_1.png: p003
     names = [name[1] if name else "" for name in names]
     if len({*names}) < 5:
         names = [""] * len(files)

@@ -26,7 +26,7 @@ READ = tuple({name for name, _, _ in FORMATS.values()})  # some others that Pill
 FORMATS |= {".tiff": FORMATS[".tif"], ".jpeg": FORMATS[".jpg"], ".jfif": FORMATS[".jpg"]}
 PIXELS = 64_000_000  # the most in an image, 8000 x 8000; in colour it then takes 2 GB
 THIN, SLACK = 16, .05  # the most of one side over the other; of a float's range, that is not worth a word
-BORDER = .008  # what differs by less than this share of the range is one grey level: 2 of 255
+BORDER = .04  # what differs by less than this share of the range is one grey level: JPEG and noise are in it
 LYING = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # EXIF's orientation -> the Image.Transpose that makes it
 KEPT = (270, 282, 283, 296)  # of a TIFF file: description (with ImageJ's scale), resolution and its unit
 warnings.filterwarnings("ignore", module="PIL")  # a doubtful part of a header is kept or dropped
@@ -160,7 +160,7 @@ def content_box(v):
     box = [slice(None)]
     for axis in (1, 0):
         shares = [off.float().mean(axis) for off in (first, last.flip(0, 1))]  # of each line, from outside
-        widths = [int((share > 0).float().argmax()) for share in shares]
+        widths = [int((share > .1).float().argmax()) for share in shares]
         start, end = (n * bool(share[n] > .5) for n, share in zip(widths, shares))  # else: air round a head
         box.append(slice(start, len(shares[0]) - end))
     sides = [part.stop - part.start for part in box[1:]]

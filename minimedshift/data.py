@@ -123,7 +123,10 @@ def folder_set(root, size, seed=0, cache=None, bits=0, invert="", crop=False, kn
             groups["train" not in key].update({file.group for file in some} - {""})
         few = len(groups[0]) < 5  # these are no patients
         for group in sorted(set.intersection(*groups))[few:1]:
-            notes.append(f"warning: images of {group} are both to train and to test on")
+            notes.append(f"warning: if {group} is a patient, it is both to train and to test on")
+    people = [len({f.group or f.name for split in ("train", "valid", "test") for f in files[f"{split}-{d}"]})
+              for d in range(len(domains))]
+    notes.append("patients, by folders, DICOM or names: " + ", ".join(map("{} {}".format, domains, people)))
     count = len(pairs[1].images) if pairs[1] else "no"
     notes.append(f"{count} pairs to test on, of one name in every domain{unread(left)}")
     readings = {domain: Reading(**how) for domain, how in told["readings"].items()}
@@ -157,6 +160,7 @@ def read_files(folder, domains, files, size, bits, inverted, crop, known):
 
     told, stacks, coloured = dict(unreadable=[], readings={}, names={}), {}, []
     start, done, total, borders, levels = time.time(), 0, sum(map(len, files.values())), {}, {}
+    windows = {}  # domain -> of how many DICOM windows its files are
     dim, drawn, long = {}, [], []  # dim: how many images are dark in their domain's range
     for d, domain in enumerate(domains):
         keys, good = [key for key in files if key.endswith(f"-{d}")], {}  # good: {File: Found}
@@ -177,6 +181,7 @@ def read_files(folder, domains, files, size, bits, inverted, crop, known):
                    f"in training it had {reading.low:g} to {reading.high:g}")
         told["readings"][domain] = asdict(reading)
         levels[domain] = {found.info.ends(reading) for found in good.values()}
+        windows[domain] = len({found.info.extra.get("window") for found in good.values()})
         ends = [(found.most, *found.info.ends(reading)) for found in good.values()]
         filled = np.array([(most - low) / (high - low) for most, low, high in ends])
         dim[domain] = int(sum(filled < (.501 if (filled < .501).sum() > SOME * len(filled) else .26)))
@@ -196,14 +201,15 @@ def read_files(folder, domains, files, size, bits, inverted, crop, known):
         for i, x in enumerate(found):
             stack[i] = x  # grey goes into every channel
         np.save(folder / f"{key}.npy", stack)
-    told["notes"] = remarks(levels, coloured, total, dim, drawn, long, {} if crop else borders)
+    told["notes"] = remarks(levels, windows, coloured, total, dim, drawn, long, {} if crop else borders)
     (folder / "told.json").write_text(json.dumps(told))
 
 
-def remarks(levels, coloured, total, dim, drawn, long, borders):
+def remarks(levels, windows, coloured, total, dim, drawn, long, borders):
     """What is said of a folder's files, a line each: their grey levels, colour, and what may be wrong."""
     words = lambda some: " and ".join(f"{low:g} to {high:g}" for low, high in sorted(some))
-    notes = ["grey levels: " + ", ".join(f"{d} {words(some)}" for d, some in levels.items())]
+    notes = ["grey levels: " + ", ".join(f"{d} {words(some)}" + f" by {windows[d]} windows" * (windows[d] > 1)
+                                         for d, some in levels.items())]
     if coloured:
         notes.append(f"3 channels, for {len(coloured)} of {total} images, such as {coloured[0]}")
     for domain, count in dim.items():

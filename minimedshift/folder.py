@@ -15,7 +15,7 @@ WORDS = "(training|train|validation|valid|val|testing|test)"
 SPLIT = re.compile(f"{WORDS}([ _-]?(set|data|images))?", re.I)
 BOTH = re.compile(f"(?i:{WORDS})(?:[ _-](.+)|([A-Z].*))|(.+)[ _-](?i:{WORDS})")  # trainA, train_A, a_test
 # what lies beside images, as a folder or as a part of a file's name
-OTHER = re.compile(r"(.*[ _-])?(\w*mask|seg|segmentation|label|overlay|annotation|thumb|thumbnail|preview)s?"
+OTHER = re.compile(r"(.*[ ._-])?(\w*mask|seg|segmentation|label|overlay|annotation|thumb|thumbnail|preview)s?"
                    r"(t[rs])?\d*([ _-].*)?|__macosx", re.I)
 NAMED = re.compile(r"(.*?\d[^ _-]*)[ _-]")  # 00000013_005.png, patient7_view1.png: of one patient
 # group: a patient: of a domain's folders the first in which files differ, or what DICOM or names say;

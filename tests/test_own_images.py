@@ -260,7 +260,8 @@ def test_the_users_validation_images_stay_apart_and_a_person_on_both_sides_is_na
     assert (len(made.valid_pairs.images), len(made.test_pairs.images)) == (4, 6)
     assert [len(images) for images in made.train_images + made.test_images] == [18, 18, 10, 10]
     assert [note for note in made.notes if "warning" in note] == [
-        "warning: images of p2 are both to train and to test on"]
+        "warning: if p2 is a patient, it is both to train and to test on"]
+    assert "patients, by folders, DICOM or names: a 10, b 10" in made.notes
 
 
 @pytest.mark.parametrize("sizes", [(5, 95), (50, 50), (1, 1, 1), (12,) * 9, (40, 3, 3, 3, 3)])
@@ -588,7 +589,10 @@ def test_stored_bits_are_the_range_of_radiographs_with_a_sign_too(tmp_path):
     v = head(0, top=900)
     radiograph(tmp_path / "a" / "0.dcm", v, 14)
     radiograph(tmp_path / "b" / "0.dcm", v.astype(np.int16) - 512, 10)
+    for i in range(1, 4):
+        radiograph(tmp_path / "b" / f"{i}.dcm", v, 10, WindowCenter=500 + i // 2, WindowWidth=900)
     made = data.folder_set(tmp_path, 16, cache=tmp_path / ".cache")
+    assert "grey levels: a 0 to 16383, b 0 to 1023 by 3 windows" in made.notes
     assert [made.readings[d].high for d in "ab"] == [16383, 1023]
     for x, top in zip(made.train_images, (16383, 1023)):
         np.testing.assert_allclose((x[0, 0].astype(float) + 1) / 2 * top, v, atol=.51)

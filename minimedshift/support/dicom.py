@@ -31,7 +31,7 @@ def patient(path):
 
 @np.errstate(all="ignore")
 def decode(path):
-    """Grey levels (H, W) float32 of a DICOM file, from 0 to 2^bits - 1, whether 0 is white, and the bits."""
+    """Grey levels (H, W) float32 of a DICOM file, 0 to 2^bits - 1, whether 0 is white, bits, its window."""
     refuse(pydicom is None, f"{path}: `pip install pydicom` to read DICOM, or convert it to 16-bit PNG")
     file = pydicom.dcmread(path)
     for name in [name for name in OFTEN_EMPTY if name in file and file[name].is_empty]:
@@ -48,4 +48,5 @@ def decode(path):
     if "WindowWidth" in file and "WindowCenter" in file and "VOILUTSequence" not in file:
         v, (low, high) = apply_windowing(v, file), apply_windowing(np.array([-1e9, 1e9]), file)
     share = (v - float(low)) / ((float(high) - float(low)) or 1)
-    return (share.clip(0, 1) * (2**bits - 1)).round().astype(np.float32), kind == "MONOCHROME1", bits
+    window = f"{file.get('WindowCenter', ends[0])}/{file.get('WindowWidth', ends[-1])}"
+    return (share.clip(0, 1) * (2**bits - 1)).round().astype(np.float32), kind == "MONOCHROME1", bits, window

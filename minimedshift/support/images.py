@@ -94,9 +94,9 @@ def decode(path):
     refuse(not Path(path).is_file(), f"{path}: there is no such file")  # a pipe may never end
     try:
         if dicom.is_dicom(path):
-            v, negative, bits = dicom.decode(path)
+            v, negative, bits, window = dicom.decode(path)
             check_size(path, *v.shape)
-            return torch.from_numpy(v)[None], Info("I;16", v.shape, negative, bits)
+            return torch.from_numpy(v)[None], Info("I;16", v.shape, negative, bits, extra=dict(window=window))
         with open(path, "rb") as file, Image.open(file, formats=READ) as image:  # findings/turned-tiff.sh
             check_size(path, *image.size)
             pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a phone adds small copies

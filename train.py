@@ -91,10 +91,10 @@ def main(argv=None):
             AHEAD.seconds = try_out(config, device, dtype, memory)
             after = PRESETS[config.preset].after if config.student else {}
             AHEAD.units = {"training": config.steps} | after
-        keep_memory()
         if ranks.RANK:
             ranks.same(None)  # waits until rank 0 has filled the cache
         dataset = batches.load_dataset(config)
+        keep_memory()
         if not ranks.RANK:
             ranks.same(None)
         if config.check_data or config.data and not ranks.RANK:

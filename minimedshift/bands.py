@@ -34,7 +34,7 @@ def fit_histogram(source, target):
     Half of the pixels that are equal (air) count as darker."""
     s, t = pixels(source), pixels(target)
     low, high = ends(s)
-    knots = torch.linspace(low, high, KNOTS)
+    knots = torch.linspace(low, high, KNOTS, device=s.device)
     darker = (torch.searchsorted(s, knots) + torch.searchsorted(s, knots, right=True)) / (2 * len(s))
     at = (darker * len(t) - .5).clamp(0, len(t) - 1)
     left, right = at.floor().long(), at.ceil().long()

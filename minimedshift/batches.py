@@ -16,7 +16,7 @@ from minimedshift.flow import draw_noise, tint
 from minimedshift.phantom import sets
 from minimedshift.support.files import cached, digest
 from minimedshift.support.log import progress
-from minimedshift.support.machine import keep_memory, to_device
+from minimedshift.support.machine import in_batches, keep_memory, to_device, to_float
 
 MOST = 4e9  # bytes of images that the semidiscrete coupling may keep in memory
 MOST_OF_A_LABEL = dict(cpu=1e4, mps=1e4, cuda=1e5)  # images; learning potentials takes the square of it
@@ -98,13 +98,13 @@ def make_coupling(dataset, config, device, dtype):
               f"too much here: taking --coupling exact over {config.ot_batch} batches", flush=True)
         name = "exact"
     if name == "semidiscrete":
-        g = learned_potentials(dataset, config, device)
+        g = learned_potentials(dataset, config, device, dtype)
         keep_memory()
         return Semidiscrete(dataset.train_images, g, device, dtype)
     return Minibatch(name, dataset.batch, 2 * config.sigma**2)
 
 
-def learned_potentials(dataset, config, device):
+def learned_potentials(dataset, config, device, dtype):
     """The potentials (N_d,) of each label's training images, learned once and kept in the cache."""
     weights = dataset.weights or [np.ones(len(images), np.float32) for images in dataset.train_images]
     where = "cpu" if device.type == "mps" else device  # mps lacks its algebra
@@ -112,13 +112,13 @@ def learned_potentials(dataset, config, device):
     def learn(folder):
         start = time.time()
         for d, (images, weight) in enumerate(zip(dataset.train_images, weights)):
-            tinted = tint(torch.from_numpy(np.array(images, np.float32)), config.colour)
-            g = coupling.learn_potentials(tinted, weight, seed=config.seed, device=where)
+            tinted = in_batches(lambda x: tint(x, config.colour), to_float(images, "cpu"))
+            g = coupling.learn_potentials(tinted, weight, seed=config.seed, device=where, dtype=dtype)
             np.save(folder / f"{d}.npy", g.cpu().numpy())
             progress(d + 1, len(weights), start, "learning potentials, once", "labels")
 
     code = inspect.getsource(coupling.learn_potentials) + inspect.getsource(tint)
     digests = [digest(array) for array in (*dataset.train_images, *weights)]
-    content = [code, torch.__version__, digests, config.colour, config.seed, str(where)]
+    content = [code, torch.__version__, digests, config.colour, config.seed, str(where), str(dtype)]
     folder = cached(None, "potentials", content, learn)
     return [np.load(folder / f"{d}.npy") for d in range(len(weights))]

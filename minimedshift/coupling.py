@@ -170,7 +170,8 @@ class Semidiscrete:
         return closest.gather(1, again.argmax(1, keepdim=True))[:, 0]
 
 
-def learn_potentials(x, weight=None, noises=200, batch=512, rank=256, seed=0, device="cpu"):
+def learn_potentials(x, weight=None, noises=200, batch=512, rank=256, seed=0, device="cpu",
+                     dtype=torch.float32):
     """Potentials g (N,) float32 of images x (N, ...) such that each is picked by its share of white noises.
 
     The shares are equal, or in proportion to `weight` (N,). For coloured noise x are the tinted images:
@@ -179,22 +180,24 @@ def learn_potentials(x, weight=None, noises=200, batch=512, rank=256, seed=0, de
         sum_j w_j g_j - E max_j (<x0, x_j> + g_j),    sum_j w_j = 1,
 
     whose gradient in g_j is w_j less the share of noises that pick j. Scores <x0, x_j> of white noise are
-    Gaussian with covariance x x^T; they are drawn from its leading `rank` directions. About `noises` an image
-    are seen. Returns the mean of g over the second half of the batches."""
+    Gaussian with covariance x x^T; they are drawn from its leading `rank` directions. The sums over odd and
+    even ones are added with all signs: four noises for the work of one. About `noises` an image are seen.
+    Returns the mean of g over the second half of the batches. dtype: of the products."""
     x = centred(torch.as_tensor(np.asarray(x), device=device))
     N = len(x)
     draw = torch.Generator(device).manual_seed(seed)
     torch.manual_seed(seed)  # svd_lowrank has no generator of its own
     left, scale, _ = torch.svd_lowrank(x, q=min(rank, *x.shape), niter=2)
-    factor = left * scale  # (N, rank)
+    factor = (left * scale).T.to(dtype).contiguous()  # (rank, N)
     weight = torch.as_tensor(np.ones(N) if weight is None else weight, dtype=torch.float32, device=device)
     weight = weight / weight.mean()
     size = x.square().sum(1).mean().sqrt() / 4
     g, mean = torch.zeros(N, device=device), torch.zeros(N, device=device)
     steps = max(800, noises * N // batch)
     for step in range(steps):
-        e = torch.randn(batch, factor.shape[1], generator=draw, device=device)
-        picked = (e @ factor.T + g).argmax(1)
+        e = torch.randn(batch // 4, len(factor), generator=draw, device=device).to(dtype)
+        a, b = ((e[:, i::2] @ factor[i::2]).float() for i in (0, 1))
+        picked = torch.cat([(g + p + q).argmax(1) for p in (a, -a) for q in (b, -b)])
         share = torch.bincount(picked, minlength=N) * (N / batch)  # 1 on average
         rate = size * 0.3 * min(1, 20 / (step + 1))
         g = g + rate * (weight - share)

@@ -25,6 +25,7 @@ from minimedshift.support.command import UserError, refuse
 from minimedshift.support.files import cached, digest
 from minimedshift.support.images import Reading, figure
 from minimedshift.support.log import progress
+from minimedshift.support.machine import keep_memory
 
 FEW = 50  # `check` warns of a domain with fewer images
 NARROW = 0.5  # of 2: `check` warns where 98 % of the pixels of a domain lie in so little of its range
@@ -116,8 +117,9 @@ def folder_set(root, size, seed=0, cache=None, bits=0, invert="", crop=False, kn
         if out and len(out | kept) < 10:
             out = " and ".join(sorted(out))
             notes.append(f"warning: of {domain} {out} is held out whole: is it a patient?")
-    if own_split:  # the tenths that the program holds out may share names by accident
+    if any(file.split == "test" for some in files.values() for file in some):  # else by accident
         pairs = find_pairs(paired_by_name(valid, names("valid")), paired_by_name(test, names("test")))
+    if own_split:
         groups = [set(), set()]  # of images to train on, and of the others
         for key, some in files.items():
             groups["train" not in key].update({file.group for file in some} - {""})
@@ -158,6 +160,7 @@ def read_files(folder, domains, files, size, bits, inverted, crop, known):
         drawn = ((v == least) | (v == most)).float().mean().item() > .999
         return Found(x, replace(info, alpha=None), least, most, border, drawn)
 
+    keep_memory(2**22)  # a file can be large
     told, stacks, coloured = dict(unreadable=[], readings={}, names={}), {}, []
     start, done, total, borders, levels = time.time(), 0, sum(map(len, files.values())), {}, {}
     windows = {}  # domain -> of how many DICOM windows its files are

@@ -17,13 +17,13 @@ from types import SimpleNamespace
 import torch
 
 from minimedshift import batches, metrics, phantom, realism, sampler, student, tables
-from minimedshift.methods import TAUS, answer, every_method, main_domains, question, scorer
+from minimedshift.methods import TAUS, answer, every_method, main_domains, question
 from minimedshift.model import load_model
 from minimedshift.phantom import sets
 from minimedshift.support.command import flag, parse, refuse, run
 from minimedshift.support.files import explain_os_error, write_json, write_whole
 from minimedshift.support.images import Reading, figure
-from minimedshift.support.machine import keep_memory, machine_name, pick_device, to_float
+from minimedshift.support.machine import keep_memory, machine_name, pick_device, scorer, to_float
 
 
 @dataclass(frozen=True)

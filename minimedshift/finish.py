@@ -1,6 +1,6 @@
 """What a student cannot learn from the flow: tone and noise, from training images of the target, unpaired.
 
-    tone    the histogram of each pyramid band, then of the pixels, is brought to the target's
+    tone    the histogram of each pyramid band, then of the pixels, is brought to the target's, twice
     grain   fine bands get the strength of noise that the target has, by grey level
 
 A median does not mend what the flow does wrong on every head, but histograms show it: those of the answers
@@ -23,6 +23,8 @@ from minimedshift.support.log import progress
 from minimedshift.support.machine import autocast
 
 IMAGES, SOME = 1000, 250  # images of a domain: to look for the nearest in, and to translate or to measure
+ROUNDS = 2   # of tone: the second mends what the pixels' histogram did to the bands
+MOST = 0.85  # of the tone is changed
 ERROR = 0.007  # about what the tone of so many images is off
 LEVELS, ENOUGH = 16, 100  # Noise is measured at 16 levels of grey, where a level has 100 pixels.
 NORMAL = 0.6745  # This is the median of |N(0, 1)|.
@@ -96,22 +98,26 @@ def fresh_noise(x, seed=0):
 @dataclass(frozen=True)
 class Finish:
     """Gives a student's answers x (B, C, H, W) for one ordered pair the target's tone and grain."""
-    bands: BandCurves
-    pixels: Curve
+    bands: tuple   # a BandCurves for each round
+    pixels: tuple  # a Curve for each round
     strength: float = 1.0  # of the tone: 0 leaves it
     own: list = ()  # Curves of the answers' grain, once their tone is right
     wanted: list = ()  # Curves of the target's
 
     def tone(self, x):
         """Answers x with the target's tone."""
-        return torch.lerp(x, self.pixels(self.bands(x)), self.strength)
+        toned = x
+        for bands, pixels in zip(self.bands, self.pixels):
+            toned = pixels(bands(toned))
+        return torch.lerp(x, toned, self.strength)
 
     def __call__(self, x, noise):  # noise: white, like x
         return regrain(self.tone(x), self.own, self.wanted, noise)
 
     def state(self):
         """As plain types and tensors."""
-        groups = dict(bands=self.bands.curves, pixels=[self.pixels], own=self.own, wanted=self.wanted)
+        bands = itertools.chain(*(part.curves for part in self.bands))
+        groups = dict(bands=bands, pixels=self.pixels, own=self.own, wanted=self.wanted)
         curves = {name: [astuple(curve) for curve in group] for name, group in groups.items()}
         return curves | dict(strength=self.strength)
 
@@ -120,8 +126,10 @@ def restore(state):
     """The Finish of Finish.state()."""
     strength = state.get("strength", 1.0)
     groups = {name: [Curve(*curve) for curve in state[name]] for name in state if name != "strength"}
-    bands = BandCurves(tuple(groups["bands"]))
-    return Finish(bands, groups["pixels"][0], strength, groups["own"], groups["wanted"])
+    bands, rounds = groups["bands"], len(groups["pixels"])
+    n = len(bands) // rounds
+    bands = [BandCurves(tuple(bands[i:i + n])) for i in range(0, len(bands), n)]
+    return Finish(bands, groups["pixels"], strength, groups["own"], groups["wanted"])
 
 
 def thinned(images):
@@ -147,7 +155,7 @@ def thumbnails(images):
 @torch.inference_mode()
 def fit(net, images, changes, dtype=torch.float32, batch=64):
     """{(s, t): Finish} of a LocalNet, from training images (D, N, C, H, W) and their `changes`, d. Tone is
-    as strong as d^2 / (d^2 + ERROR^2). dtype: of the network's arithmetic."""
+    as strong as MOST d^2 / (d^2 + ERROR^2). dtype: of the network's arithmetic."""
     start, device = time.time(), next(net.parameters()).device
     pairs = list(itertools.permutations(range(len(images)), 2))
     wanted = [grain(thinned(target), robust=True) for target in images]
@@ -156,12 +164,16 @@ def fit(net, images, changes, dtype=torch.float32, batch=64):
         answers, labels = [], torch.tensor([[s], [t]], device=device)
         for x in thinned(images[s]).split(batch):
             with autocast(device, dtype):
-                answers.append(net(x.to(device), *labels.expand(2, len(x))).float().cpu())
+                answers.append(net(x.to(device), *labels.expand(2, len(x))).float().to(x.device))
         x = torch.cat(answers)
         nearest = images[t][torch.cdist(thumbnails(x), points[t]).argmin(1)].float()
-        bands = fit_bands(x, nearest)
-        strength = float(changes[s, t] ** 2 / (changes[s, t] ** 2 + ERROR**2))
-        toned = Finish(bands, fit_histogram(bands(x), nearest), strength)
+        bands, pixels, toned = [], [], x
+        for _ in range(ROUNDS):
+            bands.append(fit_bands(toned, nearest))
+            pixels.append(fit_histogram(bands[-1](toned), nearest))
+            toned = pixels[-1](bands[-1](toned))
+        strength = MOST * float(changes[s, t] ** 2 / (changes[s, t] ** 2 + ERROR**2))
+        toned = Finish(bands, pixels, strength)
         finishes[s, t] = replace(toned, own=grain(toned.tone(x), robust=False), wanted=wanted[t])
         progress(len(finishes), len(pairs), start, "its finish", "pairs")
     return finishes

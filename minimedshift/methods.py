@@ -11,7 +11,7 @@ import torch
 from minimedshift import baselines, sampler
 from minimedshift.data import Pairs
 from minimedshift.support.command import refuse
-from minimedshift.support.machine import in_batches, to_float
+from minimedshift.support.machine import in_batches, scorer, to_float
 
 MAIN = ("synthetic-high", "real-normal")
 STUDENT = "MedShift's student"
@@ -44,11 +44,6 @@ def question(pairs, s, t, heads, device, x=None):
     truth = images if pairs.truth is None else get(pairs.truth, *target)
     return Question(s, t, x, images, truth, get(pairs.second, *target), get(pairs.decoys, *target),
                     get(pairs.materials))
-
-
-def scorer(device):
-    """Where scores are computed: they take float64, which mps lacks."""
-    return "cpu" if torch.device(device).type == "mps" else device
 
 
 def main_domains(domains, source=None, target=None):

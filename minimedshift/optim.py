@@ -61,8 +61,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def split(model):
-    """The weights Muon is for (convolutions, without the network's first and last layer), and the rest."""
-    ends = ("stem.", "out.")
+    """The weights Muon is for (convolutions, without a network's first and last layer), and the rest."""
+    ends = ("stem.", "out.", "enter.", "leave.")
     inside = [p for name, p in model.named_parameters() if p.ndim == 4 and not name.startswith(ends)]
     chosen = set(map(id, inside))
     return inside, [p for p in model.parameters() if id(p) not in chosen]

@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from minimedshift import finish, sampler
-from minimedshift.optim import EMA
+from minimedshift.model import embedding
+from minimedshift.optim import EMA, Muon, split
 from minimedshift.support import checkpoint
 from minimedshift.support.command import UserError
 from minimedshift.support.log import progress
-from minimedshift.support.machine import autocast, keep_memory
+from minimedshift.support.machine import autocast, keep_memory, scorer, to_device
 
-LESSONS = dict(steps=3, t_image=0.99)  # how the flow translates what the student learns from
 HIDDEN = 100  # At tau the noise is so many times as strong as the change from one domain to the other.
 TARGETS = 2    # domains to which the flow translates an image, drawn for each
 GAMMA = 16.97  # of the EMA: about the last twentieth of the steps
@@ -77,7 +77,7 @@ class LocalNet(nn.Module):
         super().__init__()
         self.shape = shape
         pixels = shape.channels * shape.stem**2
-        self.pair = nn.Embedding(shape.num_domains**2, shape.width)
+        self.pair = embedding(shape.num_domains**2, shape.width)
         self.enter = nn.Conv2d(pixels, shape.width, 3, padding=1)
         self.blocks = nn.ModuleList([Block(shape.width) for _ in range(shape.blocks)])
         self.leave = zero(nn.Conv2d(shape.width, pixels, 3, padding=1))
@@ -131,32 +131,34 @@ def turned(x, way):
     return x.transpose(-1, -2) if way & 4 else x
 
 
-def learn(shape, images, targets, answers, steps, batch=32, lr=1.5e-3, seed=0, dtype=torch.float32,
+def learn(shape, images, targets, answers, steps, batch=32, lr=0.015, seed=0, dtype=torch.float32,
           device="cpu"):
     """A LocalNet, in eval mode, that has learned answers (D, N, K, C, H, W) to images (D, N, C, H, W), which
     show them in domains targets (D, N, K). Its loss, mean |net(x) - answer|, seeks the median. Its weights
     are a running mean."""
     start, device, draw = time.time(), torch.device(device), torch.Generator().manual_seed(seed)
+    images, targets, answers = (part.to(device) for part in (images, targets, answers))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = LocalNet(shape)
     net.to(device, memory_format=torch.contiguous_format if device.type == "mps" else torch.channels_last)
-    optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(2, steps))
+    convolutions, rest = split(net)
+    optimizers = [Muon(convolutions, lr), torch.optim.AdamW(rest, 0.1 * lr, weight_decay=0.01)]
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(o, o.defaults["lr"], max(2, steps), cycle_momentum=False)
+                 for o in optimizers]
     ema = EMA(net, GAMMA)
     for step in range(1, steps + 1):
-        s, i, k = (torch.randint(n, (batch,), generator=draw) for n in targets.shape)
+        s, i, k = (to_device(torch.randint(n, (batch,), generator=draw), device) for n in targets.shape)
         way = int(torch.randint(8, (), generator=draw))
-        x = turned(images[s, i], way).to(device, torch.float32).contiguous()
-        answer = turned(answers[s, i, k], way).to(device, torch.float32)
+        x, answer = (turned(part, way).float().contiguous() for part in (images[s, i], answers[s, i, k]))
         with autocast(device, dtype):
-            out = net(x, s.to(device), targets[s, i, k].to(device))
+            out = net(x, s, targets[s, i, k])
         loss = (out - answer).abs().mean()
-        optimizer.zero_grad()
+        net.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for each in (*optimizers, *schedules):
+            each.step()
         ema.update(step)
         progress(step, steps, start, "the student learns", "steps")
     return ema.model
@@ -209,10 +211,10 @@ def teach(model, dataset, count, steps, dtype, device, seed=0):
     """The Student of a trained flow: `steps` of the optimizer on `count` images a domain, then its finish."""
     keep_memory()
     enough = min(finish.IMAGES, max(map(len, dataset.train_images)))
-    images, many = spread_out(dataset, count), spread_out(dataset, enough)
+    images, many = spread_out(dataset, count), spread_out(dataset, enough).to(scorer(device))
     changes = finish.changes(many)
     with autocast(device, dtype):
-        targets, answers = lessons(model, images, depths(changes), seed=seed, **LESSONS)
+        targets, answers = lessons(model, images, depths(changes), seed)
     width, stem = (128, 8) if dataset.size >= 256 else (64, 4)
     shape = LocalShape(len(dataset.domains), dataset.channels, width, stem)
     net = learn(shape, images, targets, answers, steps, seed=seed, dtype=dtype, device=device)

@@ -120,8 +120,8 @@ def test_grain_is_measured_once_the_tone_is_right(fitted):
     """The student changes nothing, so its answers are the images of the source."""
     finishes, a, b = fitted
     part = finishes[0, 1]
-    toned = torch.lerp(a, part.pixels(part.bands(a)), part.strength)
-    assert part.strength == pytest.approx(.3**2 / (.3**2 + finish.ERROR**2))
+    toned = part.tone(a)
+    assert part.strength == pytest.approx(finish.MOST * .3**2 / (.3**2 + finish.ERROR**2))
     grains = finish.grain(toned, robust=False), finish.grain(b, robust=True)
     for own, want in zip((part.own, part.wanted), grains):
         for curve, expected in zip(own, want, strict=True):
@@ -130,7 +130,7 @@ def test_grain_is_measured_once_the_tone_is_right(fitted):
     assert (part.own[0].values - raw.values).abs().max() > .03 * raw.values.max()
 
 
-def test_tone_is_taken_from_the_targets_images_that_are_most_alike():
+def test_tone_is_taken_from_the_targets_images_that_are_most_alike(monkeypatch):
     """The target's images are the source's, .05 darker, and as many of another head: these do not count.
     (Half of the .05 is mended: darker heads of the target are more alike too.)"""
     net = student.LocalNet(student.LocalShape(2, width=8, blocks=1)).requires_grad_(False)

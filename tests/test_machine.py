@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minimedshift.methods import scorer
+from minimedshift.support.machine import scorer
 from minimedshift.model import Shape, UNet
 from minimedshift.support import machine
 from minimedshift.support.command import UserError
@@ -95,4 +95,5 @@ def test_where_the_compiler_fails_the_network_runs_as_it_is(monkeypatch, capsys,
     assert tried and torch.equal(net(x, t, y), expected) and (len(calls) > tried) == works
     assert all(p.grad is None for p in net.parameters())
     said = "" if works else "not compiling the network: no code for this GPU\n"
+    said = "compiling the network, once: a minute or two\n" + said
     assert capsys.readouterr().out == said

@@ -79,6 +79,11 @@ def has_bfloat16():
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def scorer(device):
+    """Where scores and finishes are computed: they take float64, which mps lacks."""
+    return "cpu" if torch.device(device).type == "mps" else device
+
+
 def to_device(x, device):
     """A host tensor on the device, copied while the host goes on."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
@@ -94,6 +99,7 @@ def try_compile(model, x, dtype):
     line says so and the network stays as it is."""
     device = next(model.parameters()).device
     t, y = torch.zeros(len(x), device=device), torch.zeros(len(x), dtype=torch.int64, device=device)
+    print("compiling the network, once: a minute or two", flush=True)
     model.compile_blocks(dynamic=False)
     try:
         with autocast(device, dtype):
@@ -108,12 +114,13 @@ def try_compile(model, x, dtype):
     model.zero_grad()
 
 
-def keep_memory():
-    """Let glibc keep what a step frees for the next: saves a fifth of it. What is free now is given back."""
+def keep_memory(most=2**30):
+    """Let glibc keep what a step frees for the next: saves a fifth of it. What is free now is given back.
+    most: larger blocks are always given back, in bytes."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     with suppress(OSError, AttributeError):  # another system has no glibc
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_MMAP_THRESHOLD, most)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         libc.malloc_trim(0)
 

@@ -133,6 +133,7 @@ def test_grain_is_measured_once_the_tone_is_right(fitted):
 def test_tone_is_taken_from_the_targets_images_that_are_most_alike(monkeypatch):
     """The target's images are the source's, .05 darker, and as many of another head: these do not count.
     (Half of the .05 is mended: darker heads of the target are more alike too.)"""
+    monkeypatch.setattr(finish, "MOST", 1.0)
     net = student.LocalNet(student.LocalShape(2, width=8, blocks=1)).requires_grad_(False)
     a = noisy(blobs(100), .02)
     b = torch.cat([a[:50] - .05, 1 - noisy(blobs(50, seed=4), .02)])

@@ -4,9 +4,9 @@
     grain   fine bands get the strength of noise that the target has, by grey level
 
 A median does not mend what the flow does wrong on every head, but histograms show it: those of the answers
-beside those of the target's images that look most like them, as the populations may differ. Where domains
-differ little, a histogram's own error counts, and less of the tone is changed. And a median is smooth, while
-strong noise of the source passes through a local network."""
+beside the target's. Half of these are the images that look most like the answers, as populations may differ.
+Where domains differ little, a histogram's own error counts, and less of the tone is changed. And a median is
+smooth, while strong noise of the source passes through a local network."""
 
 import itertools
 import math
@@ -167,10 +167,11 @@ def fit(net, images, changes, dtype=torch.float32, batch=64):
                 answers.append(net(x.to(device), *labels.expand(2, len(x))).float().to(x.device))
         x = torch.cat(answers)
         nearest = images[t][torch.cdist(thumbnails(x), points[t]).argmin(1)].float()
+        target = torch.cat([nearest, thinned(images[t])])
         bands, pixels, toned = [], [], x
         for _ in range(ROUNDS):
-            bands.append(fit_bands(toned, nearest))
-            pixels.append(fit_histogram(bands[-1](toned), nearest))
+            bands.append(fit_bands(toned, target))
+            pixels.append(fit_histogram(bands[-1](toned), target))
             toned = pixels[-1](bands[-1](toned))
         strength = MOST * float(changes[s, t] ** 2 / (changes[s, t] ** 2 + ERROR**2))
         toned = Finish(bands, pixels, strength)

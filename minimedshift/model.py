@@ -165,10 +165,10 @@ class Preset:
 PRESETS = {  # GFLOPs: of one evaluation of one image, a multiply-add counted as two
     # 1.40M parameters, 0.27 GFLOPs
     "cpu": Preset(64, Shape(stem=4, widths=(64, 96), blocks=(2, 2)), 550, 32, 300, 450,
-                  {"the flow translates": 200, "the student learns": 530, "its finish": 90}),
+                  {"the flow translates": 190, "the student learns": 290, "its finish": 130}),
     # 24.09M parameters, 27.11 GFLOPs
-    "gpu": Preset(256, Shape(stem=4, widths=(128, 256, 384), blocks=(2, 2, 2)), 10000, 32, 500, 2000,
-                  {"the flow translates": 1000, "the student learns": 3000, "its finish": 800}),
+    "gpu": Preset(256, Shape(stem=4, widths=(128, 256, 384), blocks=(2, 2, 2)), 5000, 32, 500, 1000,
+                  {"the flow translates": 500, "the student learns": 500, "its finish": 100}),
 }
 
 

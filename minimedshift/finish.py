@@ -98,8 +98,8 @@ def fresh_noise(x, seed=0):
 @dataclass(frozen=True)
 class Finish:
     """Gives a student's answers x (B, C, H, W) for one ordered pair the target's tone and grain."""
-    bands: tuple   # a BandCurves for each round
-    pixels: tuple  # a Curve for each round
+    bands: list   # a BandCurves for each round
+    pixels: list  # a Curve for each round
     strength: float = 1.0  # of the tone: 0 leaves it
     own: list = ()  # Curves of the answers' grain, once their tone is right
     wanted: list = ()  # Curves of the target's

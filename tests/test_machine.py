@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minimedshift.support.machine import scorer
 from minimedshift.model import Shape, UNet
 from minimedshift.support import machine
 from minimedshift.support.command import UserError
@@ -57,7 +56,7 @@ def test_a_gpu_that_cannot_run_this_torch_is_refused_and_one_that_it_misses_is_t
 
 
 def test_scores_are_computed_where_there_is_float64():
-    assert scorer(MPS) == "cpu" and scorer(CUDA) == CUDA and scorer("cpu") == "cpu"
+    assert [machine.scorer(device) for device in (MPS, CUDA, "cpu")] == ["cpu", CUDA, "cpu"]
 
 
 def test_a_batch_that_does_not_fit_is_halved():

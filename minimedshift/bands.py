@@ -78,7 +78,7 @@ def join(bands):
 
 @dataclass(frozen=True)
 class BandCurves:
-    curves: tuple  # one for each band of a Laplacian pyramid, from fine to coarse
+    curves: list  # one for each band of a Laplacian pyramid, from fine to coarse
 
     def __call__(self, x):
         bands = laplacian(x, len(self.curves) - 1)
@@ -87,7 +87,7 @@ class BandCurves:
 
 def fit_bands(source, target):
     """The BandCurves that bring the histogram of each band of the source to the target's."""
-    return BandCurves(tuple(map(fit_histogram, laplacian(source), laplacian(target))))
+    return BandCurves(list(map(fit_histogram, laplacian(source), laplacian(target))))
 
 
 def blur(x, width, radius):

@@ -24,7 +24,7 @@ IMAGES = 256  # A fit looks at so many images of each domain.
 @dataclass(frozen=True)
 class Chain:
     """Functions from images to images, applied one after another."""
-    parts: tuple
+    parts: list
 
     def __call__(self, x):
         for part in self.parts:
@@ -45,18 +45,16 @@ def alternate(*fits):
         for _ in range(rounds):
             parts = []
             for fit_part in fits:
-                part = fit_part(x, target)
-                parts.append(part)
-                x = part(x)
-            chain.append(Chain(tuple(parts)))
-        return Chain(tuple(chain))
+                parts.append(fit_part(x, target))
+                x = parts[-1](x)
+            chain.append(Chain(parts))
+        return Chain(chain)
     return fit
 
 
 def spread(stack, most=IMAGES):
     """Every n-th image, for the smallest n that leaves at most `most`: a float32 tensor."""
-    n = math.ceil(len(stack) / most)
-    return torch.from_numpy(np.asarray(stack[::n], np.float32))
+    return torch.as_tensor(stack[::math.ceil(len(stack) / most)]).float()
 
 
 def fit_curve(source, target, bins=512):
@@ -95,10 +93,9 @@ def isotonic(y, weight):
     return torch.repeat_interleave(torch.tensor(means, dtype=y.dtype), torch.tensor(counts))
 
 
+fit_tone = alternate(fit_bands, fit_histogram)
 UNPAIRED = {
     "histogram": alternate(fit_histogram),
-    "bands (Laplacian)": alternate(fit_bands, fit_histogram),
+    "bands (Laplacian)": fit_tone,
 }
-PAIRED = {
-    "curve": alternate(fit_curve),
-}
+PAIRED = {"curve": alternate(fit_curve)}

@@ -40,7 +40,6 @@ class Pairs:
     images: np.ndarray                     # (N, D, C, H, W) as taken
     truth: np.ndarray | None = None        # (N, D, C, H, W) noise-free
     second: np.ndarray | None = None       # (N, D, C, H, W) taken again: fresh noise and fine texture
-    materials: np.ndarray | None = None    # (N, 3, H, W) centimetres of bone, soft tissue and brain
     decoys: np.ndarray | None = None       # (N, K, D, C, H, W) noise-free, of K other people in the same view
 
 

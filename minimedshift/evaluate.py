@@ -63,14 +63,14 @@ def score(methods, q, limits, reference=None):
         if x is None:
             continue
         row = dict(kind=method.kind, knob=method.knob, setting=method.settings[0], seconds=seconds)
-        row |= metrics.score(x, q.truth, q.images, *limits, q.decoys, q.materials)
-        rows[method.name] = row | (realism.score(x, reference) if reference else {})
+        row |= metrics.score(x, q.truth, q.images, *limits, q.decoys)
+        rows[method.name] = row | ({"kernel": reference(x)} if reference else {})
     return rows
 
 
 def sweep(methods, q, curve, reference=None):
     """Methods at each of their settings on one Question: {method: [{key of OF_A_SETTING: value}]}."""
-    q = replace(q, decoys=None, materials=None)
+    q = replace(q, decoys=None)
     limits, found = bounds(q, curve), {}
     for method in methods:
         for setting in sorted(method.settings):
@@ -109,7 +109,7 @@ def all_pairs(methods, pairs_of, domains, curve, heads, device):
         for t, target in enumerate(domains):
             if s == t:
                 continue
-            q = replace(question(pairs, s, t, heads, device, x), materials=None)
+            q = question(pairs, s, t, heads, device, x)
             limits = bounds(q, curve)
             E_untouched = metrics.structure_mse(x.to(q.truth.device), q.truth)
             gap = E_untouched.mean() > limits[1].mean()  # a cleaner source has nothing to close

@@ -12,13 +12,13 @@ import itertools
 import math
 import time
 import zlib
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
-from minimedshift.bands import (BandCurves, Curve, blur, erode, fit_bands, fit_histogram, flat_region, inside,
-    low_pass)
+from minimedshift.bands import BandCurves, Curve, blur, erode, fit_bands, flat_region, inside, low_pass
+from minimedshift.baselines import Chain, fit_tone
 from minimedshift.support.log import progress
 from minimedshift.support.machine import autocast
 
@@ -98,38 +98,27 @@ def fresh_noise(x, seed=0):
 @dataclass(frozen=True)
 class Finish:
     """Gives a student's answers x (B, C, H, W) for one ordered pair the target's tone and grain."""
-    bands: list   # a BandCurves for each round
-    pixels: list  # a Curve for each round
-    strength: float = 1.0  # of the tone: 0 leaves it
-    own: list = ()  # Curves of the answers' grain, once their tone is right
+    chain: Chain     # the whole tone, in rounds
+    strength: float  # of the tone: 0 leaves it
+    own: list = ()   # Curves of the answers' grain, once their tone is right
     wanted: list = ()  # Curves of the target's
 
     def tone(self, x):
         """Answers x with the target's tone."""
-        toned = x
-        for bands, pixels in zip(self.bands, self.pixels):
-            toned = pixels(bands(toned))
-        return torch.lerp(x, toned, self.strength)
+        return torch.lerp(x, self.chain(x), self.strength)
 
     def __call__(self, x, noise):  # noise: white, like x
         return regrain(self.tone(x), self.own, self.wanted, noise)
 
-    def state(self):
-        """As plain types and tensors."""
-        bands = itertools.chain(*(part.curves for part in self.bands))
-        groups = dict(bands=bands, pixels=self.pixels, own=self.own, wanted=self.wanted)
-        curves = {name: [astuple(curve) for curve in group] for name, group in groups.items()}
-        return curves | dict(strength=self.strength)
-
 
 def restore(state):
-    """The Finish of Finish.state()."""
-    strength = state.get("strength", 1.0)
-    groups = {name: [Curve(*curve) for curve in state[name]] for name in state if name != "strength"}
-    bands, rounds = groups["bands"], len(groups["pixels"])
-    n = len(bands) // rounds
-    bands = [BandCurves(tuple(bands[i:i + n])) for i in range(0, len(bands), n)]
-    return Finish(bands, groups["pixels"], strength, groups["own"], groups["wanted"])
+    """The Finish of which `state` is the asdict."""
+    curves = lambda some: [Curve(**one) for one in some]
+    rounds = []
+    for part in state["chain"]["parts"]:
+        bands, pixels = part["parts"]
+        rounds.append(Chain((BandCurves(curves(bands["curves"])), Curve(**pixels))))
+    return Finish(Chain(rounds), state["strength"], curves(state["own"]), curves(state["wanted"]))
 
 
 def thinned(images):
@@ -168,13 +157,8 @@ def fit(net, images, changes, dtype=torch.float32, batch=64):
         x = torch.cat(answers)
         nearest = images[t][torch.cdist(thumbnails(x), points[t]).argmin(1)].float()
         target = torch.cat([nearest, thinned(images[t])])
-        bands, pixels, toned = [], [], x
-        for _ in range(ROUNDS):
-            bands.append(fit_bands(toned, target))
-            pixels.append(fit_histogram(bands[-1](toned), target))
-            toned = pixels[-1](bands[-1](toned))
         strength = MOST * float(changes[s, t] ** 2 / (changes[s, t] ** 2 + ERROR**2))
-        toned = Finish(bands, pixels, strength)
+        toned = Finish(fit_tone(x, target, ROUNDS, IMAGES), strength)
         finishes[s, t] = replace(toned, own=grain(toned.tone(x), robust=False), wanted=wanted[t])
         progress(len(finishes), len(pairs), start, "its finish", "pairs")
     return finishes

@@ -29,7 +29,6 @@ class Question:
     truth: torch.Tensor | None = None       # (N, C, H, W) of the target domain, noise-free; M = N
     second: torch.Tensor | None = None      # (N, C, H, W) of the target domain, taken again
     decoys: torch.Tensor | None = None      # (N, K, C, H, W) truths of other heads in the same view
-    materials: torch.Tensor | None = None   # (N, 3, H, W) cm
 
 
 def question(pairs, s, t, heads, device, x=None):
@@ -42,8 +41,7 @@ def question(pairs, s, t, heads, device, x=None):
     target = t, *[slice(None)] * 3  # of domains, channels, rows and columns
     images = get(pairs.images, *target)
     truth = images if pairs.truth is None else get(pairs.truth, *target)
-    return Question(s, t, x, images, truth, get(pairs.second, *target), get(pairs.decoys, *target),
-                    get(pairs.materials))
+    return Question(s, t, x, images, truth, get(pairs.second, *target), get(pairs.decoys, *target))
 
 
 def main_domains(domains, source=None, target=None):

@@ -1,18 +1,14 @@
-"""How good a translation is: structure, noise, anatomy, physics, and how sure each number is.
+"""How good a translation is: structure, noise, anatomy, and how sure each number is.
 
 Images are (N, C, H, W) floats in [-1, 1]. For one target domain, of the same N heads in the same order: x
-are the translations, `images` what the target domain really takes, `truth` the same without noise, and
-`materials` (N, 3, H, W) how many cm of bone, soft tissue and brain each ray crosses.
+are the translations, `images` what the target domain really takes, and `truth` the same without noise.
 
 Plain PSNR against the truth rewards blur. So read structure and noise together. `score` collects everything.
 A metric of your own is a function and a line in METRICS."""
 
 import torch
-import torch.nn.functional as F
 
-from minimedshift.bands import blur, erode, flat_region, low_pass
-
-NOISE_FLOOR = 1e-4  # a smaller share of the right power counts as this
+from minimedshift.bands import blur, flat_region, low_pass
 
 
 def mse(x, truth):
@@ -54,25 +50,20 @@ def ssim(x, truth):
     return value.flatten(1).mean(1)
 
 
-def noise_residuals(x, images, truth, mask, fine=lambda x: x - low_pass(x)):
-    """Noise of the translations and of the target's own images, 0 outside the mask: (N, C, H, W) float64.
-
-        r = fine(x) - a fine(truth)        right = fine(images - truth)
-    fine: a filter that keeps fine detail. a: by least squares, one number per image, so that texture which is
-    weak or missing is not called noise, and texture of another pattern is."""
-    detail, known = fine(x).double() * mask, fine(truth).double() * mask
-    overlap, power = (detail * known).flatten(1).sum(1), known.square().flatten(1).sum(1)
-    a = overlap / power.clamp(min=1e-30)  # 0 where the truth has no fine detail
-    return detail - a[:, None, None, None] * known, fine(images - truth).double() * mask
-
-
 def noise_ratio(x, images, truth):
     """Power of the noise in the translations over that in the target's own images, in flat regions; a float.
-    1 is right; k^2: noise of k times the amplitude. Fine detail that the truth does not have is noise.
+
+        noise = fine(x) - a fine(truth)        right = fine(images - truth)        fine(z) = z - low_pass(z)
+    a: by least squares, one number per image, so that texture which is weak or missing is not called noise,
+    and texture of another pattern is. 1 is right; k^2: noise of k times the amplitude.
     None where the images have no noise: they are all the truth there is."""
     if torch.equal(images, truth):
         return None
-    noise, right = noise_residuals(x, images, truth, flat_region(truth))
+    flat = flat_region(truth)
+    detail, known, right = ((z - low_pass(z)).double() * flat for z in (x, truth, images - truth))
+    overlap, power = (detail * known).flatten(1).sum(1), known.square().flatten(1).sum(1)
+    a = overlap / power.clamp(min=1e-30)  # 0 where the truth has no fine detail
+    noise = detail - a[:, None, None, None] * known
     return float(noise.square().sum() / right.square().sum())
 
 
@@ -83,62 +74,6 @@ def same_head(x, truth, decoys):
     others = low_pass(decoys.flatten(0, 1)).view_as(decoys)
     E_others = (low_pass(x)[:, None] - others).square().flatten(2).mean(2)  # (N, K)
     return (E[:, None] < E_others).all(1)
-
-
-def grey_per_cm(x, materials):
-    """Grey levels per cm of bone and per cm of other tissue, [2 floats]: least squares over all heads.
-
-        low_pass(x) = c0 + c1 low_pass(bone) + c2 low_pass(soft + brain)          where a ray meets any tissue
-    """
-    body = materials.sum(1) > 0  # (N, H, W)
-    bone, *others = low_pass(materials).unbind(1)
-    paths = torch.stack([torch.ones_like(bone), bone, sum(others)], -1)[body].double()  # (pixels, 3)
-    grey = low_pass(x).mean(1)[body].double()
-    return (torch.linalg.pinv(paths.mT @ paths) @ (paths.mT @ grey))[1:].tolist()
-
-
-def edge_width(x, materials, level=.5, width=1.5):
-    """Width in pixels of the skull's edge, where bone crosses `level` cm, in x: a float, or None without one.
-
-        range of the mean grey in each pixel of distance, 6 each way / mean slope along the normal
-    A step blurred by a Gaussian of s pixels has sqrt(2 pi) s. Distance: a low-passed straight edge is
-    Phi(distance / width)."""
-    skull, x = low_pass((materials[:, :1] > level).to(x), width), x.mean(1, keepdim=True)  # (N, 1, H, W)
-    distance = width * torch.special.ndtri(skull)  # pixels, positive inside
-    near, edge = distance.abs() < 6, distance.abs() < .75
-    if not edge.any():
-        return None
-    pixel = (distance[near].floor() + 6).long()
-    count = torch.bincount(pixel)
-    profile = torch.bincount(pixel, x[near].double())[count > 0] / count[count > 0]
-    ny, nx = torch.gradient(skull, dim=(2, 3))
-    gy, gx = torch.gradient(x, dim=(2, 3))
-    slope = ((gy * ny + gx * nx) / torch.hypot(ny, nx).clamp(min=1e-6))[edge].double().mean().abs()
-    return float((profile.max() - profile.min()) / slope) if slope > 1e-6 else None
-
-
-def soft_tissue(x, images, truth, materials):
-    """Contrast to noise of soft tissue (over 1 cm, no bone) against air in x over that in the images.
-    1 is right. Noise: of second differences, which hardly see an edge (Immerkaer 1996). None without such
-    pixels, air or noise."""
-    bone, tissue = materials[:, :1], materials[:, 1:].sum(1, keepdim=True)
-    soft, air = erode((bone == 0) & (tissue > 1), 1), bone + tissue == 0  # (N, 1, H, W)
-    if not soft.any() or not air.any() or torch.equal(images, truth):
-        return None
-    fine = lambda x: F.pad(x, (1,) * 4, mode="reflect").diff(n=2, dim=-1).diff(n=2, dim=-2)
-    contrast = lambda x: x.mean(1, keepdim=True)[air].mean() - x.mean(1, keepdim=True)[soft].mean()
-    noise, right = noise_residuals(x, images, truth, soft, fine)
-    share = (noise.square().sum() / right.square().sum()).clamp(min=NOISE_FLOOR).sqrt()
-    return abs(float(contrast(x) / contrast(images) / share))
-
-
-def physics(x, images, truth, materials):
-    """Attenuation by bone and soft tissue and the edge's width, over the truth's; soft_tissue: a dict."""
-    found = dict(soft_tissue=soft_tissue(x, images, truth, materials))
-    own, right = ([*grey_per_cm(z, materials), edge_width(z, materials)] for z in (x, truth))
-    for name, a, b in zip(("bone", "soft", "edge_width"), own, right):
-        found[name] = a / b if a is not None and b is not None and abs(b) > 1e-6 else None
-    return found
 
 
 def gap_closed(E, E_curve, E_second):
@@ -179,17 +114,16 @@ METRICS = {  # function(x, truth, images) -> a number or None: a column of the e
     "noise": lambda x, truth, images: noise_ratio(x, images, truth),
     "ssim": lambda x, truth, images: ssim(x, truth).mean().item(),
 }
-PHYSICS = ("bone", "soft", "edge_width", "soft_tissue")
 SCORES = ("structure", "median", "worst_tenth", "E", "E_heads", "gap_closed", "gap_interval", "same_head",
-          *PHYSICS, *METRICS)
+          *METRICS)
 
 
 @torch.no_grad()
-def score(x, truth, images, E_curve, E_second, decoys=None, materials=None):
+def score(x, truth, images, E_curve, E_second, decoys=None):
     """All numbers of one set of translations, SCORES: a flat dict that json can write.
     E_curve, E_second: (N,) on the CPU, errors of the curve and of the second exposure. decoys: see
     `same_head`. In dB: structure (mean over heads), median, worst_tenth (of its mean E). None: what is not
-    known without truth, decoys, materials, or noise in the images."""
+    known without truth, decoys, or noise in the images."""
     row = dict.fromkeys(SCORES)
     if truth is None:
         return row
@@ -203,6 +137,4 @@ def score(x, truth, images, E_curve, E_second, decoys=None, materials=None):
         row[name] = metric(x, truth, images)
     if decoys is not None:
         row["same_head"] = same_head(x, truth, decoys).float().mean().item()
-    if materials is not None:
-        row.update(physics(x, images, truth, materials))
     return row

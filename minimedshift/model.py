@@ -125,7 +125,7 @@ class UNet(nn.Module):
             raise ValueError(f"height and width must be divisible by {self.stride}, got {H} x {W}")
         time = self.time(time_features(t))   # (B, emb)
         emb_down = F.silu(time)
-        emb_up = F.silu(time + self.label(y))  # here the label enters
+        emb_up = F.silu(time + self.label(y).to(time.dtype))  # here the label enters
         x = self.stem(F.pixel_unshuffle(xt, self.shape.stem))
         skips = []
         for i, (enter, *blocks) in enumerate(self.down):

@@ -2,11 +2,10 @@
 
     norm_film_silu   silu(GroupNorm(x) (1 + scale) + shift), what stands before a convolution of the network
 
-The reference says what is computed. A kernel is one program run many times at once, each time on its own
-tile of numbers: it loads them (a mask drops what lies beyond the edge), computes in float32, and stores.
+The reference says what is computed. A kernel is one program run many times at once, here for each group of
+each image. It loads a tile of numbers (a mask drops what lies beyond the edge), computes in float32, stores.
 torch.compile cannot look into a custom_op: register_fake tells the shapes, register_autograd the gradient."""
 
-from functools import cache
 from types import SimpleNamespace
 
 import torch
@@ -56,7 +55,7 @@ def fused_norm_film_silu(x, weight, bias, groups, scale=None, shift=None, eps=1e
         dx = rstd (gain du - A0 - A1 xhat)
         A0 = mean gain du = sum_channels gain S0 / n,    A1 = mean gain du xhat = sum_channels gain S1 / n
 
-    Two kernels forward (moments of chunks of pixels, then y), two backward (S of chunks, then dx)."""
+    A program has one group of one image, and goes over it twice: for sums, then for y or dx."""
     gain, offset = weight.float().expand(x.shape[:2]), bias.float().expand(x.shape[:2])
     if scale is not None:
         factor = 1 + scale.float()
@@ -64,133 +63,110 @@ def fused_norm_film_silu(x, weight, bias, groups, scale=None, shift=None, eps=1e
     return norm_silu(x, gain, offset, groups, eps)[0]
 
 
-@cache
-def tiling(B, C, H, W):
-    """The grid (chunks, B, blocks of channels), and the sizes that kernels take: pixels, rows, C, ROWS, COLS.
-    An image is (pixels, C) in channels-last memory. A tile has at most 8192 elements, fewer where a GPU would
-    be idle. The chunks of an image are equally long, so that its moments are plain means of theirs."""
-    cols = min(triton.next_power_of_2(C), 128)
-    blocks = triton.cdiv(C, cols)
-    most = 512
-    while most > 16 and (most * cols > 8192 or B * triton.cdiv(H * W, most) * blocks < 512):
-        most //= 2
-    rows = max(r for r in range(1, most + 1) if H * W % r == 0)
-    grid = (H * W // rows, B, blocks)
-    return grid, (H * W, rows, C, triton.next_power_of_2(rows), cols)
+def launch(kernel, x, mean, *args):
+    """Run a kernel, one program for each image of x and each group of mean (B, groups). An image is
+    (pixels, C) in channels-last memory. A program's tile has at most 4096 elements: pixels, by channels."""
+    (B, C, H, W), groups = x.shape, mean.shape[1]
+    cols = triton.next_power_of_2(C // groups)
+    rows = min(triton.next_power_of_2(H * W), max(1, 4096 // cols))
+    kernel[B, groups](x, mean, *args, H * W, C, C // groups, rows, cols, num_warps=8)
 
 
 @jit
-def place(pixels, rows, C, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """This program's tile: where it is in x and what of it exists (ROWS, COLS), its channels (1, COLS)."""
-    chunk, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row = tl.arange(0, ROWS)[:, None]
-    col = tl.program_id(2) * COLS + tl.arange(0, COLS)[None, :]
-    at = (image * pixels + chunk * rows + row) * C + col
-    return at, (row < rows) & (col < C), col
+def place(pixels, C, each, COLS: tl.constexpr):
+    """Where this program's group is: its number, its first pixel in x (1, COLS), its channels in a table
+    (B, C), and which of them exist. each: channels of a group."""
+    image, group, col = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, COLS)[None, :]
+    channel = group * each + col
+    return image * tl.num_programs(1) + group, image * pixels * C + channel, image * C + channel, col < each
 
 
 @jit
-def of_channels(table, k, col, C):
-    """Row k of a table (rows, B, C) for this program's channels: (1, COLS)."""
-    return tl.load(table + (k * tl.num_programs(1) + tl.program_id(1)) * C + col, col < C, 0.)
+def tile(first, start, exists, pixels, C, ROWS: tl.constexpr):
+    """The pixels from number `first` on: where they are in x and which exist, (ROWS, COLS)."""
+    row = first + tl.arange(0, ROWS)[:, None]
+    return start + row * C, (row < pixels) & exists
 
 
 @jit
-def store_two(parts, first, second, col, C):
-    """Two numbers for each of this program's channels, into parts (B, chunks, 2, C)."""
-    at = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * 2 * C + col
-    tl.store(parts + at, first, col < C)
-    tl.store(parts + at + C, second, col < C)
-
-
-@jit
-def normalised(x, table, at, there, col, C):
-    """xhat and u of a tile. The first rows of the table are mean, rstd, gain, offset."""
-    v = tl.load(x + at, there, 0.).to(tl.float32)
-    xhat = (v - of_channels(table, 0, col, C)) * of_channels(table, 1, col, C)
-    return xhat, of_channels(table, 2, col, C) * xhat + of_channels(table, 3, col, C)
-
-
-@jit
-def gradient(x, dy, table, at, there, col, C):
+def gradient(x, dy, at, there, mean, rstd, gain, offset):
     """xhat and du = dy silu'(u) of a tile, where silu(u) = u s. du is 0 where nothing exists."""
-    xhat, u = normalised(x, table, at, there, col, C)
+    xhat = (tl.load(x + at, there, 0.).to(tl.float32) - mean) * rstd
+    u = gain * xhat + offset
     s = tl.sigmoid(u)
     return xhat, tl.load(dy + at, there, 0.).to(tl.float32) * s * (1 + u * (1 - s))
 
 
 @jit
-def moments_kernel(x, parts, pixels, rows, C, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Mean and variance of each chunk and channel. Of a large mean, E x^2 - mean^2 would be all rounding."""
-    at, there, col = place(pixels, rows, C, ROWS, COLS)
-    v = tl.load(x + at, there, 0.).to(tl.float32)
-    mean = tl.sum(v, 0, keep_dims=True) / rows
-    v = tl.where(there, v - mean, 0.)
-    store_two(parts, mean, tl.sum(v * v, 0, keep_dims=True) / rows, col, C)
+def forward_kernel(x, mean, rstd, gain, offset, y, eps, pixels, C, each, ROWS: tl.constexpr,
+                   COLS: tl.constexpr):
+    """Sums are of x less a channel's first pixel: of a large mean, E x^2 - mean^2 would be all rounding."""
+    number, start, channel, exists = place(pixels, C, each, COLS)
+    pixel = tl.load(x + start, exists, 0.).to(tl.float32)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    squares = tl.zeros((ROWS, COLS), tl.float32)
+    for first in range(0, pixels, ROWS):
+        at, there = tile(first, start, exists, pixels, C, ROWS)
+        v = tl.where(there, tl.load(x + at, there, 0.).to(tl.float32) - pixel, 0.)
+        total += v
+        squares += v * v
+    own = tl.sum(total, 0, keep_dims=True) / pixels
+    within = tl.sum(squares, 0, keep_dims=True) / pixels - own * own
+    m = tl.sum(own + pixel) / each
+    between = tl.where(exists, own + pixel - m, 0.)  # all variance: of the channels' means, plus within them
+    r = 1 / tl.sqrt(tl.sum(within + between * between) / each + eps)
+    tl.store(mean + number, m)
+    tl.store(rstd + number, r)
+    slope, bias = tl.load(gain + channel, exists, 0.) * r, tl.load(offset + channel, exists, 0.)
+    for first in range(0, pixels, ROWS):
+        at, there = tile(first, start, exists, pixels, C, ROWS)
+        u = (tl.load(x + at, there, 0.).to(tl.float32) - m) * slope + bias
+        tl.store(y + at, (u * tl.sigmoid(u)).to(y.dtype.element_ty), there)
 
 
 @jit
-def silu_kernel(x, y, table, pixels, rows, C, ROWS: tl.constexpr, COLS: tl.constexpr):
-    at, there, col = place(pixels, rows, C, ROWS, COLS)
-    _, u = normalised(x, table, at, there, col, C)
-    tl.store(y + at, (u * tl.sigmoid(u)).to(y.dtype.element_ty), there)
-
-
-@jit
-def sums_kernel(x, dy, parts, table, pixels, rows, C, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """S0 and S1 of each chunk and channel."""
-    at, there, col = place(pixels, rows, C, ROWS, COLS)
-    xhat, du = gradient(x, dy, table, at, there, col, C)
-    store_two(parts, tl.sum(du, 0, keep_dims=True), tl.sum(du * xhat, 0, keep_dims=True), col, C)
-
-
-@jit
-def dx_kernel(x, dy, dx, table, pixels, rows, C, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Rows 4 and 5 of the table are A0 and A1."""
-    at, there, col = place(pixels, rows, C, ROWS, COLS)
-    xhat, du = gradient(x, dy, table, at, there, col, C)
-    v = of_channels(table, 2, col, C) * du
-    v -= of_channels(table, 4, col, C) + of_channels(table, 5, col, C) * xhat
-    tl.store(dx + at, (of_channels(table, 1, col, C) * v).to(dx.dtype.element_ty), there)
-
-
-def table_of(mean, rstd, gain, offset):
-    """The table (4, B, C), from mean, rstd (B, groups) and gain, offset (B, C)."""
-    each = gain.shape[1] // mean.shape[1]
-    return torch.stack([mean.repeat_interleave(each, 1), rstd.repeat_interleave(each, 1), gain, offset])
+def backward_kernel(x, mean, rstd, gain, offset, dy, dx, dgain, doffset, pixels, C, each,
+                    ROWS: tl.constexpr, COLS: tl.constexpr):
+    number, start, channel, exists = place(pixels, C, each, COLS)
+    m, r = tl.load(mean + number), tl.load(rstd + number)
+    slope, bias = tl.load(gain + channel, exists, 0.), tl.load(offset + channel, exists, 0.)
+    S0 = tl.zeros((ROWS, COLS), tl.float32)
+    S1 = tl.zeros((ROWS, COLS), tl.float32)
+    for first in range(0, pixels, ROWS):
+        at, there = tile(first, start, exists, pixels, C, ROWS)
+        xhat, du = gradient(x, dy, at, there, m, r, slope, bias)
+        S0 += du
+        S1 += du * xhat
+    sum0, sum1 = tl.sum(S0, 0, keep_dims=True), tl.sum(S1, 0, keep_dims=True)
+    tl.store(doffset + channel, sum0, exists)
+    tl.store(dgain + channel, sum1, exists)
+    A0, A1 = tl.sum(slope * sum0) / (pixels * each), tl.sum(slope * sum1) / (pixels * each)
+    for first in range(0, pixels, ROWS):
+        at, there = tile(first, start, exists, pixels, C, ROWS)
+        xhat, du = gradient(x, dy, at, there, m, r, slope, bias)
+        tl.store(dx + at, ((slope * du - A0 - A1 * xhat) * r).to(dx.dtype.element_ty), there)
 
 
 @custom_op("minimedshift::norm_silu", mutates_args=())
 def norm_silu(x: Tensor, gain: Tensor, offset: Tensor, groups: int,
               eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """y, channels-last, mean and rstd (B, groups). gain, offset (B, C) float32."""
-    grid, sizes = tiling(*x.shape)
-    x = x.contiguous(**LAST)
-    parts = gain.new_empty(len(x), grid[0], 2, x.shape[1])
-    moments_kernel[grid](x, parts, *sizes, num_warps=8)
-    means, variances = parts.unflatten(3, (groups, -1)).unbind(2)
-    var, mean = torch.var_mean(means, (1, 3), correction=0)
-    rstd = (var + variances.mean((1, 3)) + eps).rsqrt()  # all variance: of the means, plus within the chunks
-    y = torch.empty_like(x, **LAST)
-    silu_kernel[grid](x, y, table_of(mean, rstd, gain, offset), *sizes, num_warps=8)
+    x, gain, offset = x.contiguous(**LAST), gain.contiguous(), offset.contiguous()
+    y, mean = torch.empty_like(x, **LAST), gain.new_empty(len(x), groups)
+    rstd = torch.empty_like(mean)
+    launch(forward_kernel, x, mean, rstd, gain, offset, y, eps)
     return y, mean, rstd
 
 
 @custom_op("minimedshift::norm_silu_backward", mutates_args=())
 def norm_silu_backward(dy: Tensor, x: Tensor, gain: Tensor, offset: Tensor, mean: Tensor,
-                       rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """dx, channels-last, and S (B, 2, C)."""
-    grid, sizes = tiling(*x.shape)
+                       rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, channels-last, dgain and doffset (B, C)."""
     dy, x = dy.contiguous(**LAST), x.contiguous(**LAST)
-    table = table_of(mean, rstd, gain, offset)
-    parts = gain.new_empty(len(x), grid[0], 2, x.shape[1])
-    sums_kernel[grid](x, dy, parts, table, *sizes, num_warps=8)
-    S, groups = parts.sum(1), mean.shape[1]
-    A = (gain[:, None] * S).unflatten(2, (groups, -1)).sum(3) / (x[0].numel() // groups)  # (B, 2, groups)
-    A = A.repeat_interleave(x.shape[1] // groups, 2)  # (B, 2, C)
-    dx = torch.empty_like(x, **LAST)
-    dx_kernel[grid](x, dy, dx, torch.cat([table, A.transpose(0, 1)]), *sizes, num_warps=8)
-    return dx, S
+    gain, offset = gain.contiguous(), offset.contiguous()
+    dx, dgain, doffset = torch.empty_like(x, **LAST), torch.empty_like(gain), torch.empty_like(gain)
+    launch(backward_kernel, x, mean, rstd, gain, offset, dy, dx, dgain, doffset)
+    return dx, dgain, doffset
 
 
 @norm_silu.register_fake
@@ -200,7 +176,7 @@ def norm_silu_shapes(x, gain, offset, groups, eps):
 
 @norm_silu_backward.register_fake
 def norm_silu_backward_shapes(dy, x, gain, *rest):
-    return torch.empty_like(x, **LAST), gain.new_empty(len(x), 2, x.shape[1])
+    return torch.empty_like(x, **LAST), gain.new_empty(gain.shape), gain.new_empty(gain.shape)
 
 
 def keep_moments(ctx, inputs, output):
@@ -209,8 +185,7 @@ def keep_moments(ctx, inputs, output):
 
 
 def norm_silu_gradients(ctx, dy, *_):
-    dx, S = norm_silu_backward(dy, *ctx.saved_tensors)
-    return dx, S[:, 1], S[:, 0], None, None
+    return *norm_silu_backward(dy, *ctx.saved_tensors), None, None
 
 
 norm_silu.register_autograd(norm_silu_gradients, setup_context=keep_moments)

@@ -1,27 +1,12 @@
-"""Does a set of images look like the target domain's? Distances between two sets, without pairs or truth.
+"""Does a set of images look like the target domain's? A distance between two sets, without pairs or truth.
 
-The distances are between features of a small network that is trained here. Two sets of real images differ
-too: compare a number with that of real against real, for the same number of images. The Frechet distance is
-biased when images are few, the kernel distance is not."""
+It is between features of a small network that is trained here. Two sets of real images differ too, by chance:
+compare a number with that of real against real. (The Frechet distance is biased where images are few.)"""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-
-def frechet(fa, fb):
-    """Frechet distance of the Gaussians through two sets of features (arXiv:1706.08500, eq. 6).
-
-        |m - n|^2 + tr(A + B - 2 (A B)^1/2)        tr (A B)^1/2 = tr (A^1/2 B A^1/2)^1/2
-    """
-    fa, fb = fa.double(), fb.double()
-    A, B = torch.cov(fa.T), torch.cov(fb.T)
-    values, vectors = torch.linalg.eigh(A)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    both = torch.linalg.eigvalsh(root @ B @ root).clamp_min(0).sqrt().sum()
-    means = (fa.mean(0) - fb.mean(0)).square().sum()
-    return float(means + A.trace() + B.trace() - 2 * both)
 
 
 def kernel_distance(fa, fb):
@@ -101,14 +86,11 @@ def train_features(sets, seed=0, steps=300, batch=48):
 
 
 class Reference:
-    """The target domain's images (M, C, H, W): how many, and what `features` makes of them, (M, D)."""
+    """reference(x): the kernel distance of a set x (N, C, H, W) to images of the target, (M, C, H, W)."""
 
     def __init__(self, images, features):
         self.count, self.features, self.found = len(images), features, features(images)
 
-
-@torch.no_grad()
-def score(x, reference):
-    """Distances of a set x (N, C, H, W) to a Reference as plain floats."""
-    found = reference.features(x)
-    return dict(frechet=frechet(found, reference.found), kernel=kernel_distance(found, reference.found))
+    @torch.no_grad()
+    def __call__(self, x):
+        return kernel_distance(self.features(x), self.found)

@@ -189,7 +189,7 @@ class Student:
 
     def state(self):
         """All of it as plain types and tensors, for the checkpoint."""
-        finishes = {f"{s} {t}": part.state() for (s, t), part in self.finishes.items()}
+        finishes = {f"{s} {t}": asdict(part) for (s, t), part in self.finishes.items()}
         return dict(shape=asdict(self.net.shape), weights=self.net.state_dict(), finishes=finishes)
 
 

@@ -4,7 +4,7 @@ from itertools import cycle
 
 from matplotlib.figure import Figure
 
-from minimedshift.metrics import METRICS, PHYSICS
+from minimedshift.metrics import METRICS
 from minimedshift.support.files import write_whole
 
 COLOURS = dict(bound="k", unpaired="tab:orange", learned="tab:purple", ours="tab:blue", ceiling="0.45")
@@ -12,8 +12,7 @@ MAIN = {  # column of the main pair: key of a row, format
     "structure, dB": ("structure", ".2f"), "median": ("median", ".2f"), "worst tenth": ("worst_tenth", ".2f"),
     "E": ("E", ".5f"), "gap closed": ("gap_closed", ".0%"), "95%": ("gap_interval", ".0%"),
     "less ours": ("less_ours", "+.0%"), "same head": ("same_head", ".0%"),
-    **{name: (name, ".3g") for name in METRICS}, "Frechet": ("frechet", ".2f"), "kernel": ("kernel", ".4f"),
-    **{name: (name, ".2f") for name in PHYSICS}}
+    **{name: (name, ".3g") for name in METRICS}, "kernel": ("kernel", ".4f")}
 SHORT = {name: MAIN[name] for name in ("structure, dB", "gap closed", "same head", "noise")}
 ALL = {  # column of the means over pairs
     "mean gap closed": ("gap_closed", ".0%"), "95%": ("gap_interval", ".0%"), "pairs": ("pairs", "d"),
@@ -24,12 +23,12 @@ ABOUT = """# {source} -> {target}
 `{command}`, seed {seed}, {machine},
 torch {torch}, {weights} weights of step {steps}, {evaluation_seconds:.0f} s.
 
-Less ours: gap closed less that of the last method of ours. Frechet, kernel: distance to {references}
-training images of the target; the floor is the second exposure (or real against real).
+Less ours: gap closed less that of the last method of ours. Kernel: distance to {references} training
+images of the target; the floor is the second exposure (or real against real).
 """
 SIMULATED = """
 Everything is simulated (version {version}), the real domains too. S = {shift:g}: the share of training
-heads from each domain's own population. Bone, soft tissue, edge width: 1 is right.
+heads from each domain's own population.
 """
 
 
@@ -42,17 +41,13 @@ def cell(value, form):
     return format(value, form)
 
 
-def label(name, row):
-    """A method's name with its setting."""
-    return name if row["setting"] is None else f"{name}, {row['knob']} {row['setting']:g}"
-
-
 def markdown(rows, columns):
     """Rows {method: {key: value}} as a Markdown table. columns: {header: (key, format)}."""
     lines = [["method", "kind", *columns], ["---"] * (2 + len(columns))]
     for name, row in rows.items():
         cells = [cell(row.get(key), form) for key, form in columns.values()]
-        lines.append([label(name, row), row["kind"], *cells])
+        name += "" if row["setting"] is None else f", {row['knob']} {row['setting']:g}"
+        lines.append([name, row["kind"], *cells])
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 

@@ -49,7 +49,7 @@ def test_a_question_holds_the_pictures_of_its_pair(dataset, pair):
     s, t = pair.source, pair.target
     test = dataset.test_pairs
     wanted = dict(x=test.images[:, s], images=test.images[:, t], truth=test.truth[:, t],
-                  second=test.second[:, t], decoys=test.decoys[:, :, t], materials=test.materials)
+                  second=test.second[:, t], decoys=test.decoys[:, :, t])
     for name, array in wanted.items():
         torch.testing.assert_close(getattr(pair, name), torch.tensor(array).float())
 

@@ -1,12 +1,13 @@
 """Tone and grain against known answers."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from minimedshift import finish, student
-from minimedshift.bands import Curve
+from minimedshift.bands import Curve, fit_histogram
 from test_bands import noise, wave
 
 
@@ -120,7 +121,7 @@ def test_grain_is_measured_once_the_tone_is_right(fitted):
     """The student changes nothing, so its answers are the images of the source."""
     finishes, a, b = fitted
     part = finishes[0, 1]
-    (one, two), (first, second) = part.bands, part.pixels
+    (one, first), (two, second) = (each.parts for each in part.chain.parts)
     toned = torch.lerp(a, second(two(first(one(a)))), part.strength)
     assert part.strength == pytest.approx(finish.MOST * .3**2 / (.3**2 + finish.ERROR**2))
     grains = finish.grain(toned, robust=False), finish.grain(b, robust=True)
@@ -140,11 +141,11 @@ def test_tone_is_taken_from_the_targets_images_that_are_most_alike(monkeypatch):
     x = noisy(blobs(20, seed=9), .02, seed=8)
     y = finish.fit(net, torch.stack([a, b]), torch.ones(2, 2))[0, 1].tone(x)
     error = lambda y: (y - x + .05).abs().mean()
-    of_all = error(finish.fit_histogram(a, b)(x))
+    of_all = error(fit_histogram(a, b)(x))
     assert of_all > .15 and error(y) < .7 * of_all
 
 
 def test_a_finish_goes_through_plain_types(fitted):
     finishes, a, _ = fitted
     e = noise(3, 1, 64, 64)
-    assert torch.equal(finish.restore(finishes[0, 1].state())(a[:3], e), finishes[0, 1](a[:3], e))
+    assert torch.equal(finish.restore(asdict(finishes[0, 1]))(a[:3], e), finishes[0, 1](a[:3], e))

@@ -120,3 +120,9 @@ def test_blocks_of_one_width_are_compiled_once_for_training_and_once_for_every_b
         for batch, size in ((4, 16), (8, 16), (3, 16), (6, 24)):
             net(*inputs(batch, size))
     assert len(found) == 3
+    torch.compiler.reset()
+    found.clear()
+    net.compile_blocks(dynamic=False, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):  # the way up has the same kinds of numbers as the way down
+        net(*inputs(4))
+    assert len(found) == 3

@@ -145,7 +145,7 @@ def test_the_kernels_compile_for_a_gpu(dtype, capability, monkeypatch):
     gain, mean = torch.empty(256, 128, **like), torch.empty(256, 8, **like)
     ops.norm_silu._init_fn(x, gain, gain, 8, 1e-5)
     ops.norm_silu_backward._init_fn(x, x, gain, gain, mean, mean)
-    assert len(compiled) == 4 and all(f".target sm_{capability}" in ptx for ptx in compiled.values())
+    assert len(compiled) == 2 and all(f".target sm_{capability}" in ptx for ptx in compiled.values())
 
 
 @pytest.mark.gpu

@@ -82,6 +82,14 @@ def test_it_refuses_to_mix_and_sees_what_waits():
             torch.ones(3, device="mps").double()
 
 
+def test_after_twenty_steps_the_log_says_what_a_step_takes(tmp_path, capsys):
+    with pretended("cuda"):
+        log, loss = Log(tmp_path, 13, 60, 4), torch.ones((), device="cuda")
+        for step in range(14, 61):
+            log(step, loss, loss, .1, (0.0, 1.0, 0.0), 0.0)
+            assert ("ms a step" in capsys.readouterr().out) == (step == 40)
+
+
 # ---------------------------------------------------------------- whole runs on it
 
 @pytest.mark.slow

@@ -13,20 +13,6 @@ def normal(*shape, seed=0):
 
 # ---------------------------------------------------------------- features
 
-def test_frechet_of_gaussians_is_its_closed_form():
-    """Of exactly whitened samples: their means are apart by d, their covariances diag(a) and diag(b)."""
-    z = normal(500, 3).double()
-    z = z - z.mean(0)
-    z = z @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(z.T))).T
-    a, b, d = torch.tensor([[1.0, 4.0, 9.0], [4.0, 4.0, 1.0], [1.0, 0.0, -2.0]]).double()
-    expected = d.square().sum() + (a.sqrt() - b.sqrt()).square().sum()  # of commuting covariances
-    assert realism.frechet(z * a.sqrt(), z * b.sqrt() + d) == pytest.approx(expected.item(), rel=1e-9)
-    turn = torch.linalg.qr(normal(3, 3, seed=1).double())[0]
-    turned = realism.frechet(z * a.sqrt() @ turn, (z * b.sqrt() + d) @ turn)
-    assert turned == pytest.approx(expected.item(), rel=1e-9)
-    assert realism.frechet(z, z) == pytest.approx(0, abs=1e-9)
-
-
 def test_the_kernel_distance_is_the_double_loop_and_unbiased():
     a, b = normal(5, 3).double(), normal(4, 3, seed=1).double() + .5
     k = lambda x, y: (sum(float(u * v) for u, v in zip(x, y)) / 3 + 1) ** 3
@@ -52,11 +38,8 @@ def test_learned_features_tell_sets_and_corruptions_apart():
     assert features(x).shape == (200, 64) and not features(x).requires_grad
     assert torch.equal(features(x), again(x))
     target = realism.Reference(torch.from_numpy(sets[0]).float(), features)
-    floor, other = realism.score(x, target), realism.score(torch.from_numpy(sets[1]).float(), target)
-    blurred = realism.score(realism.corrupt(x, 1, None), target)
-    for key in ("frechet", "kernel"):
-        assert floor[key] < other[key] / 5 and floor[key] < blurred[key] / 5
-    assert all(isinstance(floor[key], float) for key in ("frechet", "kernel"))
+    floor, other = target(x), target(torch.from_numpy(sets[1]).float())
+    assert floor < other / 5 and floor < target(realism.corrupt(x, 1, None)) / 5
 
 
 @pytest.mark.parametrize("kind", range(realism.KINDS))

@@ -27,7 +27,7 @@ def dataset(tmp_path_factory):
 def arrays(dataset):
     both = dataset.valid_pairs, dataset.test_pairs
     pairs = [getattr(pairs, kind) for pairs in both for kind in sets.KINDS]
-    return [np.stack(dataset.train_images), dataset.test_pairs.materials, dataset.test_pairs.decoys, *pairs]
+    return [np.stack(dataset.train_images), dataset.test_pairs.decoys, *pairs]
 
 
 def test_the_set_holds_what_the_simulator_renders(dataset):
@@ -40,7 +40,6 @@ def test_the_set_holds_what_the_simulator_renders(dataset):
             for kind, how in sets.KINDS.items():
                 picture = phantom.render([head], domain, 16, **how)[0].half()
                 torch.testing.assert_close(torch.tensor(getattr(pairs, kind)[1, d]), picture)
-        torch.testing.assert_close(torch.tensor(pairs.materials[1]), phantom.project([head], 16)[0].half())
     for d, domain in enumerate(phantom.DOMAINS):
         seed = sets.first_seed(0, "train", d) + 1
         head = phantom.Head(seed, phantom.population(seed, domain, .1))

@@ -6,7 +6,6 @@
 
 Head coordinates in cm: x to the side, y to the front, z up; origin at the centre of the cranium."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -21,33 +20,19 @@ FILLS = {
     "petrous": (.9, 0., -.9), "root": (.5, -.4, 0.), "enamel": (.9, -.1, 0.),
     "suture": (-.55, 0., 0.), "groove": (-.4, 0., 0.),      # these fine lines are in the real domains only
 }
-FILL_NAMES = tuple(FILLS)
+
+
+def plane(degrees):
+    """Half-space n.x <= h as an array (nx, ny, nz, h): what is clockwise of a direction from the hinge."""
+    ny, nz = -math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
+    return np.array([0., ny, nz, ny * -1. + nz * -6.6])  # the hinge is at y -1.0, z -6.6
+
 
 # Four planes hinged on one axis slice the head like a cake, so that flesh is never counted twice:
-# vault front | face | neck | vault back. Directions from the hinge, in degrees, lead to the skull base, from
-# chin to throat, and from occiput to nape.
-HINGE = (-1.0, -6.6)
-BASE, THROAT, NAPE = 31.0, -46.0, 178.0
-
-
-def plane(degrees, side):
-    """Half-space n.x <= h as (nx, ny, nz, h) from the hinge on; side +1 keeps what is clockwise of it."""
-    a = math.radians(degrees)
-    ny, nz = -side * math.sin(a), side * math.cos(a)
-    return (0., ny, nz, ny * HINGE[0] + nz * HINGE[1])
-
-
-def beyond(centre, end):
-    """Half-space (nx, ny, nz, h) that cuts off what lies beyond centre + end, square to end."""
-    n = np.array(end) / np.linalg.norm(end)
-    return (*n, n @ np.add(centre, end))
-
-
-FRONT, BACK = plane(90., +1), plane(90., -1)
-ABOVE, BELOW = plane(BASE, -1), plane(BASE, +1)
-FACE, NECK = plane(THROAT, -1), plane(THROAT, +1)
-OCCIPUT, NUCHAL = plane(NAPE, +1), plane(NAPE, -1)
-NO_CUT = (0., 0., 0., 1.)
+# vault front | face | neck | vault back. Directions from the hinge, in degrees, lead up, to the skull base,
+# from chin to throat, and from occiput to nape. Minus a half-space is the other side of its plane.
+BASE = 31
+FRONT, BELOW, NECK, OCCIPUT = plane(90), plane(BASE), plane(-46), plane(178)
 
 # The vault is two half ellipsoids, long in front, short behind, widest at the parietal bones where they meet.
 # A layer is a fill and its depth, a share of the bone's thickness.
@@ -115,39 +100,31 @@ for i in range(5):  # the neck's vertebrae: body, lateral mass, lamina, spinous 
                  ("neck", "bone", (1.5, y - .5, z), (2.5, y - .6, z - .1), (.3, .3))]
 
 # 28 teeth along the dental arch, each a root and an enamel crown, at x, y, with this half width
-ARCH = ((.42, 8.0, .40), (1.15, 7.75, .33), (1.75, 7.25, .36), (2.2, 6.6, .33),
-        (2.55, 5.9, .34), (2.85, 5.0, .48), (3.05, 3.9, .46))
-for x, y, w in ARCH:
+for x, y, w in ((.42, 8.0, .40), (1.15, 7.75, .33), (1.75, 7.25, .36), (2.2, 6.6, .33),
+                (2.55, 5.9, .34), (2.85, 5.0, .48), (3.05, 3.9, .46)):
     ELLIPSOIDS += [("teeth", "root", (x, y - .1, -7.2), (.8 * w, .3, 1.1), (5, 0, 0)),
                    ("teeth", "enamel", (x, y, -8.15), (w, .36, .48), (0, 0, 0)),
                    ("jaw", "root", (.93 * x, y - .4, -10.0), (.75 * w, .3, 1.1), (-5, 0, 0)),
                    ("jaw", "enamel", (.93 * x, y - .25, -9.05), (.9 * w, .34, .46), (0, 0, 0))]
 
 
-def on_vault(direction, share):
-    """The point that lies in this direction, at a share of the vault's semi-axes."""
-    axes = VAULT_FRONT if direction[1] > 0 else VAULT_BACK
-    return VAULT_CENTRE + share * direction / np.linalg.norm(direction) * axes
-
-
 def vault_lines():
     """Capsules for sutures in mid-bone (zigzags) and vessel grooves on its inside: thin chains."""
-    angles = np.linspace(.02, 1, 10)
-    coronal = [(math.sin(a), .28 - .1 * a, math.cos(a)) for a in 1.75 * angles]
-    lambdoid = [(math.sin(a), -.85 - .15 * a, .55 * math.cos(a)) for a in 1.2 * angles]
+    arc, bend = np.linspace(.02, 1, 10), (1, -1) * 5
+    coronal = [(math.sin(a), .28 - .1 * a + .012 * b, math.cos(a)) for a, b in zip(1.75 * arc, bend)]
+    lambdoid = [(math.sin(a), -.85 - .15 * a + .015 * b, .55 * math.cos(a)) for a, b in zip(1.2 * arc, bend)]
     sagittal = [(0., math.sin(a), math.cos(a)) for a in np.linspace(.28, -1.05, 11)]
-    # fill, share of the vault's semi-axes, radius in cm, zigzag, points
-    lines = [("suture", .955, .085, .012, coronal), ("suture", .955, .085, .015, lambdoid),
-             ("suture", .955, .085, 0., sagittal)]
-    for front, up in ((.1, 1.2), (-.6, 1.), (-.9, .6)):                          # branches of an artery
-        branch = [(1., .25 + front * t, -.45 + up * t) for t in np.linspace(0, 1, 6)]
-        lines.append(("groove", .935, .11, 0., branch))
+    artery = [[(1., .25 + front * t, -.45 + up * t) for t in np.linspace(0, 1, 6)]
+              for front, up in ((.1, 1.2), (-.6, 1.), (-.9, .6))]
     rows = []
-    for fill, share, radius, zigzag, points in lines:
-        for i, (start, end) in enumerate(zip(points, points[1:])):
-            move = (0, (-1) ** i * zigzag, 0)
-            a, b = on_vault(np.add(start, move), share), on_vault(np.subtract(end, move), share)
-            rows.append(("vault", fill, a, b, (radius, radius)))
+    # fill, share of the vault's semi-axes, radius in cm, lines of directions from the vault's centre
+    for fill, share, radius, lines in (("suture", .955, .085, (coronal, lambdoid, sagittal)),
+                                       ("groove", .935, .11, artery)):
+        for line in map(np.array, lines):
+            axes = np.where(line[:, 1:2] > 0, VAULT_FRONT, VAULT_BACK)
+            norm = [[np.linalg.norm(direction)] for direction in line]  # all at once is not the same bytes
+            points = VAULT_CENTRE + share * line / norm * axes
+            rows += [("vault", fill, a, b, (radius, radius)) for a, b in zip(points, points[1:])]
     return rows
 
 
@@ -164,76 +141,67 @@ def build_parts():
     """All K parts as a dict of arrays (K, ...), which `Head` varies and poses.
     Part k is {x : y = axes^-1 rotation^T (x - centre) is within distance 1 of the segment |y_z| <= length},
     cut by up to two half-spaces n.x <= h. length 0 is an ellipsoid.
-    The mirror image of a part follows it; both have the same `pair`, so that they vary together."""
+    The mirror image of a part, if it has one, follows it."""
     parts = []
 
-    def add(group, fill, centre, axes, rotation, length=0., cuts=(), depth=0.):
-        cuts = (*cuts, NO_CUT, NO_CUT)[:2]
-        pair = parts[-1]["pair"] + 1 if parts else 0
+    def add(group, fill, centre, axes, rotation=np.eye(3), length=0., cuts=(), depth=0.):
+        cuts = [*cuts, (0., 0., 0., 1.), (0., 0., 0., 1.)][:2]  # these cut nothing
         for side in (1., -1.) if centre[0] > 0 else (1.,):
             flip = np.diag([side, 1., 1.])
             parts.append(dict(
-                group=group, fill=FILL_NAMES.index(fill), centre=flip @ centre, axes=axes,
-                rotation=flip @ rotation @ flip, length=length, cuts=cuts * np.array([side, 1., 1., 1.]),
-                depth=depth, pair=pair, side=side))
+                group=group, fill=list(FILLS).index(fill), centre=flip @ centre, axes=axes, depth=depth,
+                rotation=flip @ rotation @ flip, length=length, cuts=cuts * np.array([side, 1., 1., 1.])))
 
-    straight = np.eye(3)
-    add("skin", "flesh", VAULT_CENTRE, VAULT_FRONT, straight, cuts=(FRONT, ABOVE), depth=-1.)
-    add("skin", "flesh", VAULT_CENTRE, VAULT_BACK, straight, cuts=(BACK, OCCIPUT), depth=-1.)
-    add("skin", "flesh", (0., 1.5, -4.8), (6.3, 7.5, 10.2), straight, cuts=(BELOW, FACE), depth=-1.)
+    add("skin", "flesh", VAULT_CENTRE, VAULT_FRONT, cuts=(FRONT, -BELOW), depth=-1.)
+    add("skin", "flesh", VAULT_CENTRE, VAULT_BACK, cuts=(-FRONT, OCCIPUT), depth=-1.)
+    add("skin", "flesh", (0., 1.5, -4.8), (6.3, 7.5, 10.2), cuts=(BELOW, -NECK), depth=-1.)
     for fill, depth in VAULT_LAYERS:
-        add("vault", fill, VAULT_CENTRE, VAULT_FRONT, straight, cuts=(FRONT, ABOVE), depth=depth)
-        add("vault", fill, VAULT_CENTRE, VAULT_BACK, straight, cuts=(BACK,), depth=depth)
+        add("vault", fill, VAULT_CENTRE, VAULT_FRONT, cuts=(FRONT, -BELOW), depth=depth)
+        add("vault", fill, VAULT_CENTRE, VAULT_BACK, cuts=(-FRONT,), depth=depth)
     for fill, depth in (VAULT_LAYERS[0], VAULT_LAYERS[-1]):  # the two hollows under the temporal lobes
         add("vault", fill, (2.9, 2.4, -4.55), (2.4, 3.6, 1.9), euler(BASE, 0, 0), cuts=(BELOW,), depth=depth)
     for group, fill, centre, axes, tilt, *ends in ELLIPSOIDS:
-        add(group, fill, centre, axes, euler(*tilt), cuts=[beyond(centre, end) for end in ends])
+        normals = [np.array(end) / np.linalg.norm(end) for end in ends]
+        cuts = [(*n, n @ np.add(centre, end)) for n, end in zip(normals, ends)]
+        add(group, fill, centre, axes, euler(*tilt), cuts=cuts)
     for group, fill, a, b, radii in CAPSULES + vault_lines():
-        a, b = np.array(a, float), np.array(b, float)
-        distance = np.linalg.norm(b - a)
-        along = (b - a) / distance
+        distance = np.linalg.norm(np.subtract(b, a))
+        along = np.subtract(b, a) / distance
         sideways = (0., 1., 0.) if abs(along[0]) > .9 else (1., 0., 0.)          # not parallel to the capsule
         across = np.cross(sideways, along)
         across /= np.linalg.norm(across)
         rotation = np.stack([np.cross(across, along), across, along], 1)
-        cuts = (NECK, NUCHAL) if fill == "flesh" else ()
-        add(group, fill, (a + b) / 2, (*radii, radii[0]), rotation, distance / 2 / radii[0], cuts)
+        cuts = (NECK, -OCCIPUT) if fill == "flesh" else ()
+        add(group, fill, np.add(a, b) / 2, (*radii, radii[0]), rotation, distance / 2 / radii[0], cuts)
     return {key: np.array([part[key] for part in parts]) for key in parts[0]}
 
 
 PARTS = build_parts()
 CUTS = (PARTS["cuts"][:, :, :3] != 0).any(2).sum(1)     # (K,) how many half-spaces cut each part
-FINE = PARTS["fill"] >= FILL_NAMES.index("suture")      # (K,) fine lines
+FINE = PARTS["fill"] >= list(FILLS).index("suture")     # (K,) fine lines
 
 # Angles are in degrees, lengths in cm. A pair is (mean, spread) unless said otherwise.
-
-@dataclasses.dataclass(frozen=True)
-class Prior:
-    """How one population is drawn. The defaults are the population that all domains share."""
+SHARED = dict(  # the population that all domains share
     # (weight, mean, spread) of the turn about the long axis: 0 frontal, +-90 lateral
-    turns: tuple = ((.3, 0, 10), (.12, 90, 6), (.12, -90, 6), (.25, 45, 15), (.21, -45, 15))
-    tilt: tuple = (0, 11)           # cranial (+) or caudal (-) angle
-    roll: tuple = (0, 14)           # in the image plane
-    field: tuple = (10., 12.5)      # half the side of the frame, lowest and highest
-    shift: float = .9               # spread of the head's place in the frame
-    skin: tuple = (.35, 1.1)        # thickness of the scalp, lowest and highest
-    ears: float = .5                # probability of ears
-    spread: float = 1.              # of the anatomy, 1 = human range
-
-
-SYNTHETIC = Prior(
-    turns=((1., 0, 14),), tilt=(-3, 8), roll=(4, 11),
-    field=(10.5, 12.5), shift=1.1, skin=(.5, 1.2), ears=.9, spread=1.2)
-REAL = Prior(
-    turns=((.7, -58, 17), (.3, 58, 17)), tilt=(3, 9), roll=(14, 14),
-    field=(9.8, 11.5), shift=1., skin=(.3, .8), ears=.2, spread=.7)
+    turns=((.3, 0, 10), (.12, 90, 6), (.12, -90, 6), (.25, 45, 15), (.21, -45, 15)),
+    tilt=(0, 11),           # cranial (+) or caudal (-) angle
+    roll=(0, 14),           # in the image plane
+    field=(10., 12.5),      # half the side of the frame, lowest and highest
+    shift=.9,               # spread of the head's place in the frame
+    skin=(.35, 1.1),        # thickness of the scalp, lowest and highest
+    ears=.5,                # probability of ears
+    spread=1.)              # of the anatomy, 1 = human range
+SYNTHETIC = dict(turns=((1., 0, 14),), tilt=(-3, 8), roll=(4, 11), field=(10.5, 12.5), shift=1.1,
+                 skin=(.5, 1.2), ears=.9, spread=1.2)
+REAL = dict(turns=((.7, -58, 17), (.3, 58, 17)), tilt=(3, 9), roll=(14, 14), field=(9.8, 11.5), shift=1.,
+            skin=(.3, .8), ears=.2, spread=.7)
 PRIORS = {  # a domain without a line has the population that all share
-    None: Prior(),
+    None: SHARED,
     "synthetic-low": SYNTHETIC,
-    "synthetic-high": dataclasses.replace(SYNTHETIC, roll=(-6, 10), tilt=(-6, 8)),
+    "synthetic-high": SYNTHETIC | dict(roll=(-6, 10), tilt=(-6, 8)),
     "real-low": REAL,
     "real-normal": REAL,
-    "real-exposure": dataclasses.replace(REAL, roll=(4, 9), shift=.5, field=(10., 11.5)),
+    "real-exposure": REAL | dict(roll=(4, 9), shift=.5, field=(10., 11.5)),
 }
 
 
@@ -265,41 +233,47 @@ class Head:
         self.seed, self.prior = int(seed), prior  # numpy integers would hash differently
         person = self.seed if anatomy is None else int(anatomy)
         drawn = PRIORS[prior]
-        body = vary(np.random.default_rng(derive_seed(person, "anatomy", prior)), drawn)
+        matrix, centre, cuts = vary(np.random.default_rng(derive_seed(person, "anatomy", prior)), drawn)
 
         rng = np.random.default_rng(derive_seed(self.seed, "view", prior))
         normal = lambda *shape: np.clip(rng.standard_normal(shape), -2, 2)
-        weights = [weight for weight, _, _ in drawn.turns]
-        _, *turn = drawn.turns[rng.choice(len(weights), p=weights)]
-        self.view = tuple(mean + spread * float(normal()) for mean, spread in (turn, drawn.tilt, drawn.roll))
-        self.field = float(rng.uniform(*drawn.field))
-        self.matrix, self.centre, self.cuts = place(*body, self.view, normal(2) * drawn.shift)
+        weights = [weight for weight, _, _ in drawn["turns"]]
+        _, *turn = drawn["turns"][rng.choice(len(weights), p=weights)]
+        angles = turn, drawn["tilt"], drawn["roll"]
+        self.view = tuple(mean + spread * float(normal()) for mean, spread in angles)
+        self.field = float(rng.uniform(*drawn["field"]))
+
+        # from head to camera coordinates: the anatomy is turned, tilted, rolled and put into the frame
+        turn, tilt, roll = self.view
+        upright = np.array([[1., 0, 0], [0, 0, 1.], [0, 1., 0]])  # (x, y, z) -> (u, v, depth), frontal view
+        pose = euler(0, 0, roll) @ euler(tilt, 0, 0) @ upright @ euler(0, 0, turn)
+        move = np.array([*normal(2) * drawn["shift"], 0.]) - pose @ (0., .8, -3.)  # this is mid-frame
+        cuts[:, :, :3] = cuts[:, :, :3] @ pose.T
+        cuts[:, :, 3] += cuts[:, :, :3] @ move
+        self.matrix, self.centre, self.cuts = matrix @ pose.T, centre @ pose.T + move, cuts
 
 
 def vary(rng, prior):
     """Draw one anatomy: the parts' matrix (K, 3, 3), centre (K, 3), cuts (K, 2, 4); head coordinates, cm."""
-    p, spread = PARTS, prior.spread
-    count, pairs = len(p["pair"]), p["pair"][-1] + 1
+    p, spread = PARTS, prior["spread"]
+    pair = np.cumsum(p["centre"][:, 0] >= 0) - 1  # a part and its mirror image vary together
     normal = lambda *shape: np.clip(rng.standard_normal(shape), -2.2, 2.2)
     rigid = np.isin(p["group"], ("vault", "skin"))[:, None]  # nested surfaces must stay nested
 
-    mirror = np.stack([p["side"], np.ones(count), np.ones(count)], 1)
-    shift = .07 * spread * normal(pairs, 3)[p["pair"]] * mirror
-    shift[p["centre"][:, 0] == 0, 0] = 0  # only the next line moves a part in the middle to a side
-    shift = shift + .02 * spread * normal(count, 3)
-    axes = p["axes"] * np.exp(.06 * spread * normal(pairs, 3)[p["pair"]] * ~rigid)
+    shift = .07 * spread * normal(pair[-1] + 1, 3)[pair]
+    shift[:, 0] *= np.sign(p["centre"][:, 0])  # only the next line moves a part in the middle to a side
+    shift += .02 * spread * normal(len(pair), 3)
+    axes = p["axes"] * np.exp(.06 * spread * normal(pair[-1] + 1, 3)[pair] * ~rigid)
     centre = p["centre"] + shift * ~rigid
 
     thickness = np.array([.45, .55, .55]) * math.exp(.12 * spread * normal())   # side, front and back, top
-    skin = rng.uniform(*prior.skin)
     depth = p["depth"][:, None]
-    axes = axes - np.maximum(depth, 0) * thickness + np.maximum(-depth, 0) * skin
-    axes[p["group"] == "ear"] *= 1. if rng.random() < prior.ears else 1e-3
+    axes = axes - np.maximum(depth, 0) * thickness + np.maximum(-depth, 0) * rng.uniform(*prior["skin"])
+    axes[p["group"] == "ear"] *= 1. if rng.random() < prior["ears"] else 1e-3
 
     rotation = p["rotation"]
-    opening = rng.uniform(0, 9) * spread
-    nod = 7 * spread * normal()
-    for group, pivot, angle in (("jaw", (0, .4, -5.3), -opening), ("neck", (0, -1., -7.), nod)):
+    for group, pivot, angle in (("jaw", (0, .4, -5.3), -spread * rng.uniform(0, 9)),   # it opens
+                                ("neck", (0, -1., -7.), 7 * spread * normal())):       # the head nods
         turn = euler(angle, 0, 0)
         mine = p["group"] == group
         centre[mine] = (centre[mine] - pivot) @ turn.T + pivot
@@ -317,16 +291,3 @@ def vary(rng, prior):
     matrix = np.swapaxes(rotation, 1, 2) / axes[:, :, None] / (size * stretch)[:, None, :]
     cuts[:, :, :3] /= size
     return matrix, centre * size, cuts
-
-
-def place(matrix, centre, cuts, view, shift):
-    """Turn, tilt and roll an anatomy and put it into the frame: head to camera coordinates, shapes kept."""
-    turn, tilt, roll = view
-    upright = np.array([[1., 0, 0], [0, 0, 1.], [0, 1., 0]])  # (x, y, z) -> (u, v, depth) of a frontal view
-    pose = euler(0, 0, roll) @ euler(tilt, 0, 0) @ upright @ euler(0, 0, turn)
-    middle = pose @ np.array([0., .8, -3.0])  # what the frame is centred on
-    move = np.array([*shift, 0.]) - middle
-    cuts = cuts.copy()
-    cuts[:, :, :3] = cuts[:, :, :3] @ pose.T
-    cuts[:, :, 3] += cuts[:, :, :3] @ move
-    return matrix @ pose.T, centre @ pose.T + move, cuts

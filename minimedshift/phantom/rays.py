@@ -16,54 +16,41 @@ from minimedshift.phantom.anatomy import CUTS, FILLS, FINE, PARTS
 SOURCE_DISTANCE = 75.       # D: cm from the X-ray source to the isocentre plane, in which pixels are measured
 
 
-def outline(mu, mv, mw, centre):
-    """The silhouette of ellipsoids as seen from the source.
-
-    mu, mv, mw (3, B, K) are the columns of each part's matrix, centre (3, B, K). Returns the projected centre
-    (uc, vc), the level k, w at the centre, and the coefficients of two polynomials in (du, dv):
+def geometry(heads):
+    """All that is known of the parts before a pixel is chosen, float64: a dict of arrays (..., B, K).
+    mu, mv are columns of each part's matrix. The part's centre is projected to (uc, vc) and has the level k;
+    wc is w there. A and Q are the coefficients of two polynomials in (du, dv):
     A = |w|^2 = A0 + A1 du + A2 dv + A3 du^2 + A4 du dv + A5 dv^2 and
     Q = |y0 x w|^2 = Q0 du^2 + Q1 du dv + Q2 dv^2.
     The cross product is linear and vanishes at the centre, so Q has no lower terms: float32 loses nothing."""
+    last = lambda x: np.moveaxis(x, (0, 1), (-2, -1))
     dot = lambda x, y: (x * y).sum(0)
-    k = 1 + centre[2] / SOURCE_DISTANCE
-    uc, vc = centre[:2] / k
+    mu, mv, mw = last([head.matrix.swapaxes(1, 2) for head in heads])
+    u, v, depth = last([head.centre for head in heads])
+    k = 1 + depth / SOURCE_DISTANCE
+    uc, vc = u / k, v / k
     wc = mu * uc + mv * vc + mw * SOURCE_DISTANCE
     a, b = np.cross(mu, wc, axis=0) * k, np.cross(mv, wc, axis=0) * k
     A = np.stack([dot(wc, wc), 2 * dot(mu, wc), 2 * dot(mv, wc), dot(mu, mu), 2 * dot(mu, mv), dot(mv, mv)])
     Q = np.stack([dot(a, a), 2 * dot(a, b), dot(b, b)])
-    return dict(k=k, uc=uc, vc=vc, wc=wc, A=A, Q=Q)
+    return dict(mu=mu, mv=mv, wc=wc, k=k, uc=uc, vc=vc, depth=depth, A=A, Q=Q,
+                cuts=last([head.cuts for head in heads]), length=np.tile(PARTS["length"], (len(heads), 1)))
 
 
-def geometry(heads):
-    """All that is known of the parts before a pixel is chosen, float64: a dict of arrays (..., B, K)."""
-    last = lambda x: np.moveaxis(x, (0, 1), (-2, -1))
-    matrix = np.stack([head.matrix for head in heads])
-    mu, mv, mw = last(matrix.swapaxes(2, 3))
-    centre, cuts = last([head.centre for head in heads]), last([head.cuts for head in heads])
-    length = np.tile(PARTS["length"], (len(heads), 1))
-    axis = last(np.linalg.inv(matrix))[:, 2] * length  # half a capsule's segment, in camera space
-    own = dict(mu=mu, mv=mv, mw=mw, centre=centre, depth=centre[2], cuts=cuts, length=length, axis=axis)
-    return own | outline(mu, mv, mw, centre)
-
-
-def boxes(g, field, size):
-    """The box of pixels round each part: first (row, column) and last, exclusive, each (2, B, K)."""
-    lows, highs = [], []
-    for end in (-1., 1.):  # the balls at both ends of the segment
-        ball = outline(g["mu"], g["mv"], g["mw"], g["centre"] + end * g["axis"])
-        a0, a1, a2, a3, a4, a5 = ball["A"]
-        q0, q1, q2 = ball["Q"]
-        h11, h12, h22 = q0 - a3, (q1 - a4) / 2, q2 - a5  # A - Q >= 0 is an ellipse, x^T H x - 2 n.x <= A_0
-        n1, n2 = a1 / 2, a2 / 2
-        det = h11 * h22 - h12 * h12
-        x, y = (h22 * n1 - h12 * n2) / det, (h11 * n2 - h12 * n1) / det
-        r = a0 + n1 * x + n2 * y
-        u, v = ball["uc"] + x, ball["vc"] + y
-        du, dv = np.sqrt(r * h22 / det), np.sqrt(r * h11 / det)
-        lows.append((-v - dv, u - du))
-        highs.append((-v + dv, u + du))
-    pixel = lambda x: (x / field + 1) / 2 * size
-    first, last = pixel(np.min(lows, 0)) - 1, pixel(np.max(highs, 0)) + 1
+def boxes(heads, field, size):
+    """The box of pixels round each part: first (row, column) and last, exclusive, each (2, B, K).
+    Lines u = s D and v = s D on the picture touch an ellipsoid's silhouette where s solves
+    s^2 T_ww - 2 s T_uw + T_uu = 0, T = c c^T - (M^T M)^-1, with c from the source to its centre."""
+    inverse = np.linalg.inv([head.matrix for head in heads])
+    centre = [head.centre for head in heads] + np.array([0., 0., SOURCE_DISTANCE])
+    axis = inverse[..., 2] * PARTS["length"][:, None]  # half a capsule's segment
+    c = np.stack([centre - axis, centre + axis])  # the balls at both ends of the segment
+    T = c[..., None] * c[..., None, :] - inverse @ inverse.swapaxes(2, 3)
+    u, v, w = np.moveaxis(T, (3, 4), (0, 1))
+    middle = np.stack([-v[2], u[2]]) / w[2]  # rows go down, v goes up
+    reach = np.sqrt(middle ** 2 - np.stack([v[1], u[0]]) / w[2])
+    pixel = lambda s: (s * SOURCE_DISTANCE / field + 1) / 2 * size
+    first, last = pixel((middle - reach).min(1)) - 1, pixel((middle + reach).max(1)) + 1
     return np.clip(np.round([first, last]), 0, size).astype(int)
 
 
@@ -95,20 +82,19 @@ def capsule_spans(part, u, v, du, dv, cuts):
     flat_area = w1 * w1 + w2 * w2
     across = y1 * y1 + y2 * y2 - 1
     area = flat_area + w3 * w3
-    enter, leave = torch.full_like(area, math.inf), torch.full_like(area, -math.inf)
+    spans = []  # hit or missed, from where to where
     for z in (y3 - part["length"], y3 + part["length"]):  # the balls
         b = flat + z * w3
         half = (b * b - area * (across + z * z)).clamp(min=0).sqrt()
-        enter = torch.where(half > 0, torch.minimum(enter, (-b - half) / area), enter)
-        leave = torch.where(half > 0, torch.maximum(leave, (half - b) / area), leave)
+        spans.append((half > 0, (-b - half) / area, (half - b) / area))
     cross = y1 * w2 - y2 * w1  # the cylinder: a round wall and a slab
     half = (flat_area - cross * cross).clamp(min=0).sqrt()
     slab, reach = -y3 / w3, part["length"] / w3.abs()
     first = torch.maximum((-flat - half) / flat_area, slab - reach)
     last = torch.minimum((half - flat) / flat_area, slab + reach)
-    hit = (last > first) & (half > 0)
-    enter = torch.where(hit, torch.minimum(enter, first), enter)
-    leave = torch.where(hit, torch.maximum(leave, last), leave)
+    spans.append((last > first, first, last))
+    enter = torch.stack([torch.where(hit, first, math.inf) for hit, first, _ in spans]).amin(0)
+    leave = torch.stack([torch.where(hit, last, -math.inf) for hit, _, last in spans]).amax(0)
     return cut_spans(part, enter, leave, u, v, cuts)
 
 
@@ -142,13 +128,10 @@ def project(heads, size, fine=False):
     not depend on which other heads are drawn with it."""
     single = lambda x: torch.from_numpy(x.astype(np.float32))
     g = geometry(heads)
-    field = np.array([head.field for head in heads])[:, None]
+    field = np.array([[head.field] for head in heads])
     grid = (np.arange(size) + .5) / size * 2 - 1  # pixel centres
-    first, last = boxes(g, field, size)
-    extent = (last - first).max(0)
-    extent[(last <= first).any(0)] = 0
-    if not fine:
-        extent[:, FINE] = 0
+    first, last = boxes(heads, field, size)
+    extent = np.where((last > first).all(0) & (fine | ~FINE), (last - first).max(0), 0)  # 0 if unseen
 
     sums = np.zeros((len(heads), len(FILLS), size, size), np.float32)
     ladder = sorted({min(size, side) for side in (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, size)})
@@ -156,9 +139,9 @@ def project(heads, size, fine=False):
         for spans_of, cuts in itertools.product((ellipsoid_spans, capsule_spans), range(3)):
             kind = ((PARTS["length"] > 0) == (spans_of is capsule_spans)) & (CUTS == cuts)
             chosen = np.argwhere((extent > below) & (extent <= side) & kind)  # (n, 2): head and part
-            chunks = math.ceil(len(chosen) * side ** 2 / 2 ** 17)  # what a processor's cache likes
-            for some in np.array_split(chosen, max(1, chunks)):
-                b, k = some.T
+            together = max(1, 2 ** 17 // side ** 2)  # what a processor's cache likes
+            for start in range(0, len(chosen), together):
+                b, k = chosen[start:start + together].T
                 row, col = np.minimum(first[:, b, k], size - side)
                 u = (field[b] * grid[col[:, None] + np.arange(side)])[:, None, :]
                 v = (-field[b] * grid[row[:, None] + np.arange(side)])[:, :, None]
@@ -172,7 +155,6 @@ def project(heads, size, fine=False):
     u, v = single(field * grid)[:, None, :], single(-field * grid)[:, :, None]
     slant = (u * u + v * v + SOURCE_DISTANCE ** 2).sqrt()  # |d|: from t to cm
     materials = torch.zeros(len(heads), 3, size, size)
-    for fill, weights in enumerate(FILLS.values()):
-        for m in np.flatnonzero(weights):
-            materials[:, m] += torch.from_numpy(sums[:, fill]) * weights[m]
+    for fill, weights in enumerate(torch.tensor(list(FILLS.values()))):
+        materials += torch.from_numpy(sums[:, fill, None]) * weights.view(3, 1, 1)
     return (materials * slant[:, None]).clamp(min=0)

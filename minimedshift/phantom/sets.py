@@ -48,7 +48,6 @@ def render_pairs(size, first, count, prior, person):
     seeds = range(first, first + count)
     heads = [phantom.Head(seed, prior) for seed in seeds]
     block = {kind: in_all_domains(heads, size, **how) for kind, how in KINDS.items()}
-    block["materials"] = phantom.project(heads, size).half().numpy()
     if person is None:
         return block
     decoys = []

@@ -52,9 +52,8 @@ def each(function, x):
 
 def randn(heads, size, *stream):
     """Standard normal fields (B, 1, size, size), from a generator per head and stream."""
-    seeds = [derive_seed(head.seed, head.prior, *stream) for head in heads]
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return torch.stack([torch.randn(1, size, size, generator=generator) for generator in generators])
+    seeded = [torch.Generator().manual_seed(derive_seed(head.seed, head.prior, *stream)) for head in heads]
+    return torch.stack([torch.randn(1, size, size, generator=generator) for generator in seeded])
 
 
 def attenuate(materials, mu=MU, spectrum=SPECTRUM):
@@ -123,9 +122,8 @@ def enhance(p, coarse, fine, rest):
         bands.append(x - larger(low, x))
         x = low
     x = x * rest
-    for i in reversed(range(levels)):
-        gain = coarse * (fine / coarse) ** (min(1., (levels - 1 - i) / 3))
-        band = bands[i]
+    for i, band in enumerate(reversed(bands)):
+        gain = coarse * (fine / coarse) ** min(1., i / 3)
         x = larger(x, band) + band * each(lambda b: b ** -.15, band.square() + .25 ** 2) * (.66 * gain)
     return x
 
@@ -150,8 +148,7 @@ def fine_bone(bone, heads, exposure=0):
     mid = blur(grain, .7) - blur(grain, 1.2)
     smooth = blur(randn(heads, size, "lines", exposure), 1.1)
     lines = each(torch.exp, -(smooth / .05).square())  # zero crossings of a smooth field are thin curves
-    lines = lines - blur(lines, 1.5)
-    field = .08 * fine + .2 * mid - .2 * lines
+    field = .08 * fine + .2 * mid - .2 * (lines - blur(lines, 1.5))
     return bone + field * (bone * 1.5 / (bone + 1.5))
 
 

@@ -12,7 +12,7 @@ from minimedshift.support.command import UserError, refuse
 from minimedshift.support.files import write_whole
 from minimedshift.support.images import Reading
 
-FORMAT = 5  # changes with what a checkpoint holds
+FORMAT = 6  # changes with what a checkpoint holds
 PARTS = ("config", "shape", "domains", "image", "translate", "step", "machine")  # what describes a network
 
 
@@ -40,18 +40,15 @@ def load(path, device="cpu"):
 
 def check_settings(state, path):
     """Raises UserError unless a checkpoint says all that describes a network, of a size that can be meant."""
-    missing = [part for part in PARTS if part not in state]
-    refuse(missing, f"{path} does not describe a network of ours: {', '.join(missing)} is missing")
-    shape = state["shape"]
     try:
+        _, shape, domains, image, how, *_ = (state[part] for part in PARTS)
         sizes = [*shape["widths"], *shape["blocks"], shape["stem"], shape["num_domains"], shape["head_width"]]
         right = len(sizes) < 20 and all(type(n) is int and 0 < n <= 4096 for n in sizes)
-        right = right and len(state["domains"]) == shape["num_domains"]
-        right = right and 0 <= state["translate"]["tau"] < state["translate"]["t_image"] <= 1
-        [Reading(**how) for how in state["image"].get("readings", {}).values()]
+        right = right and len(domains) == shape["num_domains"] and 0 <= how["tau"] < how["t_image"] <= 1
+        [Reading(**reading) for reading in image.get("readings", {}).values()]
     except (TypeError, KeyError):
         right = False
-    refuse(not right, f"{path} does not describe a network of ours: see its shape, domains and translate")
+    refuse(not right, f"{path} does not describe a network of ours: see its {', '.join(PARTS)}")
 
 
 def fill(module, weights, path):

@@ -4,6 +4,7 @@ import sys
 import time
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 from minimedshift.support.files import explain_os_error, write_whole
@@ -70,6 +71,10 @@ class Log:
         if now or not loss.is_cuda or step % LOOK == 0:
             self.flush()
         each = seconds / (step - self.first)
+        if loss.is_cuda and step % LOOK == 0 and LOOK <= step - self.first < 2 * LOOK:
+            spent, peak = time.time() - self.start, torch.cuda.max_memory_allocated() / 1e9
+            print(f"{1e3 * spent / (step - self.first):.1f} ms a step, the host is busy for "
+                  f"{seconds / spent:.0%} of it; at most {peak:.1f} GB", flush=True)
         if self.rows:
             AHEAD.seconds, loss = each, np.mean([row[1] for row in self.rows[-100:]])
             text = f"step {step}/{self.steps}, loss {loss:.4f}, {self.batch_size / each:.0f} images/s"

@@ -12,13 +12,13 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import PIL
 import torch
 
-from minimedshift.folder import find_files, unread
+from minimedshift.folder import SPLITS, find_files, people, unread
 from minimedshift.sizes import crop_to_square
 from minimedshift.support import dicom, images
 from minimedshift.support.command import UserError, refuse
@@ -88,185 +88,144 @@ def folder_set(root, size, seed=0, cache=None, bits=0, invert="", crop=False, kn
     invert: domains, with commas, whose files are negatives. crop: constant borders are left out.
     known: {domain: Reading} to take instead. Raises UserError for what is not clear."""
     domains, files, own_split, left = find_files(root, seed)
-    inverted = set(invert.split(",")) - {""}
+    inverted, known = set(invert.split(",")) - {""}, known or {}
     refuse(inverted - set(domains), f"--invert {invert}: the domains are {', '.join(domains)}")
-    paths = [file.path for some in files.values() for file in some]
-    stamps = [(str(path.absolute()), *path.stat()[6:]) for path in paths]  # size and times
-    parts = images, dicom, crop_to_square, read_files, remarks, range_of
+    stamp = lambda path: (str(path.absolute()), *path.stat()[6:])  # size and times
+    parts = images, dicom, crop_to_square, read_files, range_of, remarks
     code = [inspect.getsource(part) for part in parts]
-    lengths = {key: len(some) for key, some in files.items()}
-    known = {domain: asdict(how) for domain, how in (known or {}).items()}
+    stamps = {key: [stamp(file.path) for file in some] for key, some in files.items()}
     decoders = [name for name in ("pydicom", "pylibjpeg", "gdcm") if find_spec(name)]
-    content = [code, torch.__version__, PIL.__version__, decoders, size, lengths, stamps, bits,
-               sorted(inverted), crop, known]
+    content = [code, torch.__version__, PIL.__version__, decoders, size, stamps, bits, sorted(inverted),
+               crop, {domain: asdict(how) for domain, how in known.items()}]
     make = lambda work: read_files(work, domains, files, size, bits, inverted, crop, known)
     folder = cached(cache, f"folder-{size}", content, make)
 
     told = json.loads((folder / "told.json").read_text())
-    if told["unreadable"]:
-        skipped = f"skipped {len(told['unreadable'])} unreadable files"
-        print(*told["unreadable"], skipped, sep="\n", file=sys.stderr)
-    names = lambda split: [told["names"][f"{split}-{d}"] for d in range(len(domains))]
-    load = lambda split: [np.load(folder / f"{split}-{d}.npy", mmap_mode="c") for d in range(len(domains))]
-    train, valid, test, pairs, notes = *map(load, ("train", "valid", "test")), (None, None), told["notes"]
+    if lost := told["unreadable"]:
+        print(*lost, f"skipped {len(lost)} unreadable files", sep="\n", file=sys.stderr)
+    stacks = {key: np.load(folder / f"{key}.npy", mmap_mode="c") for key in files}
+    train, valid, test = ([stacks[f"{split}-{d}"] for d in range(len(domains))] for split in SPLITS)
     for domain, stack in zip(domains, train):
         refuse(not len(stack), f"--data {root}: the domain {domain} has no image that can be read")
-    for d, domain in enumerate(() if own_split else domains):
-        out, kept = ({file.group for file in files[f"{split}-{d}"]} - {""} for split in ("test", "train"))
-        if out and len(out | kept) < 10:
-            out = " and ".join(sorted(out))
-            notes.append(f"warning: of {domain} {out} is held out whole: is it a patient?")
+    pairs, readings = (None, None), {domain: Reading(**how) for domain, how in told["readings"].items()}
     if any(file.split == "test" for some in files.values() for file in some):  # else by accident
-        pairs = find_pairs(paired_by_name(valid, names("valid")), paired_by_name(test, names("test")))
-    if own_split:
-        groups = [set(), set()]  # of images to train on, and of the others
-        for key, some in files.items():
-            groups["train" not in key].update({file.group for file in some} - {""})
-        few = len(groups[0]) < 5  # these are no patients
-        for group in sorted(set.intersection(*groups))[few:1]:
-            notes.append(f"warning: if {group} is a patient, it is both to train and to test on")
-    people = [len({f.group or f.name for split in ("train", "valid", "test") for f in files[f"{split}-{d}"]})
-              for d in range(len(domains))]
-    notes.append("patients, by folders, DICOM or names: " + ", ".join(map("{} {}".format, domains, people)))
+        pairs = find_pairs(stacks, told["names"], len(domains))
     count = len(pairs[1].images) if pairs[1] else "no"
-    notes.append(f"{count} pairs to test on, of one name in every domain{unread(left)}")
-    readings = {domain: Reading(**how) for domain, how in told["readings"].items()}
+    notes = [*told["notes"], *people(domains, files, own_split),
+             f"{count} pairs to test on, of one name in every domain{unread(left)}"]
     test = [np.concatenate([a, b]) if len(b) else a for a, b in zip(test, valid)]
     return Dataset(domains, size, train[0].shape[1], train, test, *pairs, None, readings, notes)
 
 
-class Found(NamedTuple):
-    """An image of a folder."""
-    x: torch.Tensor  # (C, size, size), grey levels
-    info: images.Info
-    least: float     # grey level
-    most: float
-    border: float    # share of the file's pixels in a constant border
-    drawn: bool      # nearly all pixels have the least or the largest level: a mask, or nothing
-
-
 def read_files(folder, domains, files, size, bits, inverted, crop, known):
     """Read {key: Files} into KEY.npy, (N, C, size, size), C = 1 if all are grey, else 3, and told.json."""
-    def read(file):
+    def read(file):  # returns a small image, and what has to be known of the whole; or why it cannot be read
         try:
             v, info = images.decode(file.path)
         except UserError as error:
             return str(error)
-        inner = v[images.content_box(v)]
-        x = crop_to_square(inner if crop else v, size)
-        border = 1 - inner.numel() / v.numel()
-        least, most = v.min().item(), v.max().item()
-        drawn = ((v == least) | (v == most)).float().mean().item() > .999
-        return Found(x, replace(info, alpha=None), least, most, border, drawn)
+        inner, least, most = v[images.content_box(v)], v.min().item(), v.max().item()
+        framed = inner.numel() < (1 - WIDE) * v.numel()
+        drawn = ((v == least) | (v == most)).float().mean().item() > .999  # as a mask is, or a blank image
+        x = crop_to_square(inner if crop else v, size)  # grey levels
+        return SimpleNamespace(path=file.path, info=replace(info, alpha=None), x=x, least=least, most=most,
+                               framed=framed, drawn=drawn)
 
     keep_memory(2**22)  # a file can be large
-    told, stacks, coloured = dict(unreadable=[], readings={}, names={}), {}, []
-    start, done, total, borders, levels = time.time(), 0, sum(map(len, files.values())), {}, {}
-    windows = {}  # domain -> of how many DICOM windows its files are
-    dim, drawn, long = {}, [], []  # dim: how many images are dark in their domain's range
-    for d, domain in enumerate(domains):
-        keys, good = [key for key in files if key.endswith(f"-{d}")], {}  # good: {File: Found}
-        own = sum((files[key] for key in keys), [])
-        with ThreadPoolExecutor(4) as pool:  # few: an image can be large
-            for file, result in zip(own, pool.map(read, own)):
-                done += 1
-                progress(done, total, start, "reading images, once")
-                if isinstance(result, str):
-                    told["unreadable"].append(result)
-                else:
-                    good[file] = result
-        low, high, mode = range_of(good, bits, domain)
-        reading = Reading(low, high, domain in inverted, crop, mode)
-        if domain in known:
-            reading = Reading(**known[domain])
-            refuse(low < reading.low or high > reading.high, f"{domain} has grey levels {low:g} to {high:g}, "
-                   f"in training it had {reading.low:g} to {reading.high:g}")
-        told["readings"][domain] = asdict(reading)
-        levels[domain] = {found.info.ends(reading) for found in good.values()}
-        windows[domain] = len({found.info.extra.get("window") for found in good.values()})
-        ends = [(found.most, *found.info.ends(reading)) for found in good.values()]
-        filled = np.array([(most - low) / (high - low) for most, low, high in ends])
-        dim[domain] = int(sum(filled < (.501 if (filled < .501).sum() > SOME * len(filled) else .26)))
-        drawn += [str(file.path) for file, found in good.items() if found.drawn]
-        long += [str(file.path) for file, found in good.items()
-                 if max(found.info.size) > 1.5 * min(found.info.size)]
-        borders[domain] = np.mean([found.border > WIDE for found in good.values()] or [0])
-        coloured += [str(file.path) for file, found in good.items() if len(found.x) == 3]
-        for key in keys:
-            readable = [file for file in files[key] if file in good]
-            told["names"][key] = [file.name for file in readable]
-            stacks[key] = [images.to_x(good[file].x, good[file].info, reading) for file in readable]
-    exact = any(high - low > 4095 for low, high in set.union(*levels.values()))  # float16 holds 12 bits
-    for key, found in stacks.items():
-        shape = len(found), 3 if coloured else 1, size, size
-        stack = np.empty(shape, np.float32 if exact else np.float16)
-        for i, x in enumerate(found):
-            stack[i] = x  # grey goes into every channel
+    own, start, results = [file for some in files.values() for file in some], time.time(), {}
+    with ThreadPoolExecutor(4) as pool:  # few: an image can be large
+        for file, result in zip(own, pool.map(read, own)):
+            results[file] = result
+            progress(len(results), len(own), start, "reading images, once")
+    good = {file: result for file, result in results.items() if not isinstance(result, str)}
+    found = {domain: [good[file] for file in good if file.domain == domain] for domain in domains}
+    readings = {}
+    for domain, some in found.items():
+        low, high, mode = range_of(some, bits, domain)
+        readings[domain] = how = known.get(domain, Reading(low, high, domain in inverted, crop, mode))
+        refuse(low < how.low or high > how.high, f"{domain} has grey levels {low:g} to {high:g}, "
+               f"in training it had {how.low:g} to {how.high:g}")
+    ends = [image.info.ends(readings[file.domain]) for file, image in good.items()]
+    dtype = np.float32 if any(high - low > 4095 for low, high in ends) else np.float16  # of 12 bits
+    channels, names = max((len(image.x) for image in good.values()), default=1), {}
+    for key in files:
+        some = [file for file in files[key] if file in good]
+        names[key] = [file.name for file in some]
+        stack = np.empty((len(some), channels, size, size), dtype)
+        for i, file in enumerate(some):  # grey goes into every channel
+            stack[i] = images.to_x(good[file].x, good[file].info, readings[file.domain])
         np.save(folder / f"{key}.npy", stack)
-    told["notes"] = remarks(levels, windows, coloured, total, dim, drawn, long, {} if crop else borders)
+    told = dict(unreadable=[result for result in results.values() if isinstance(result, str)], names=names,
+                readings={domain: asdict(how) for domain, how in readings.items()},
+                notes=remarks(found, readings, crop))
     (folder / "told.json").write_text(json.dumps(told))
 
 
-def remarks(levels, windows, coloured, total, dim, drawn, long, borders):
-    """What is said of a folder's files, a line each: their grey levels, colour, and what may be wrong."""
-    words = lambda some: " and ".join(f"{low:g} to {high:g}" for low, high in sorted(some))
-    notes = ["grey levels: " + ", ".join(f"{d} {words(some)}" + f" by {windows[d]} windows" * (windows[d] > 1)
-                                         for d, some in levels.items())]
-    if coloured:
-        notes.append(f"3 channels, for {len(coloured)} of {total} images, such as {coloured[0]}")
-    for domain, count in dim.items():
-        if count:
-            notes.append(f"warning: {count} of {domain}'s images fill less than half of its levels: "
-                         "have they other bits, or some a bright spot?")
-    if long:
-        notes.append(f"{len(long)} images are long, such as {long[0]}: their middle square is trained on")
-    if drawn:
-        notes.append(f"warning: {len(drawn)} images have only two grey levels, such as {drawn[0]}: masks?")
-    for domain, share in borders.items():
-        if share > min(borders.values()) + SOME:
-            notes.append(f"warning: {share:.0%} of {domain}'s images have a border of one grey level, more "
-                         "than elsewhere: --crop leaves it out")
-    return notes
+def remarks(found, readings, crop):
+    """What is said of {domain: what `read` returned of its files}, a line each: levels, what may be wrong."""
+    levels, notes, every = [], [], sum(found.values(), [])
+
+    def say(some, words, domain=""):
+        if some:
+            notes.append(words.format(n=len(some), all=len(every), path=some[0].path, domain=domain))
+
+    say([image for image in every if len(image.x) > 1], "3 channels, for {n} of {all} images, such as {path}")
+    say([image for image in every if max(image.info.size) > 1.5 * min(image.info.size)],
+        "{n} images are long, such as {path}: their middle square is trained on")
+    say([image for image in every if image.drawn],
+        "warning: {n} images have only two grey levels, such as {path}: masks?")
+    framed = {domain: np.mean([image.framed for image in some] or [0]) for domain, some in found.items()}
+    for domain, some in found.items():
+        ends = [image.info.ends(readings[domain]) for image in some]
+        filled = np.array([(image.most - low) / (high - low) for image, (low, high) in zip(some, ends)])
+        half = .501 if sum(filled < .501) > SOME * len(some) else .26
+        say([image for image, part in zip(some, filled) if part < half],
+            "warning: {n} of {domain}'s images fill less than half of its levels, such as {path}: have they "
+            "other bits, or some a bright spot?", domain)
+        more = framed[domain] > min(framed.values()) + SOME and not crop
+        say([image for image in some if image.framed and more],
+            "warning: {n} of {domain}'s images have a border of one grey level, such as {path}, more than "
+            "elsewhere: --crop leaves it out", domain)
+        windows = len({image.info.extra.get("window") for image in some})
+        words = " and ".join(f"{low:g} to {high:g}" for low, high in sorted({*ends}))
+        levels.append(f"{domain} {words}" + f" by {windows} windows" * (windows > 1))
+    return ["grey levels: " + ", ".join(levels), *notes]
 
 
-def range_of(good, bits, domain):
-    """The grey levels that become -1 and 1 in deep files {File: Found} of a domain, and their mode.
+def range_of(some, bits, domain):
+    """The grey levels that become -1 and 1 in the deep files of a domain, and their mode.
     From 0 up to the next power of two above the largest, likewise down. Files may tell their bits."""
-    deep = {file: found for file, found in good.items() if found.info.mode in images.DEEP}
-    good = {file: found for file, found in deep.items() if not found.info.bits} or deep
-    modes = sorted({found.info.mode for found in good.values()})
+    deep = [image for image in some if image.info.mode in images.DEEP]
+    deep = [image for image in deep if not image.info.bits] or deep
+    modes = sorted({image.info.mode for image in deep})
     refuse(len(modes) > 1, f"{domain} has deep files of the modes {', '.join(modes)}: write all in one")
-    if not good:
+    if not deep:
         return 0.0, 0.0, "I;16"
-    ends = [found.info.ends(Reading(found.least, found.most)) for found in good.values()]
-    low, high = min(low for low, _ in ends), max(high for _, high in ends)
-    power = lambda level: 2.0 ** math.ceil(math.log2(max(level, 1e-9)))
-    if modes == ["F"]:
-        top = power(max(high, -low / 2**20) / (1 + images.SLACK))
-        return -power(-low / (1 + images.SLACK)) if low < -images.SLACK * top else 0.0, top, "F"
-    sign = int(low < 0)
-    needed = max(1, int(max(high, -low - 1)).bit_length() + sign)
-    if sign and not bits:
-        return -power(-low), power(high + 1) - 1, modes[0]
-    largest = max(good, key=lambda file: good[file].most)
-    refuse(0 < bits < needed and not good[largest].info.bits,
-           f"--bits {bits}: {domain} has levels of {needed} bits, {high:g} in {largest.path}")
-    top = 2.0 ** (max(bits, needed) - sign)
-    return 0.0 - top * sign, top - 1, modes[0]
+    lows, highs = zip(*(image.info.ends(Reading(image.least, image.most)) for image in deep))
+    low, high, step = min(lows), max(highs), int(modes != ["F"])  # step: from one level to the next
+    slack = 0 if step else images.SLACK
+    power = lambda level: 2.0 ** math.ceil(math.log2(max(level / (1 + slack), 1e-9)))
+    top = power(max(high, step, -low / 2**20) + step) - step
+    bottom = -power(-low) if low < -slack * top else 0.0
+    if bits and step:
+        half = 2.0 ** (bits - (low < 0))
+        most = max(deep, key=lambda image: max(image.most + 1, -image.least))
+        refuse(max(most.most + 1, -most.least) > half and not most.info.bits,
+               f"--bits {bits}: {domain} has the levels {most.least:g} to {most.most:g} in {most.path}")
+        bottom, top = -half if low < 0 else 0.0, max(top, half - 1)
+    return bottom, top, modes[0]
 
 
-def paired_by_name(images, names):
-    """(N, D, C, H, W): images (N_d, C, H, W) with one name in every domain. names: N_d of each domain."""
-    common = sorted(set.intersection(*map(set, names)))
-    take = lambda stack, some: stack[[some.index(name) for name in common]]  # the first of a name
-    return np.stack(list(map(take, images, names)), 1)
-
-
-def find_pairs(valid, test):
-    """`Pairs` to validate and to test on, (None, None) where they are few. Without the first, the others are
-    shared."""
-    if len(valid) < 4:
-        valid, test = test[::2], test[1::2]
+def find_pairs(stacks, names, count):
+    """`Pairs` to validate and to test on: images of one name in all `count` domains, None where they are few.
+    Without the first, the others are shared. stacks: {key: (N, C, H, W)}, names: {key: N names}."""
+    found = []
+    for split in ("valid", "test"):
+        keys = [f"{split}-{d}" for d in range(count)]
+        common = sorted(set.intersection(*(set(names[key]) for key in keys)))
+        take = lambda key: stacks[key][[names[key].index(name) for name in common]]  # the first of a name
+        found.append(np.stack([take(key) for key in keys], 1))
+    valid, test = found if len(found[0]) >= 4 else (found[1][::2], found[1][1::2])
     return (Pairs(valid), Pairs(test)) if min(len(valid), len(test)) >= 4 else (None, None)
 
 
@@ -296,8 +255,7 @@ def check(dataset, path=None):
         if np.ptp(np.quantile(some, (.01, .99))) < NARROW:
             print(f"warning: {domain} fills a small part of its range: is one pixel bright, or --bits wrong?")
         both = np.concatenate([some, sample(kept)])
-        odd = max(((alike(part) < OPPOSITE).mean(1) > .3).sum() for part in (both, inner(both)))
-        if odd:
+        if odd := max((negatives(both, inner).mean(1) > .3).sum() for inner in (False, True)):
             print(f"warning: {odd} of {len(both)} images of {domain} look like negatives of others")
     codes = Counter(zlib.crc32(x.tobytes()) for images in (*dataset.train_images, *dataset.test_images)
                     for x in images)
@@ -314,21 +272,16 @@ def check(dataset, path=None):
         print(f"examples: {path}")
 
 
-def alike(images):
-    """The correlations, (N, N), of images (N, C, H, W)."""
-    flat = images.mean(1).reshape(len(images), -1)
-    return np.corrcoef(flat + 1e-9 * np.arange(flat.shape[1]))  # for images without any contrast
-
-
-def inner(images):
-    """Images (N, C, H, H) without an eighth at each side, where frames and borders are."""
-    m = 3 * images.shape[-1] // 16
-    return images[..., m:-m, m:-m]
+def negatives(images, inner=True):
+    """Which images (N, C, H, H) look like negatives of each other, (N, N). inner: without their outer part,
+    where frames are. Coarse contrast is what noise remembers of an image, so a translation keeps it."""
+    m = 3 * images.shape[-1] // 16 * inner
+    part = slice(m, images.shape[-1] - m)
+    flat = images[..., part, part].mean(1).reshape(len(images), -1)
+    return np.atleast_2d(np.corrcoef(flat + 1e-9 * np.arange(flat.shape[1]))) < OPPOSITE  # of no contrast too
 
 
 def opposite(dataset):
-    """Pairs of domains of opposite polarity: where one's mean image is bright, the other's is dark. Coarse
-    contrast is what noise remembers of an image, so a translation keeps it: dark stays dark."""
-    means = np.stack([inner(sample(images)).mean(0) for images in dataset.train_images])
-    pairs = np.argwhere(np.triu(alike(means) < OPPOSITE, 1))
-    return [(dataset.domains[i], dataset.domains[j]) for i, j in pairs]
+    """Pairs of domains of opposite polarity: where one's mean image is bright, the other's is dark."""
+    means = np.stack([sample(images).mean(0) for images in dataset.train_images])
+    return [(dataset.domains[i], dataset.domains[j]) for i, j in np.argwhere(np.triu(negatives(means), 1))]

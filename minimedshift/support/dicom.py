@@ -7,11 +7,9 @@ import numpy as np
 
 from minimedshift.support.command import refuse
 
-try:
-    import pydicom
-    from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
-except ImportError:
-    pydicom = None
+pydicom = None  # not everybody has it
+with suppress(ImportError):
+    import pydicom.pixels
 OFTEN_EMPTY = ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth", "VOILUTSequence")
 
 
@@ -32,21 +30,21 @@ def patient(path):
 @np.errstate(all="ignore")
 def decode(path):
     """Grey levels (H, W) float32 of a DICOM file, 0 to 2^bits - 1, whether 0 is white, bits, its window."""
-    refuse(pydicom is None, f"{path}: `pip install pydicom` to read DICOM, or convert it to 16-bit PNG")
+    refuse(pydicom is None, "`pip install pydicom` to read DICOM, or convert it to 16-bit PNG")
     file = pydicom.dcmread(path)
     for name in [name for name in OFTEN_EMPTY if name in file and file[name].is_empty]:
         del file[name]
     v, bits, kind = file.pixel_array, file.BitsStored, file.PhotometricInterpretation
     refuse(v.ndim != 2 or kind[:4] != "MONO" or bits > 16 or "SharedFunctionalGroupsSequence" in file,
-           f"{path}: {kind}, {v.shape}, {bits} bits: export it as a plain grey image of 16 bits")
-    first = -file.PixelRepresentation * 2 ** (bits - 1)  # of numbers with a sign
-    v, ends = (apply_modality_lut(a, file) for a in (v, np.array([first, first + 2**bits - 1])))
+           f"{kind}, {v.shape}, {bits} bits: export it as a plain grey image of 16 bits")
+    ends = np.array([0, 2**bits - 1]) - file.PixelRepresentation * 2 ** (bits - 1)  # numbers can have a sign
+    v, ends = (pydicom.pixels.apply_modality_lut(a, file) for a in (v, ends))
     if "VOILUTSequence" in file:
         file.VOILUTSequence[0].LUTDescriptor[2] = 16  # where it is 8, pydicom looks up v modulo 256
-        v, ends = (apply_voi(np.asarray(a, int), file) for a in (v, np.arange(-2**16, 2**16)))
+        v, ends = (pydicom.pixels.apply_voi(np.asarray(a, int), file) for a in (v, np.arange(-2**16, 2**16)))
     low, high = min(ends), max(ends)
     if "WindowWidth" in file and "WindowCenter" in file and "VOILUTSequence" not in file:
-        v, (low, high) = apply_windowing(v, file), apply_windowing(np.array([-1e9, 1e9]), file)
+        v, (low, high) = (pydicom.pixels.apply_windowing(a, file) for a in (v, np.array([-1e9, 1e9])))
     share = (v - float(low)) / ((float(high) - float(low)) or 1)
     window = f"{file.get('WindowCenter', ends[0])}/{file.get('WindowWidth', ends[-1])}"
     return (share.clip(0, 1) * (2**bits - 1)).round().astype(np.float32), kind == "MONOCHROME1", bits, window

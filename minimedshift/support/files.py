@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,13 +86,11 @@ def cached(root, name, content, make):
         if final.is_dir():
             return final
         root.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=root))
-        try:
-            make(work)
-            work.rename(final)
-        except OSError:
-            if not final.is_dir():  # else another process was first, with the same bytes
-                raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        with tempfile.TemporaryDirectory("", ".unfinished-", root, ignore_cleanup_errors=True) as work:
+            try:
+                make(Path(work))
+                os.rename(work, final)
+            except OSError:
+                if not final.is_dir():  # else another process was first, with the same bytes
+                    raise
     return final

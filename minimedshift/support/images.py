@@ -25,6 +25,7 @@ FORMATS = {  # extension -> format, the modes it can hold, how it is saved witho
 READ = tuple({name for name, _, _ in FORMATS.values()})  # some others that Pillow knows run programs
 FORMATS |= {".tiff": FORMATS[".tif"], ".jpeg": FORMATS[".jpg"], ".jfif": FORMATS[".jpg"]}
 PIXELS = 64_000_000  # the most in an image, 8000 x 8000; in colour it then takes 2 GB
+Image.MAX_IMAGE_PIXELS = PIXELS // 2  # Pillow refuses twice as many, before it loads them
 THIN, SLACK = 16, .05  # the most of one side over the other; of a float's range, that is not worth a word
 BORDER = .04  # what differs by less than this share of the range is one grey level: JPEG and noise are in it
 LYING = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # EXIF's orientation -> the Image.Transpose that makes it
@@ -95,67 +96,64 @@ def decode(path):
     try:
         if dicom.is_dicom(path):
             v, negative, bits, window = dicom.decode(path)
-            check_size(path, *v.shape)
-            return torch.from_numpy(v)[None], Info("I;16", v.shape, negative, bits, extra=dict(window=window))
-        with open(path, "rb") as file, Image.open(file, formats=READ) as image:  # findings/turned-tiff.sh
-            check_size(path, *image.size)
-            pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a phone adds small copies
-            tags = getattr(image, "tag_v2", {})
-            doubt = doubts(tags, image.mode, str(getattr(image, "tile", "")))
-            turn = image.getexif().get(274, 1)  # of a PNG this loads it
-            extra = {key: image.info[key] for key in ("exif", "dpi", "icc_profile") if image.info.get(key)}
-            extra["tiffinfo"] = {tag: tags[tag] for tag in (*KEPT, 274) if tag in tags}
-            image.load()
-            name = "JPEG" if image.format == "MPO" else image.format
-            image = ImageOps.exif_transpose(image)
-            if image.mode == "P":
-                image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-            mode, v = "I;16" if image.mode.startswith("I;16") else image.mode, np.asarray(image)
-    except UserError:
-        raise
+            info = Info("I;16", v.shape, negative, bits, extra=dict(window=window))
+        else:
+            with open(path, "rb") as file, Image.open(file, formats=READ) as image:  # findings/turned-tiff.sh
+                v, info = pixels(image)
+        sides = " x ".join(map(str, info.size))
+        refuse(math.prod(info.size) > PIXELS or max(info.size) > THIN * min(info.size),
+               f"{sides} pixels are too many, or too thin")
+        refuse(not np.isfinite(v).all(), "a grey level is no number")
     except Exception as error:  # a damaged file can raise anything in its decoder
         why = str(error).partition("\n")[0].partition(" <")[0] or type(error).__name__
-        raise UserError(f"{path}: cannot be read as an image ({why})") from None
-    advice = "cannot be translated; write it as one 8- or 16-bit grey or 8-bit RGB image"
-    refuse(pages > 1, f"{path}: {pages} pages {advice}")
-    refuse(doubt, f"{path}: {doubt} {advice}")
-    refuse(mode not in (*MODES, *DEEP), f"{path}: mode {mode} {advice}")
-    refuse(not np.isfinite(v).all(), f"{path}: a grey level is no number")
+        why = why if isinstance(error, UserError) else f"cannot be read as an image ({why})"
+        raise UserError(f"{path}: {why}") from None
+    v = v.reshape(*info.size, -1)
+    v = v[..., :1] if (v == v[..., :1]).all() else v
+    return torch.from_numpy(v.astype(np.float32)).permute(2, 0, 1).contiguous(), info
+
+
+def pixels(image):
+    """Grey levels (H, W) or (H, W, 3) of what Pillow has opened, and its Info. Raises UserError."""
+    tags, name = getattr(image, "tag_v2", {}), "JPEG" if image.format == "MPO" else image.format
+    check_kind(image, tags)
+    turn = image.getexif().get(274, 1)  # of a PNG this loads it
+    extra = {key: image.info[key] for key in ("exif", "dpi", "icc_profile") if image.info.get(key)}
     if not all(0 < dots < 2**15 for dots in extra.get("dpi", ())):  # NaN too: no format can write it
         del extra["dpi"]
-    v, alpha = v.reshape(*v.shape[:2], -1), None
+    extra["tiffinfo"] = {tag: tags[tag] for tag in (*KEPT, 274) if tag in tags}
+    image.load()
+    image, alpha = ImageOps.exif_transpose(image), None
+    if image.mode == "P":
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    mode, v = "I;16" if image.mode == "I;16B" else image.mode, np.asarray(image)
     if mode in ("LA", "RGBA"):
         alpha, v = v[..., -1].copy(), v[..., :-1]
-    if (v == v[..., :1]).all():
-        v = v[..., :1]
     negative = mode in DEEP and tags.get(262) == 0  # of 8 bits Pillow inverts it
     bits = 8 if mode not in DEEP else 12 if tags.get(258) == (12,) else 0
-    v = torch.from_numpy(v.astype(np.float32)).permute(2, 0, 1).contiguous()
-    return v, Info(mode, tuple(v.shape[1:]), negative, bits, turn, alpha, extra, None, name)
+    return v, Info(mode, v.shape[:2], negative, bits, turn, alpha, extra, None, name)
 
 
-def check_size(path, *sides):  # raises UserError for what is too large or too thin
-    refuse(math.prod(sides) > PIXELS or max(sides) > THIN * min(sides),
-           f"{path}: {' x '.join(map(str, sides))} pixels are too many, or too thin")
-
-
-def doubts(tags, mode, tile):
-    """What Pillow 13 would read wrong, or in part, without an error (beside tifffile). tags: of TIFF."""
+def check_kind(image, tags):
+    """Raise UserError for what Pillow 13 would read wrong, or in part, without an error (beside tifffile)."""
+    advice = "cannot be translated; write it as one 8- or 16-bit grey or 8-bit RGB image"
+    pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a phone adds small copies
     bits, kind = tags.get(258, (1,)), tags.get(339, (1,))[0]  # kind: 1 unsigned, 2 signed, 3 float
     swapped = tags and tags.prefix == b"MM" and tags.get(259, 1) != 1  # big-endian and compressed
-    if bits[0] > 16 if kind == 1 else swapped or (kind, bits[0]) not in ((2, 16), (3, 32)):
-        return f"{bits[0]}-bit signed, float or long grey"
-    if tags.get(32997, 1) > 1:  # ImageDepth
-        return "a volume"
-    deep_colour = len(bits) > 1 and max(bits) > 8 or ";16" in tile and mode[0] not in "IF"
-    return "16-bit colour" if deep_colour else ""
+    right = bits[0] <= 16 if kind == 1 else (kind, bits[0]) in ((2, 16), (3, 32)) and not swapped
+    refuse(pages > 1, f"{pages} pages {advice}")
+    refuse(not right, f"{bits[0]}-bit signed, float or long grey {advice}")
+    refuse(tags.get(32997, 1) > 1, f"a volume {advice}")  # ImageDepth
+    refuse(len(bits) > 1 and max(bits) > 8 or ";16" in str(image.tile) and image.mode[0] not in "IF",
+           f"16-bit colour {advice}")
+    refuse(image.mode not in (*MODES, *DEEP, "P", "I;16B"), f"mode {image.mode} {advice}")
 
 
 def content_box(v):
     """The part of v (C, H, W) inside a border of one grey level, as slices; all of it where little is.
     The level is that of the nearest corner. Half of the first line inside must differ from it."""
-    some = v.flatten()[::v.numel() // 10000 + 1].sort().values
-    level = BORDER * (some[-1 - len(some) // 50] - some[len(some) // 50])  # a burnt-in label is no range
+    some = v.flatten()[::v.numel() // 10000 + 1].numpy()
+    level = BORDER * np.ptp(np.quantile(some, (.02, .98)))  # a burnt-in label is no range
     first, last = ((v - corner).abs().amax(0) > level for corner in (v[:, :1, :1], v[:, -1:, -1:]))
     box = [slice(None)]
     for axis in (1, 0):
@@ -169,24 +167,22 @@ def content_box(v):
 
 def channels_to(x, channels):
     """x (C, H, W) with 1 or 3 channels: the luminance of a coloured image, or a grey one repeated."""
-    if len(x) == channels:
-        return x
-    if channels == 1:
+    if len(x) > channels:
         return (x * torch.tensor([.299, .587, .114]).view(3, 1, 1)).sum(0, keepdim=True)  # ITU-R BT.601
     return x.expand(channels, -1, -1)
 
 
 def check_writable(path, info):
-    """Raise UserError unless the format that `path` names by its extension can hold an image of this mode."""
-    name, modes, _ = FORMATS[Path(path).suffix.lower()]
+    """The format that a path's ending names, and its options. Raises UserError if it cannot hold the mode."""
+    name, modes, options = FORMATS[Path(path).suffix.lower()]
     refuse(info.mode not in modes, f"{path}: {name} cannot hold a {info.mode} image; take .png or .tif")
+    return name, options
 
 
 def write_image(path, x, info, reading=Reading()):
     """Write x (C, H, W) in [-1, 1] as `info` and the target's `reading` say, whole or not at all. Black is 0.
     Raises UserError if it cannot."""
-    check_writable(path, info)
-    name, _, options = FORMATS[Path(path).suffix.lower()]
+    name, options = check_writable(path, info)
     channels = 3 if info.mode in ("RGB", "RGBA") else 1
     x = channels_to(x.detach().float().cpu(), channels)
     if info.around:
@@ -221,21 +217,18 @@ def to_levels(x, low=0.0, high=255.0, dtype=np.uint8):
 
 def figure(path, rows, columns, labels, cell=160):
     """A picture of `rows`, (C, H, W) images in [-1, 1], under `columns`, beside `labels`."""
-    font, line, step = ImageFont.load_default(13), 18, cell + 4
-    longest = max((len(part) for label in labels for part in label.split("\n")), default=0)
-    left = 10 + 7 * longest
-    top = 6 + line * max((text.count("\n") + 1 for text in columns), default=0)
+    font, step = ImageFont.load_default(13), cell + 4
+    left = 10 + 7 * max(map(len, "\n".join(labels).split("\n")))
+    top = 6 + 18 * max((text.count("\n") + 1 for text in columns), default=0)
     sheet = Image.new("RGB", (left + max(map(len, rows)) * step, top + len(rows) * step), "white")
     draw = ImageDraw.Draw(sheet)
+    for c, text in enumerate(columns):
+        draw.text((left + c * step, 2), text, "black", font)
     for r, (row, label) in enumerate(zip(rows, labels)):
-        draw.multiline_text((4, top + r * step + 4), label, fill="black", font=font)
+        draw.text((4, top + r * step + 4), label, "black", font)
         for c, x in enumerate(row):
             image = Image.fromarray(to_levels(channels_to(torch.as_tensor(x).float(), 3)))
-            scale = cell / max(image.size)
-            size = [max(1, round(n * scale)) for n in image.size]
-            how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-            sheet.paste(image.resize(size, how), (left + c * step, top + r * step))
-    for c, text in enumerate(columns):
-        draw.multiline_text((left + c * step, 2), text, fill="black", font=font)
+            how = Image.Resampling.NEAREST if max(image.size) <= cell else Image.Resampling.LANCZOS
+            sheet.paste(ImageOps.contain(image, (cell, cell), how), (left + c * step, top + r * step))
     with write_whole(path) as work:
         sheet.save(work)

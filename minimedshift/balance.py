@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from minimedshift.support.files import cached, digest
+from minimedshift.support.machine import in_batches
 
 SIDE = 8                  # of a thumbnail, in pixels
 SHARE, FEWEST = 0.04, 20  # A neighbourhood is 4 % of all images, at least 20.
@@ -25,7 +26,7 @@ def contrast_thumbnails(images):
     """What heads look like, whatever the domain: (N, C, H, W) in [-1, 1] -> (N, SIDE^2), of unit length.
     z = (x - m) / (s + .03) of a thumbnail x; m and s, mean and deviation of 3x3 pixels, are the domain's."""
     around = lambda z: F.avg_pool2d(z, 3, stride=1, padding=1, count_include_pad=False)
-    x = torch.from_numpy(np.array(images, np.float32)).mean(1, keepdim=True)
+    x = torch.as_tensor(images).float().mean(1, keepdim=True)
     x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True)
     m = around(x)
     s = around((x - m).square()).sqrt()
@@ -36,19 +37,16 @@ def in_common(sets, seed=0):
     """How far all domains have the head of an image: sets of (N_d, C, H, W) -> (N_d,) float64 a domain.
     It is mean_d(1 / n_d)^-1 / n_own. n_d is the share of domain d's images that lie in the neighbourhood of
     an image, n_own that of its own domain's. The mean is 1 where populations are alike, 0 for strangers."""
-    thumbnails, references, draw = [], [], np.random.default_rng(seed)
-    for images in sets:
-        parts = np.array_split(images, len(images) // 1000 + 1)
-        z = torch.cat([contrast_thumbnails(part) for part in parts])
-        thumbnails.append(z)
-        references.append(z[np.sort(draw.choice(len(z), min(len(z), REFERENCES), replace=False))])
-    size = torch.tensor([len(z) for z in references])
+    draw = np.random.default_rng(seed)
+    thumbnails = [in_batches(contrast_thumbnails, torch.as_tensor(images), 1000) for images in sets]
+    some = [np.sort(draw.choice(len(z), min(len(z), REFERENCES), replace=False)) for z in thumbnails]
+    references = [z[chosen] for z, chosen in zip(thumbnails, some)]
+    size = torch.tensor(list(map(len, references)))
     label, references = torch.repeat_interleave(size), torch.cat(references)
     k = min(len(label), max(FEWEST, round(SHARE * len(label))))
-    result = []
+    nearest, result = lambda part: torch.cdist(part, references).topk(k, largest=False).indices, []
     for own, z in enumerate(thumbnails):
-        near = [torch.cdist(part, references).topk(k, largest=False).indices for part in z.split(1000)]
-        near = label[torch.cat(near)]  # (N, k) domains
+        near = label[in_batches(nearest, z, 1000)]  # (N, k) domains
         counts = torch.stack([(near == d).sum(1) for d in range(len(sets))], 1)
         n = (counts + k / 400) / size.double()  # (N, D); a little more than counted, so that none is 0
         result.append((1 / (1 / n).mean(1) / n[:, own]).numpy())
@@ -67,14 +65,10 @@ def effective(w):
 
 def balanced(dataset, cache=None):
     """The Dataset with `weights`. Says how many images of each domain count, and warns where they are few."""
-    def save_weights(folder):
-        for d, w in enumerate(in_common(dataset.train_images)):
-            np.save(folder / f"{d}.npy", w)
-
-    digests = [digest(images) for images in dataset.train_images]
+    digests = list(map(digest, dataset.train_images))
     content = [inspect.getsource(sys.modules[__name__]), torch.__version__, digests]
-    folder = cached(cache, "balance", content, save_weights)
-    found = [np.load(folder / f"{d}.npy") for d in range(len(dataset.domains))]
+    save = lambda folder: np.savez(folder / "in_common.npz", *in_common(dataset.train_images))
+    found = list(np.load(cached(cache, "balance", content, save) / "in_common.npz").values())
     counts = [f"{name} {effective(w):.0f} of {len(w)} ({min(w.mean(), 1):.0%} in common)"
               for name, w in zip(dataset.domains, found)]
     print("balanced populations, effective images: " + ", ".join(counts), flush=True)

@@ -36,9 +36,8 @@ def fit_histogram(source, target):
     low, high = ends(s)
     knots = torch.linspace(low, high, KNOTS, device=s.device)
     darker = (torch.searchsorted(s, knots) + torch.searchsorted(s, knots, right=True)) / (2 * len(s))
-    at = (darker * len(t) - .5).clamp(0, len(t) - 1)
-    left, right = at.floor().long(), at.ceil().long()
-    return Curve(low, high, torch.lerp(t[left], t[right], at - left))
+    quantile = Curve(0, len(t) - 1, t)  # of the target, by how many pixels are darker
+    return Curve(low, high, quantile(darker * len(t) - .5))
 
 
 def pixels(images):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from minimedshift.bands import KNOTS, Curve, ends, fit_bands, fit_histogram
 
@@ -66,31 +67,22 @@ def fit_curve(source, target, bins=512):
     count = torch.bincount(bin, minlength=bins)
     s = torch.bincount(bin, s, minlength=bins)  # the sum of each bin
     t = torch.bincount(bin, t, minlength=bins)
-    seen = count > 0
-    count = count[seen]
-    return through(s[seen] / count, isotonic(t[seen] / count, count))
-
-
-def through(knots, values):
-    """The Curve that is straight between any knots (K,), sorted."""
-    low, high = ends(knots)
-    values = np.interp(np.linspace(low, high, KNOTS), knots, values)
+    count, s, t = (z[count > 0] for z in (count, s, t))
+    low, high = ends(s / count)
+    values = np.interp(np.linspace(low, high, KNOTS), s / count, isotonic(t / count, count))
     return Curve(low, high, torch.from_numpy(values).float())
 
 
 def isotonic(y, weight):
     """The nearest non-decreasing sequence to y (K,): least sum_i weight_i (f_i - y_i)^2, (K,).
-    Pool adjacent violators (Ayer et al. 1955): neighbouring blocks out of order merge into their mean."""
-    blocks = []  # (mean, weight, how many)
-    for mean, w in zip(y.tolist(), weight.tolist()):
-        n = 1
-        while blocks and blocks[-1][0] >= mean:
-            before, v, k = blocks.pop()
-            mean = (mean * w + before * v) / (w + v)
-            w, n = w + v, n + k
-        blocks.append((mean, w, n))
-    means, _, counts = zip(*blocks)
-    return torch.repeat_interleave(torch.tensor(means, dtype=y.dtype), torch.tensor(counts))
+
+        f_i = max_{a <= i} min_{b >= i} m_ab      m_ab: weighted mean of y_a to y_b      (Barlow et al. 1972)
+    """
+    total, mass = (F.pad(z.cumsum(0), (1, 0)) for z in (weight * y, weight))  # before each, (K + 1,)
+    m = (total[1:] - total[:-1, None]) / (mass[1:] - mass[:-1, None])  # (K, K), a down and b across
+    empty = torch.ones_like(m).tril(-1).bool()  # b < a
+    least = m.masked_fill(empty, torch.inf).flip(1).cummin(1).values.flip(1)  # of b >= i, (a, i)
+    return least.masked_fill(empty, -torch.inf).amax(0)
 
 
 fit_tone = alternate(fit_bands, fit_histogram)

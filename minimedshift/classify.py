@@ -14,12 +14,12 @@ CLOSE = 0.005  # two labels are close if what they leave unexplained differs by 
 FAR = 2.0      # an image is far from a domain that leaves more than this unexplained in some octave
 
 
-def octaves(H, W, device="cpu"):
+def octaves(H, W):
     """Masks (O, H, W) of spatial frequencies: below 2 periods per frame, 2 to 4 and so on up to Nyquist."""
-    k = torch.hypot(*torch.meshgrid(torch.fft.fftfreq(H, 1 / H), torch.fft.fftfreq(W, 1 / W), indexing="ij"))
+    k = torch.hypot(torch.fft.fftfreq(H, 1 / H)[:, None], torch.fft.fftfreq(W, 1 / W))
     nyquist = min(H, W) / 2
     octave = k.clamp(min=1).log2().floor().clamp(max=math.floor(math.log2(nyquist)) - 1)
-    return torch.stack([(octave == o) & (k <= nyquist) for o in range(int(octave.max()) + 1)]).to(device)
+    return torch.stack([(octave == o) & (k <= nyquist) for o in range(int(octave.max()) + 1)])
 
 
 @torch.inference_mode()
@@ -31,7 +31,7 @@ def unexplained(model, x1, labels, seed=0, colour=0.0, draws=8):
     It is a mean over `draws` pairs of t and x0 (a diffusion classifier, arXiv:2303.16203); colour is that of
     the training. In images of its own domain a perfect network leaves less than 1 / t^2."""
     B, C, H, W = x1.shape
-    masks, generator = octaves(H, W, x1.device), torch.Generator().manual_seed(seed)
+    masks, generator = octaves(H, W).to(x1.device), torch.Generator().manual_seed(seed)
     impulse = torch.zeros(1, 1, H, W)
     impulse[..., 0, 0] = 1
     gain = torch.fft.fft2(tint(impulse, colour)).abs().to(x1.device)  # E |F[x0]|^2 = H W gain^2
@@ -51,7 +51,7 @@ def label_of(shares, H, W):
     """The label, the runner-up and whether the two are close, each (B,), from `unexplained` (B, L, O).
     The label has the smallest sum over octaves of n log(share), for n frequencies each: the likelihood of a
     Gaussian error of unknown variance. (The sum of the errors themselves tells no doses apart.)"""
-    n = octaves(H, W, shares.device).sum((1, 2))
+    n = octaves(H, W).sum((1, 2)).to(shares)
     best, labels = (n / n.sum() * shares.log()).sum(-1).topk(2, largest=False)  # (B, 2)
     return labels[:, 0], labels[:, 1], best[:, 1] - best[:, 0] < CLOSE
 
@@ -68,10 +68,9 @@ def source_labels(x1, names, model, state, source, seed):
     wanted, draws = (range(len(domains)), 8) if source == "auto" else ([domains.index(source)], 4)
     look = lambda part: unexplained(model, part, wanted, seed, state["config"]["colour"], draws)
     shares = in_batches(look, x1, len(x1))
+    whom = "any domain of this network" if source == "auto" else source
     for i in far(shares).nonzero()[:, 0].tolist():
-        nearest = "any domain of this network" if source == "auto" else source
-        says = f"does not look like {nearest}: its translation means little"
-        print(f"warning: {names[i]} {says}", file=sys.stderr)
+        print(f"warning: {names[i]} does not look like {whom}: its translation means little", file=sys.stderr)
     if source != "auto":
         return torch.full((len(x1),), wanted[0], device=x1.device)
     labels, second, close = label_of(shares, *x1.shape[-2:])

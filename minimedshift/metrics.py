@@ -124,17 +124,14 @@ def score(x, truth, images, E_curve, E_second, decoys=None):
     E_curve, E_second: (N,) on the CPU, errors of the curve and of the second exposure. decoys: see
     `same_head`. In dB: structure (mean over heads), median, worst_tenth (of its mean E). None: what is not
     known without truth, decoys, or noise in the images."""
-    row = dict.fromkeys(SCORES)
     if truth is None:
-        return row
+        return dict.fromkeys(SCORES)
     x = x.to(truth)
-    E, heads = structure_mse(x, truth).cpu(), structure(x, truth)  # (N,), E where E_curve is
-    row.update(structure=heads.mean().item(), median=heads.median().item(), E=E.mean().item(),
-               worst_tenth=decibels(worst_tenth(E)).item(), E_heads=E.tolist())
-    row["gap_closed"] = gap_closed(row["E"], E_curve.mean().item(), E_second.mean().item())
-    row["gap_interval"] = difference_interval(E, E_curve, E_curve, E_second)  # the curve closes 0
-    for name, metric in METRICS.items():
-        row[name] = metric(x, truth, images)
-    if decoys is not None:
-        row["same_head"] = same_head(x, truth, decoys).float().mean().item()
-    return row
+    E = structure_mse(x, truth).cpu()  # (N,), where E_curve is
+    dB, means = decibels(E), [each.mean().item() for each in (E, E_curve, E_second)]
+    known = None if decoys is None else same_head(x, truth, decoys).float().mean().item()
+    return dict(
+        structure=dB.mean().item(), median=dB.median().item(), worst_tenth=decibels(worst_tenth(E)).item(),
+        E=means[0], E_heads=E.tolist(), gap_closed=gap_closed(*means),
+        gap_interval=difference_interval(E, E_curve, E_curve, E_second),  # the curve closes 0
+        same_head=known, **{name: metric(x, truth, images) for name, metric in METRICS.items()})

@@ -3,6 +3,8 @@
 It is between features of a small network that is trained here. Two sets of real images differ too, by chance:
 compare a number with that of real against real. (The Frechet distance is biased where images are few.)"""
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,22 +19,6 @@ def kernel_distance(fa, fb):
     k = lambda a, b: (a.double() @ b.double().T / a.shape[1] + 1) ** 3
     same = lambda a: (k(a, a).sum() - k(a, a).trace()) / (len(a) * (len(a) - 1))
     return float(same(fa) + same(fb) - 2 * k(fa, fb).mean())
-
-
-class Features(nn.Module):
-    """Four strided convolutions and a mean over the picture: (B, C, H, W) -> (B, 64)."""
-
-    def __init__(self, channels, classes):
-        super().__init__()
-        widths = (channels, 16, 32, 64, 64)
-        layers = []
-        for a, b in zip(widths, widths[1:]):
-            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(4, b), nn.SiLU()]
-        self.layers = nn.Sequential(*layers)
-        self.tell = nn.ModuleList(nn.Linear(64, n) for n in classes)
-
-    def forward(self, x):
-        return self.layers(x).mean((2, 3))
 
 
 KINDS = 6  # of corruption: none, blurred, noisy, darker tones bent, sharpened, warped
@@ -61,11 +47,14 @@ def corrupt(x, kind, generator):
 def train_features(sets, seed=0, steps=300, batch=48):
     """features(x), (B, 64), of a small network that learns from which set an image is and how it was spoilt.
     sets: arrays (N_d, C, H, W) in [-1, 1], one a domain."""
-    draw = torch.Generator().manual_seed(seed)
+    draw, layers = torch.Generator().manual_seed(seed), []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = Features(sets[0].shape[1], (len(sets), KINDS))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+        for a, b in pairwise((sets[0].shape[1], 16, 32, 64, 64)):
+            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(4, b), nn.SiLU()]
+        net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())  # (B, C, H, W) -> (B, 64)
+        tell_domain, tell_kind = nn.Linear(64, len(sets)), nn.Linear(64, KINDS)
+    optimizer = torch.optim.AdamW(nn.ModuleList([net, tell_domain, tell_kind]).parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     kind = torch.arange(batch) * KINDS // batch
     for _ in range(steps):
@@ -75,7 +64,6 @@ def train_features(sets, seed=0, steps=300, batch=48):
         x = torch.from_numpy(np.stack(images).astype(np.float32))
         x = torch.cat([corrupt(x[kind == k], k, draw) for k in range(KINDS)])
         features = net(x)
-        tell_domain, tell_kind = net.tell
         loss = F.cross_entropy(tell_domain(features), domain) + F.cross_entropy(tell_kind(features), kind)
         optimizer.zero_grad()
         loss.backward()
@@ -91,6 +79,5 @@ class Reference:
     def __init__(self, images, features):
         self.count, self.features, self.found = len(images), features, features(images)
 
-    @torch.no_grad()
     def __call__(self, x):
         return kernel_distance(self.features(x), self.found)

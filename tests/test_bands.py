@@ -130,7 +130,6 @@ def test_flat_region_lies_in_the_head_off_its_edges(look):
     rim = (truth - bands.low_pass(truth)).abs() > .01
     mask = bands.flat_region(truth)
     assert mask.shape == truth.shape and mask.dtype == torch.bool
-    assert not (mask & ~disc).any()
-    assert not (mask & rim).any()
+    assert not (mask & (rim | ~disc)).any()
     share = mask.flatten(1).sum(1) / disc.flatten(1).sum(1)
     assert (share > .15).all() and (share < .6).all()

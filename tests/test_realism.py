@@ -3,34 +3,26 @@
 import numpy as np
 import pytest
 import torch
+from test_bands import noise
 
 from minimedshift import realism
 
 
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-# ---------------------------------------------------------------- features
-
 def test_the_kernel_distance_is_the_double_loop_and_unbiased():
-    a, b = normal(5, 3).double(), normal(4, 3, seed=1).double() + .5
+    a, b = noise(5, 3).double(), noise(4, 3, seed=1).double() + .5
     k = lambda x, y: (sum(float(u * v) for u, v in zip(x, y)) / 3 + 1) ** 3
     same = lambda s: np.mean([k(x, y) for i, x in enumerate(s) for j, y in enumerate(s) if i != j])
     expected = same(a) + same(b) - 2 * np.mean([k(x, y) for x in a for y in b])
     assert realism.kernel_distance(a, b) == pytest.approx(expected)
-    pairs = [(normal(10, 4, seed=2 * i), normal(10, 4, seed=2 * i + 1)) for i in range(600)]
+    pairs = [(noise(10, 4, seed=2 * i), noise(10, 4, seed=2 * i + 1)) for i in range(600)]
     repeats = torch.tensor([realism.kernel_distance(*pair) for pair in pairs])
     assert abs(repeats.mean()) < 3 * repeats.std() / len(repeats) ** .5
 
 
-# ---------------------------------------------------------------- the networks of features
-
 def test_learned_features_tell_sets_and_corruptions_apart():
     def ramps(seed, slope):
-        draw = torch.Generator().manual_seed(seed)
-        noise = .1 * torch.randn(200, 1, 32, 32, generator=draw)
-        return (torch.linspace(-slope, slope, 32).expand(1, 32, 32) + noise).half().numpy()
+        ramp = torch.linspace(-slope, slope, 32).expand(1, 32, 32)
+        return (ramp + .1 * noise(200, 1, 32, 32, seed=seed)).half().numpy()
 
     sets = [ramps(0, .3), ramps(1, .8)]
     features, again = (realism.train_features(sets, steps=60) for _ in range(2))
@@ -44,8 +36,6 @@ def test_learned_features_tell_sets_and_corruptions_apart():
 
 @pytest.mark.parametrize("kind", range(realism.KINDS))
 def test_each_corruption_changes_the_picture_and_keeps_its_shape(kind):
-    x = normal(3, 2, 32, 32).clamp(-1, 1)
+    x = noise(3, 2, 32, 32).clamp(-1, 1)
     spoilt = realism.corrupt(x, kind, torch.Generator().manual_seed(0))
     assert spoilt.shape == x.shape and torch.equal(spoilt, x) == (kind == 0) and spoilt.isfinite().all()
-
-

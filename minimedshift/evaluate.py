@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,8 +35,7 @@ class Config:
     target: str = flag(None, "domain to translate to (default: real-normal, or the last)", "what")
     heads: int = flag(128, "test heads of the main pair", "how much", low=2, high=10**6)
     heads_each: int = flag(32, "test heads of every ordered pair", "how much", low=1, high=10**6)
-    valid_heads: int = flag(64, "validation heads on which the settings are chosen", "how much", low=2,
-                            high=10**6)
+    valid_heads: int = flag(64, "validation heads, to choose settings by", "how much", low=2, high=10**6)
     out: str = flag("", "folder of the results (default: evaluation, beside the checkpoint)", "run")
     device: str = flag("auto", "where to compute: cuda, cuda:1, mps, cpu", "run")
 
@@ -48,9 +48,8 @@ def bounds(q, curve):
     """Errors (N,) of the best grey-value curve and of the second exposure: 0 and 1 of `gap closed`."""
     if q.truth is None:
         return None, None
-    E_curve = metrics.structure_mse(answer(curve, q)[0], q.truth)
-    E_second = torch.zeros_like(E_curve) if q.second is None else metrics.structure_mse(q.second, q.truth)
-    return E_curve.cpu(), E_second.cpu()
+    ends = answer(curve, q)[0], q.truth if q.second is None else q.second
+    return [metrics.structure_mse(x, q.truth).cpu() for x in ends]
 
 
 def score(methods, q, limits, reference=None):
@@ -69,20 +68,19 @@ def score(methods, q, limits, reference=None):
 
 
 def sweep(methods, q, curve, reference=None):
-    """Methods at each of their settings on one Question: {method: [{key of OF_A_SETTING: value}]}."""
-    q = replace(q, decoys=None)
-    limits, found = bounds(q, curve), {}
+    """Methods at each of their settings on one Question: {method: [{key of OF_A_SETTING: value}]}. Then those
+    that know it, each at the setting that closes the most of the gap."""
+    limits, found, chosen = bounds(q, curve), {}, []
     for method in methods:
+        points = []
         for setting in sorted(method.settings):
-            for row in score([replace(method, settings=(setting,))], q, limits, reference).values():
-                found.setdefault(method.name, []).append({key: row.get(key) for key in OF_A_SETTING})
-    return found
-
-
-def best(method, points):
-    """The method at the setting of a sweep that closes the most of the gap."""
-    point = max(points, key=lambda point: point["gap_closed"] or 0)  # None: of all points
-    return replace(method, settings=(point["setting"],))
+            rows = score([replace(method, settings=(setting,))], q, limits, reference)
+            points += [{key: row.get(key) for key in OF_A_SETTING} for row in rows.values()]
+        if points:
+            found[method.name] = points
+            best = max(points, key=lambda point: point["gap_closed"] or 0)  # None: of all points
+            chosen.append(replace(method, settings=(best["setting"],)))
+    return found, chosen
 
 
 def main_pair(methods, q, curve, reference=None):
@@ -99,36 +97,29 @@ def main_pair(methods, q, curve, reference=None):
 
 
 def all_pairs(methods, pairs_of, domains, curve, heads, device):
-    """Every ordered pair: {method: {"source -> target": row}}, and {method: summary} of those that know all.
-    pairs_of(s): the `Pairs` of source s."""
+    """Every ordered pair: pairs, {method: {"source -> target": row}}, and means, {method: summary} of those
+    that know all. pairs_of(s): the `Pairs` of source s."""
     rows = {method.name: {} for method in methods}
     errors = {method.name: [] for method in methods}  # (3, N) of each pair with a gap: own, and the bounds
-    for s, source in enumerate(domains):
-        pairs = pairs_of(s)
-        x = to_float(pairs.images[:heads, s], device)  # one tensor: a flow's way back is kept
-        for t, target in enumerate(domains):
-            if s == t:
-                continue
-            q = question(pairs, s, t, heads, device, x)
-            limits = bounds(q, curve)
-            E_untouched = metrics.structure_mse(x.to(q.truth.device), q.truth)
-            gap = E_untouched.mean() > limits[1].mean()  # a cleaner source has nothing to close
-            for name, row in score(methods, q, limits).items():
-                if gap:
-                    errors[name].append(torch.stack([torch.tensor(row["E_heads"]), *limits]))
-                else:
-                    row["gap_closed"] = None
-                rows[name][f"{source} -> {target}"] = {key: row[key] for key in OF_A_PAIR}
-    means = {}
-    for method in methods:
-        found = rows[method.name].values()
-        if len(found) == len(domains) * (len(domains) - 1):
-            means[method.name] = dict(kind=method.kind, knob=method.knob, setting=method.settings[0])
-            means[method.name] |= summary(found, errors[method.name])
-    return rows, means
+    pairs = list(permutations(range(len(domains)), 2))
+    sources = cache(lambda s: to_float(pairs_of(s).images[:heads, s], device))  # so a flow keeps its way back
+    for s, t in pairs:
+        q = question(pairs_of(s), s, t, heads, device, sources(s))
+        limits = bounds(q, curve)
+        E_untouched = metrics.structure_mse(q.x.to(q.truth.device), q.truth)
+        gap = E_untouched.mean() > limits[1].mean()  # a cleaner source has nothing to close
+        for name, row in score(methods, q, limits).items():
+            if gap:
+                errors[name].append(torch.stack([torch.tensor(row["E_heads"]), *limits]))
+            else:
+                row["gap_closed"] = None
+            rows[name][f"{domains[s]} -> {domains[t]}"] = {key: row[key] for key in OF_A_PAIR}
+    means = {method.name: summary(method, rows[method.name].values(), errors[method.name])
+             for method in methods if len(rows[method.name]) == len(pairs)}
+    return dict(pairs=rows, means=means)
 
 
-def summary(rows, errors):
+def summary(method, rows, errors):
     """Means over ordered pairs, the worst pair, and how many have noise within 1/2 to 2.
     errors: (3, N) of each pair with a gap."""
     known = lambda key: [row[key] for row in rows if row[key] is not None]
@@ -136,7 +127,8 @@ def summary(rows, errors):
     closed = lambda E, curve, second: ((curve - E).mean(-1) / (curve - second).mean(-1)).mean(0)  # (draws,)
     gaps, noise = known("gap_closed"), known("noise")
     return dict(
-        pairs=len(rows), pairs_with_gap=len(gaps), same_head=mean(known("same_head")),
+        kind=method.kind, knob=method.knob, setting=method.settings[0], pairs=len(rows),
+        pairs_with_gap=len(gaps), same_head=mean(known("same_head")),
         noise_right=sum(.5 <= ratio <= 2 for ratio in noise) if noise else None,
         gap_closed=mean(gaps), worst_pair=min(gaps, default=None),
         gap_interval=metrics.bootstrap(closed, *torch.stack(errors).unbind(1)) if gaps else None)
@@ -151,20 +143,19 @@ def evaluation(dataset, methods, s, t, device, heads=128, heads_each=32, valid_h
         all_pairs            {population: {"pairs", "means"}}, see `all_pairs`: with default settings
         pareto               `sweep` of the main pair, where its settings are chosen
     valid_heads: settings are chosen on so many; 0: the defaults, and only ours on every pair. own(s): test
-    `Pairs` of the source's own population. Unpaired test images have no truth: only realism is measured."""
+    `Pairs` of the own population of a simulated source. Unpaired test images are scored by realism alone."""
     start, domains, pairs = time.time(), dataset.domains, dataset.test_pairs
     simulated = pairs is not None and pairs.truth is not None
     found = dict(source=domains[s], target=domains[t], simulated=simulated, main_pair={}, all_pairs={},
                  version=phantom.VERSION if simulated else None)
     curve = next((method for method in methods if method.name == "curve"), None)
-    chosen, everywhere = methods, [method for method in methods if valid_heads or method.kind == "ours"]
+    chosen, for_all = methods, [method for method in methods if valid_heads or method.kind == "ours"]
     if valid_heads and pairs is not None:
         print("choosing settings on validation heads", flush=True)
         q = question(dataset.valid_pairs, s, t, valid_heads, device)
-        points = found["pareto"] = sweep(methods, q, curve, reference)
-        chosen = [best(method, points[method.name]) for method in methods if method.name in points]
+        found["pareto"], chosen = sweep(methods, q, curve, reference)
     populations = {"shared": lambda _: dataset.test_images if pairs is None else pairs}
-    if own:
+    if own and simulated:
         populations["own"] = own
     for population, test_of in populations.items():
         q = question(test_of(s), s, t, heads, device)
@@ -173,8 +164,7 @@ def evaluation(dataset, methods, s, t, device, heads=128, heads_each=32, valid_h
         rows = found["main_pair"][population] = main_pair(chosen, q, curve, reference)
         print(tables.markdown(rows, tables.SHORT), flush=True)
         if pairs is not None:
-            rows, means = all_pairs(everywhere, test_of, domains, curve, heads_each, device)
-            found["all_pairs"][population] = dict(pairs=rows, means=means)
+            found["all_pairs"][population] = all_pairs(for_all, test_of, domains, curve, heads_each, device)
     return found | dict(evaluation_seconds=time.time() - start)
 
 
@@ -183,8 +173,7 @@ def report(model, student, dataset, how, device="cpu"):
     how: checkpoint["translate"]."""
     keep_memory()
     s, t = main_domains(dataset.domains)
-    methods = every_method(dataset, model, how, student)
-    found = evaluation(dataset, methods, s, t, device)
+    found = evaluation(dataset, every_method(dataset, model, how, student), s, t, device)
     print("all ordered pairs:\n" + tables.markdown(found["all_pairs"]["shared"]["means"], tables.ALL))
     return dict(translation=how) | found
 
@@ -194,18 +183,15 @@ def picture(path, model, student, how, pairs, domains, s, t, device, taus=None, 
     """Draw source | the flow at several tau | student | truth, of the first heads; captions: mean structure.
     pairs: test `Pairs`, or unpaired images: then any image of the target domain stands for the truth."""
     q = question(pairs, s, t, heads, device)
-    if taus is None:
-        taus = sorted({tau for tau in (*TAUS, how["tau"]) if tau < how["t_image"]})
+    taus = taus or sorted({tau for tau in (*TAUS, how["tau"]) if tau < how["t_image"]})
     columns = {domains[s]: q.x}
-    for tau in taus:
-        columns[f"tau {tau:g}"] = sampler.translate(model, q.x, s, t, **(how | dict(tau=tau)))
+    columns |= {f"tau {tau:g}": sampler.translate(model, q.x, s, t, **how | dict(tau=tau)) for tau in taus}
     if student:
         columns["student"] = student(q.x, s, t)
-    captions, pictures = [], []
-    for caption, x in columns.items():
-        pictures.append(x.to(q.images.device).nan_to_num().clamp(-1, 1))
-        dB = "" if q.truth is None else f"\n{metrics.structure(pictures[-1], q.truth).mean():.1f} dB"
-        captions.append(caption + dB)
+    captions, pictures = list(columns), [x.to(q.images).nan_to_num().clamp(-1, 1) for x in columns.values()]
+    if q.truth is not None:
+        captions = [f"{caption}\n{metrics.structure(x, q.truth).mean():.1f} dB"
+                    for caption, x in zip(captions, pictures)]
     simulated = q.truth is not None and q.truth is not q.images
     captions.append(f"{domains[t]}\n" + ("simulated truth" if simulated else "an image"))
     pictures.append(q.truth if simulated else q.images)  # a domain can have fewer images than the source
@@ -251,15 +237,13 @@ def main(argv=None, extra_methods=()):
     features = realism.train_features(real if len(real) >= 2 else list(dataset.train_images))
     reference = realism.Reference(to_float(dataset.train_images[t], scorer(device)), features)
     methods = [*every_method(dataset, model, state["translate"], pupil), *extra_methods]
-    simulated = dataset.test_pairs is not None and dataset.test_pairs.truth is not None
     prior = lambda s: domains[s] if domains[s] in phantom.PRIORS else None
     own = cache(lambda s: sets.paired_heads(dataset.size, c.heads, "test", config["seed"], prior(s)))
+    found = evaluation(dataset, methods, s, t, device, c.heads, c.heads_each, c.valid_heads, own, reference)
     results = dict(
         command=" ".join(["python -m minimedshift.evaluate", *(argv or sys.argv[1:])]), seed=config["seed"],
         checkpoint=c.checkpoint, steps=state["step"], weights="EMA", machine=machine_name(device),
-        torch=torch.__version__, shift=config["shift"], references=reference.count)
-    how_many = c.heads, c.heads_each, c.valid_heads
-    results |= evaluation(dataset, methods, s, t, device, *how_many, own if simulated else None, reference)
+        torch=torch.__version__, shift=config["shift"], references=reference.count) | found
     if "pareto" in results:
         tables.pareto(out / "pareto.png", results)
     write_json(out / "results.json", results)

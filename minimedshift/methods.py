@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from typing import Callable
 
-import numpy as np
 import torch
 
 from minimedshift import baselines, sampler
@@ -34,14 +33,12 @@ class Question:
 def question(pairs, s, t, heads, device, x=None):
     """The Question s -> t on the first `heads` heads of `Pairs`. x: the sources, if they are loaded already.
     Of real pairs a noisy image is the truth. Of unpaired images, (N_d, C, H, W) a domain, there is none."""
-    get = lambda array, *at: None if array is None else to_float(array[:heads][(..., *at)], scorer(device))
     if not isinstance(pairs, Pairs):
-        return Question(s, t, to_float(pairs[s][:heads], device), get(pairs[t]))
+        return Question(s, t, to_float(pairs[s][:heads], device), to_float(pairs[t][:heads], scorer(device)))
     x = to_float(pairs.images[:heads, s], device) if x is None else x
-    target = t, *[slice(None)] * 3  # of domains, channels, rows and columns
-    images = get(pairs.images, *target)
-    truth = images if pairs.truth is None else get(pairs.truth, *target)
-    return Question(s, t, x, images, truth, get(pairs.second, *target), get(pairs.decoys, *target))
+    get = lambda stack: None if stack is None else to_float(stack[:heads, ..., t, :, :, :], scorer(device))
+    images, truth = get(pairs.images), get(pairs.truth)
+    return Question(s, t, x, images, images if truth is None else truth, get(pairs.second), get(pairs.decoys))
 
 
 def main_domains(domains, source=None, target=None):
@@ -70,23 +67,14 @@ def answer(method, q):
     x = method.translate(q, method.settings[0])
     if x is None:
         return None, 0.0
-    if x.is_cuda:
-        torch.cuda.synchronize()
     refuse(x.isnan().any(), f"{method.name} translates to what is no number: its weights are spoilt")
-    return x.to(q.images.device).clamp(-1, 1), time.time() - start
+    return x.to(q.images.device).clamp(-1, 1), time.time() - start  # a GPU has finished: `refuse` looked at x
 
 
-def unpaired(dataset, fit, rounds):
-    """A baseline of baselines.UNPAIRED, fitted to training images, balanced if the network's were."""
-    fitted = cache(lambda s, t: fit(dataset.drawn(s), dataset.drawn(t), rounds))
+def baseline(fit, sources, targets, rounds=1):
+    """A baseline of baselines.py, fitted once a pair s -> t to the images sources(s) and targets(t)."""
+    fitted = cache(lambda s, t: fit(sources(s), targets(t), rounds))
     return lambda q, rounds: fitted(q.source, q.target).first(rounds)(q.x)
-
-
-def paired(pairs, fit):
-    """A baseline of baselines.PAIRED, fitted to validation pairs: sources and noise-free truths."""
-    truth = pairs.images if pairs.truth is None else pairs.truth
-    fitted = cache(lambda s, t: fit(np.asarray(pairs.images[:, s]), np.asarray(truth[:, t])))
-    return lambda q, _: fitted(q.source, q.target)(q.x)
 
 
 def flow(model, how):
@@ -105,9 +93,10 @@ def every_method(dataset, model=None, how=None, student=None):
     """The Methods that there is everything for, in the order of the tables.
     model, how: a trained flow, and `translate` of its checkpoint. student: its Student."""
     methods = [Method("untouched", "bound", lambda q, _: q.x)]
-    for name, fit in baselines.UNPAIRED.items():
+    for name, fit in baselines.UNPAIRED.items():  # training images, balanced if the network's were
         rounds = (1,) if name == "histogram" else ROUNDS
-        methods.append(Method(name, "unpaired", unpaired(dataset, fit, max(rounds)), rounds, "rounds"))
+        fitted = baseline(fit, dataset.drawn, dataset.drawn, max(rounds))
+        methods.append(Method(name, "unpaired", fitted, rounds, "rounds"))
     if model is not None:
         taus = [tau for tau in TAUS if tau < how["t_image"] and tau != how["tau"]]
         methods.append(Method("MedShift", "ours", flow(model, how), (how["tau"], *taus), "tau"))
@@ -116,7 +105,10 @@ def every_method(dataset, model=None, how=None, student=None):
         methods.append(Method(STUDENT, "ours", at_once))
     pairs = dataset.valid_pairs
     if pairs is not None:
-        methods += [Method(name, "ceiling", paired(pairs, fit)) for name, fit in baselines.PAIRED.items()]
+        truth = pairs.images if pairs.truth is None else pairs.truth  # noise-free, where it is known
+        for name, fit in baselines.PAIRED.items():
+            fitted = baseline(fit, lambda s: pairs.images[:, s], lambda t: truth[:, t])
+            methods.append(Method(name, "ceiling", fitted))
     if pairs is not None and pairs.second is not None:
         return [*methods, Method("second exposure", "bound", lambda q, _: q.second)]
     return [*methods, Method("real against real", "bound", lambda q, _: q.images)]

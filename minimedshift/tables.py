@@ -36,9 +36,8 @@ def cell(value, form):
     """A number, or an interval (low, high), as text; a dash where there is none."""
     if value is None:
         return "-"
-    if isinstance(value, (list, tuple)):
-        return " to ".join(format(each, form) for each in value)
-    return format(value, form)
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return " to ".join(format(part, form) for part in parts)
 
 
 def markdown(rows, columns):

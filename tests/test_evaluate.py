@@ -2,7 +2,6 @@
 report and the command give the same numbers."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,8 +25,7 @@ ROOT = Path(evaluate.__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    cache = tmp_path_factory.mktemp("cache")
-    return sets.phantom_set(32, 100, 8, 8, cache=cache)
+    return sets.phantom_set(32, 100, 8, 8, cache=tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +44,7 @@ ONE = Method("one", "learned", lambda q, _: q.x if (q.source, q.target) == (2, 0
 
 def test_a_question_holds_the_pictures_of_its_pair(dataset, pair):
     assert (dataset.domains[pair.source], dataset.domains[pair.target]) == methods.MAIN
-    s, t = pair.source, pair.target
-    test = dataset.test_pairs
+    s, t, test = pair.source, pair.target, dataset.test_pairs
     wanted = dict(x=test.images[:, s], images=test.images[:, t], truth=test.truth[:, t],
                   second=test.second[:, t], decoys=test.decoys[:, :, t])
     for name, array in wanted.items():
@@ -56,8 +53,8 @@ def test_a_question_holds_the_pictures_of_its_pair(dataset, pair):
 
 def test_unpaired_images_are_a_question_without_truth(dataset):
     q = methods.question(dataset.train_images, 1, 3, 5, "cpu")
-    torch.testing.assert_close(q.x, torch.tensor(dataset.train_images[1][:5]).float())
-    torch.testing.assert_close(q.images, torch.tensor(dataset.train_images[3][:5]).float())
+    for found, d in ((q.x, 1), (q.images, 3)):
+        torch.testing.assert_close(found, torch.tensor(dataset.train_images[d][:5]).float())
     assert q.truth is None and q.second is None
 
 
@@ -120,22 +117,21 @@ def test_a_perfect_translator_closes_the_gap_and_a_lazy_one_scores_as_untouched(
 def test_the_best_setting_is_chosen_and_taken(pair):
     blend = Method("blend", "learned", lambda q, w: w * q.second + (1 - w) * q.x, (.5, 0.0, 1.0), "w")
     E_curve, E_second = evaluate.bounds(pair, CURVE)
-    points = evaluate.sweep([blend, ONE], pair, CURVE)
-    assert "one" not in points
+    points, chosen = evaluate.sweep([blend, ONE], pair, CURVE)
+    assert list(points) == ["blend"] and [(one.name, one.settings) for one in chosen] == [("blend", (1.0,))]
     found = {point["setting"]: point["gap_closed"] for point in points["blend"]}
-    chosen = evaluate.best(blend, points["blend"])
-    assert list(found) == [0.0, .5, 1.0] and chosen.settings == (1.0,)
+    assert list(found) == [0.0, .5, 1.0]
     E = metrics.structure_mse(.5 * pair.second + .5 * pair.x, pair.truth).mean().item()
     assert found[.5] == pytest.approx(metrics.gap_closed(E, E_curve.mean().item(), E_second.mean().item()))
     assert found[1.0] == pytest.approx(1)
-    rows = evaluate.score([chosen], pair, (E_curve, E_second))
+    rows = evaluate.score(chosen, pair, (E_curve, E_second))
     assert rows["blend"]["setting"] == 1.0 and rows["blend"]["gap_closed"] == pytest.approx(1)
 
 
 def test_all_pairs_are_scored_and_a_cleaner_source_has_no_gap(dataset):
     """A method that knows one pair has no mean."""
-    test = lambda s: dataset.test_pairs
-    rows, means = evaluate.all_pairs([PERFECT, LAZY, ONE], test, dataset.domains, CURVE, 4, "cpu")
+    asked = [PERFECT, LAZY, ONE], lambda s: dataset.test_pairs, dataset.domains, CURVE, 4, "cpu"
+    rows, means = evaluate.all_pairs(*asked).values()
     assert len(rows["perfect"]) == 20 and list(rows["one"]) == ["real-low -> synthetic-low"]
     assert rows["perfect"]["synthetic-low -> real-low"]["gap_closed"] == pytest.approx(1)
     assert rows["lazy"]["synthetic-high -> synthetic-low"]["gap_closed"] is None  # less noise, else the same
@@ -165,10 +161,12 @@ def test_a_picture_has_a_column_for_each_tau_and_a_row_for_each_head(dataset, tm
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
-    """A folder with the checkpoint of a network that has learned nothing, and with its cache."""
+    """A folder with the checkpoint of a network that has learned nothing, and with the cache in use."""
     folder = tmp_path_factory.mktemp("net")
     save_network(folder / "checkpoint.pt", flow_net(), size=16)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINIMEDSHIFT_CACHE", str(folder / "cache"))
+        yield folder
 
 
 def flags(network, out):
@@ -176,12 +174,15 @@ def flags(network, out):
     return ["--checkpoint", str(network / "checkpoint.pt"), "--out", str(out), *few]
 
 
+def read(folder):
+    return json.loads((folder / "results.json").read_text()), (folder / "table.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def ran(network):
     """The command in a process of its own: the folder it leaves, and what it prints."""
-    env = {**os.environ, "MINIMEDSHIFT_CACHE": str(network / "cache")}
     line = [sys.executable, "-m", "minimedshift.evaluate", *flags(network, network / "evaluation")]
-    done = subprocess.run(line, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return network / "evaluation", done.stdout
 
@@ -189,8 +190,7 @@ def ran(network):
 def test_the_command_leaves_a_table_results_and_a_picture(ran):
     folder, printed = ran
     assert {path.name for path in folder.iterdir()} == {"table.md", "results.json", "pareto.png"}
-    results = json.loads((folder / "results.json").read_text())
-    table = (folder / "table.md").read_text()
+    results, table = read(folder)
     assert table in printed and "S = 0.1" in table and "simulated" in table
     assert set(results["main_pair"]) == set(results["all_pairs"]) == {"shared", "own"}
     for population in ("shared", "own"):
@@ -204,9 +204,9 @@ def test_the_command_leaves_a_table_results_and_a_picture(ran):
 
 
 def test_the_report_is_the_command_at_default_settings(network, ran, capsys):
-    results = json.loads((ran[0] / "results.json").read_text())
+    results, _ = read(ran[0])
     model, state = load_model(network / "checkpoint.pt")
-    dataset = sets.phantom_set(16, 100, 4, 4, cache=network / "cache")
+    dataset = sets.phantom_set(16, 100, 4, 4)
     found = json.loads(json.dumps(evaluate.report(model, halve, dataset, state["translate"])))
     printed = capsys.readouterr().out
     assert found["translation"] == HOW and found["simulated"] and found["heads"] == found["heads_each"] == 4
@@ -223,47 +223,35 @@ def test_the_report_is_the_command_at_default_settings(network, ran, capsys):
 
 @pytest.mark.parametrize("mistake, says", [
     ("--heads 0", "--heads 0"), ("--source mars", "--source mars"),
-    ("--source real-low --target real-low", "both real-low"), ("--data /nowhere", "/nowhere")])
+    ("--source real-low --target real-low", "both real-low"), ("--data /nowhere", "/nowhere"),
+    ("--out there", "--out there cannot be made")])
 def test_a_mistake_is_a_sentence(network, tmp_path, monkeypatch, mistake, says):
-    monkeypatch.setenv("MINIMEDSHIFT_CACHE", str(network / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").write_text("kept")
     with pytest.raises(UserError, match=says) as error:
         evaluate.main([*flags(network, tmp_path), *mistake.split()])
-    assert "\n" not in str(error.value)
-
-
-def test_an_output_that_is_a_file_is_a_sentence(network, tmp_path, monkeypatch):
-    monkeypatch.setenv("MINIMEDSHIFT_CACHE", str(network / "cache"))
-    (tmp_path / "there").write_text("kept")
-    with pytest.raises(UserError, match="--out .* cannot be made"):
-        evaluate.main(flags(network, tmp_path / "there"))
-    assert (tmp_path / "there").read_text() == "kept"
+    assert "\n" not in str(error.value) and (tmp_path / "there").read_text() == "kept"
 
 
 # ---------------------------------------------------------------- folders
 
-def write(folder, names, bright, seed=0):
-    folder.mkdir(parents=True)
-    g = np.random.default_rng(seed)
-    for name in names:
-        Image.fromarray((g.random((32, 32)) * 100 + bright).astype(np.uint8)).save(folder / f"{name}.png")
-
-
 @pytest.mark.parametrize("paired", [True, False])
 def test_a_folder_is_evaluated_with_and_without_pairs(network, tmp_path, monkeypatch, paired):
     """The same rows. Without pairs only realism is known. Methods of a study can join."""
-    monkeypatch.setenv("MINIMEDSHIFT_CACHE", str(network / "cache"))
     monkeypatch.setattr(evaluate.realism, "train_features", lambda sets: lambda x: x.flatten(1)[:, :3])
     for i, domain in enumerate(sets.phantom.DOMAINS):
-        write(tmp_path / "images" / "train" / domain, [f"t{k}" for k in range(6)], 20 * i, seed=i)
-        names = [f"{'' if paired else domain}{k}" for k in range(8)]
-        write(tmp_path / "images" / "test" / domain, names, 20 * i)
+        for split, count, name, seed in ("train", 6, "t", i), ("test", 8, "" if paired else domain, 0):
+            folder, g = tmp_path / "images" / split / domain, np.random.default_rng(seed)
+            folder.mkdir(parents=True)
+            for k in range(count):
+                v = (g.random((32, 32)) * 100 + 20 * i).astype(np.uint8)
+                Image.fromarray(v).save(folder / f"{name}{k}.png")
     # sorted, as train.py sorts folders
     save_network(tmp_path / "net.pt", flow_net(), domains=sorted(sets.phantom.DOMAINS))
     command = [*flags(network, tmp_path / "out"), "--checkpoint", str(tmp_path / "net.pt"),
                "--data", str(tmp_path / "images")]
     evaluate.main(command, extra_methods=[LAZY])
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    table = (tmp_path / "out" / "table.md").read_text()
+    results, table = read(tmp_path / "out")
     assert list(results["main_pair"]) == ["shared"] and "simulated" not in table
     rows = results["main_pair"]["shared"]
     assert {"untouched", "bands (Laplacian)", "real against real", "MedShift"} <= set(rows)

@@ -79,5 +79,6 @@ class Reference:
     def __init__(self, images, features):
         self.count, self.features, self.found = len(images), features, features(images)
 
+    @torch.no_grad()
     def __call__(self, x):
         return kernel_distance(self.features(x), self.found)

@@ -62,12 +62,13 @@ def test_unpaired_baselines_do_not_see_who_is_whose_partner(name):
 # ---------------------------------------------------------------- curves
 
 @pytest.mark.parametrize("seed", range(5))
-def test_isotonic_is_the_min_max_of_block_means(seed):
-    n = 9
-    y, w = noise(n, seed=seed).double(), uniform(n, seed=seed + 50).double() + 1.1
-    mean = lambda a, b: (w[a:b] * y[a:b]).sum() / w[a:b].sum()
-    expected = [max(min(mean(a, b) for b in range(i + 1, n + 1)) for a in range(i + 1)) for i in range(n)]
-    assert_close(baselines.isotonic(y, w), torch.stack(expected))
+def test_isotonic_meets_the_conditions_of_the_nearest_rising_sequence(seed):
+    """What is left is square to f, and no tail of it points up (Kuhn and Tucker)."""
+    y, w = noise(9, seed=seed).double(), uniform(9, seed=seed + 50).double() + 1.1
+    f = baselines.isotonic(y, w)
+    left = w * (y - f)
+    assert (f.diff() >= -1e-12).all() and abs((left * f).sum()) < 1e-12
+    assert (left.flip(0).cumsum(0) < 1e-12).all() and abs(left.sum()) < 1e-12
 
 
 def test_fit_curve_recovers_the_curve_that_made_the_data():

@@ -86,21 +86,20 @@ def main(argv=None):
     file = Path(config.out) / "checkpoint.pt"
     with nullcontext() if ranks.RANK else lock_folder(file.parent):  # all ranks are one run
         before = stopped_run(config, file)
+        if config.check_data:
+            data.check(batches.load_dataset(config), file.parent / "data.png")
+            return 0
         dtype, memory = ranks.same(formats(config, device, before))
-        if not config.check_data:
-            AHEAD.seconds = try_out(config, device, dtype, memory)
-            after = PRESETS[config.preset].after if config.student else {}
-            AHEAD.units = {"training": config.steps} | after
+        AHEAD.seconds = try_out(config, device, dtype, memory)
+        AHEAD.units = {"training": config.steps} | (PRESETS[config.preset].after if config.student else {})
         if ranks.RANK:
             ranks.same(None)  # waits until rank 0 has filled the cache
         dataset = batches.load_dataset(config)
         keep_memory()
         if not ranks.RANK:
             ranks.same(None)
-        if config.check_data or config.data and not ranks.RANK:
-            data.check(dataset, file.parent / "data.png" if config.check_data else None)
-        if config.check_data:
-            return 0
+        if config.data and not ranks.RANK:
+            data.check(dataset)
         net = train(config, dataset, device, dtype, memory, file, before)
         return 130 if net is None else finish(config, dataset, net, device, dtype, file)
 
@@ -115,8 +114,7 @@ def train(config, dataset, device, dtype, memory, file, before=None):
     print(f"{device.type}: {machine_name(device)}, {', '.join(machine.values())}, {config.preset} preset: "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
           f"{sum(map(len, dataset.train_images))} images of {config.size}x{config.size} of "
-          f"{', '.join(dataset.domains)}, steps {first} to {config.steps}, {config.batch_size} images each",
-          flush=True)
+          f"{', '.join(dataset.domains)}, steps {first} to {config.steps}, {config.batch_size} images each")
 
     def save(step):
         if ranks.RANK:
@@ -170,9 +168,8 @@ def take_step(net, optimizers, config, dtype, x0, x1, y, t, e):
     with autocast(x1.device, dtype):
         loss = flow_loss(net, x0, x1, y, t, config.sigma, e).mean()
     loss.backward()
-    parameters = list(net.parameters())
-    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    for p in parameters:
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    for p in net.parameters():
         p.grad.masked_fill_(~norm.isfinite(), 0)
     for optimizer in optimizers:
         optimizer.step()
@@ -187,8 +184,7 @@ def build(config, domains, channels, device, dtype, memory):
     model = UNet(shape).to(device, memory_format=memory)
     ema = EMA(model, config.ema)
     if config.compile == "yes" or config.compile == "auto" and can_compile(device):
-        own = config.batch_size // ranks.COUNT
-        try_compile(model, torch.zeros(own, channels, config.size, config.size), dtype)
+        try_compile(model, (config.batch_size // ranks.COUNT, channels, config.size, config.size), dtype)
     convolutions, rest = split(model)
     adamw = torch.optim.AdamW(rest, config.lr / 20, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     return model, [Muon(convolutions, config.lr), adamw], ema
@@ -200,12 +196,11 @@ def try_out(config, device, dtype, memory):
     B = config.batch_size // ranks.COUNT
     x0, x1, e = torch.randn(3, B, 1, config.size, config.size, device=device)
     y, t = torch.arange(B, device=device) % 5, torch.rand(B, device=device)
-    for i in range(4):
+    sampler.translate(ema.model, x1, 0, 1, **translation_of(config) | dict(steps=1))
+    for _ in range(4):  # the first ones are slow
         start = time.time()
         take_step(model, optimizers, config, dtype, x0, x1, y, t, e)[0].item()
-        seconds = min(seconds, time.time() - start) if i else math.inf  # the first one is slow
-    sampler.translate(ema.model, x1, 0, 1, **translation_of(config) | dict(steps=1))
-    return seconds
+    return time.time() - start
 
 
 # ---------------------------------------------------------------- the student, report and pictures
@@ -259,11 +254,9 @@ def stopped_run(config, file):
         return None
     state = checkpoint.load(file)
     checkpoint.check_settings(state, file)
-    others = []
-    for name, value in asdict(config).items():
-        was = state["config"].get(name, value)
-        if name not in FREE and was != value:
-            others.append(f"--{name.replace('_', '-')} was {was}, is {value}")
+    was = asdict(config) | state["config"]
+    others = [f"--{name.replace('_', '-')} was {was[name]}, is {value}"
+              for name, value in asdict(config).items() if name not in FREE and was[name] != value]
     refuse(others, f"--resume needs the flags of the stopped run: {'; '.join(others)}")
     return state
 
@@ -281,7 +274,7 @@ def go_on(before, file, model, optimizers, ema, domains, image):
     refuse(before["domains"] != domains, f"{file} knows the domains {', '.join(before['domains'])}; the data "
                                          f"has {', '.join(domains)}")
     if (was := before["image"].get("digests", [])) != image["digests"][:len(was)]:  # older ones know less
-        print("warning: these are not the images of the stopped run, or are read otherwise", flush=True)
+        print("warning: these are not the images of the stopped run, or are read otherwise")
     checkpoint.fill(model, before.get("model"), file)
     checkpoint.fill(ema.model, before.get("ema"), file)
     try:

@@ -21,7 +21,6 @@ from minimedshift.phantom import sets
 from minimedshift.student import restore
 from minimedshift.support import images
 from minimedshift.support.command import UserError, flag, parse, refuse, run
-from minimedshift.support.files import explain_os_error
 from minimedshift.support.log import progress
 from minimedshift.support.machine import in_batches, keep_memory, pick_device
 from minimedshift.sizes import carry_to_full_size, resize, working_shape
@@ -42,10 +41,10 @@ class Config:
                        "what", choices=("student", "flow"))
     seed: int = flag(0, "of the student's noise, and of the noise by which --source auto looks", "what")
     tau: float = flag(None, "how far back to go: near 1 keeps structure, near 0 favours realism",
-                      HOW, kind=float, low=0, below=1)
+                      HOW, low=0, below=1)
     guidance: float = flag(None, "strength of the target label on the way forward; 1 is none",
-                           HOW, kind=float, above=-1000, below=1000)
-    steps: int = flag(None, "solver steps of each leg", HOW, kind=int, low=1, high=1000)
+                           HOW, above=-1000, below=1000)
+    steps: int = flag(None, "solver steps of each leg", HOW, low=1, high=1000)
     solver: str = flag(None, "ODE solver", HOW, choices=tuple(sampler.SOLVERS))
     bits: int = flag(0, "of a grey level in 16-bit files (0: as in training)", "files", low=0, high=16)
     overwrite: bool = flag(False, "replace existing files", "files")
@@ -78,7 +77,7 @@ def check_flags(c, state, how, flow_flags):
 
 
 def plan_files(c):
-    """[(input file, output file)]; makes the folders. Raises UserError for a file that cannot be written."""
+    """[(input file, output file)]. Raises UserError for an output that cannot be meant, or would be lost."""
     source, target, endings = Path(c.input), Path(c.output), " ".join(images.FORMATS)
     refuse(not source.exists(), f"INPUT {source}: there is no such file or folder")
     files = [(source, target)]
@@ -103,9 +102,6 @@ def plan_files(c):
         refuse(path.suffix.lower() not in images.FORMATS, f"{path}: an image ends in {endings}")
         refuse(path.exists() and not (c.overwrite or c.skip_existing),
                f"{path} would be replaced: choose another name, or say --overwrite or --skip-existing")
-    for folder in {path.parent for path in outputs}:
-        with explain_os_error(f"the folder {folder}", "cannot be made"):
-            folder.mkdir(parents=True, exist_ok=True)
     return files
 
 
@@ -142,11 +138,9 @@ def batches(files, reading, shape_of, most, bad):
             continue
         shape = shape_of(*info.size)
         waiting.setdefault(shape, []).append((source, path, x, info))
-        if len(waiting[shape]) == most:
+        held = sum(x.numel() for batch in waiting.values() for _, _, x, _ in batch)
+        if len(waiting[shape]) == most or held > PIXELS:
             yield waiting.pop(shape)
-        if sum(x.numel() for batch in waiting.values() for _, _, x, _ in batch) > PIXELS:
-            yield from waiting.values()
-            waiting = {}
     yield from waiting.values()
 
 
@@ -154,27 +148,26 @@ def translate_files(files, translate, model, state, c, device):
     """Translate all files, those of one working shape together. Returns the exit status."""
     shape_of = partial(working_shape, size=state["image"]["size"], stride=model.stride)
     most = c.batch_size or (256 if device.type == "cuda" else 16)
-    folder = Path(c.input) if Path(c.input).is_dir() else Path(c.input).parent
     bad, rows, names, done, start = [], [], [], 0, time.time()
     reading, writing = find_readings(c, state)
+    target = state["domains"].index(c.target)
     for batch in batches(files, reading, shape_of, most, bad):
-        full = [images.channels_to(x, state["image"]["channels"])[None] for _, _, x, _ in batch]  # on a CPU
-        shape = shape_of(*full[0].shape[-2:])
+        sources, paths, full, infos = zip(*batch)
+        full = [images.channels_to(x, state["image"]["channels"])[None] for x in full]  # on a CPU
+        shape = shape_of(*infos[0].size)
         x1 = torch.cat([resize(x.to(device), shape) for x in full])
-        paths = [path for path, *_ in batch]
-        y_source = classify.source_labels(x1, paths, model, state, c.source, c.seed)
-        y_target = torch.full_like(y_source, state["domains"].index(c.target))
-        translate_some = lambda i: translate(x1[i], y_source[i], y_target[i])
+        y_source = classify.source_labels(x1, sources, model, state, c.source, c.seed)
+        translate_some = lambda i: translate(x1[i], y_source[i], target)
         out = in_batches(translate_some, torch.arange(len(x1), device=device), len(x1))
         refuse(out.isnan().any(), f"{c.checkpoint} translates to what is no number: its weights are spoilt")
-        for (source, path, _, info), large, small, new in zip(batch, full, x1, out):
+        for source, path, large, info, small, new in zip(sources, paths, full, infos, x1, out):
             if large.shape[-2:] != shape:
                 new = carry_to_full_size(large.to(device), small[None], new[None])[0]
             images.write_image(path, new, info, writing)
             if c.compare and len(rows) < 8:
                 before, after = large[0], new.clamp(-1, 1).cpu()
                 rows.append((before, after, (after - before) / 2))
-                names.append(str(source.relative_to(folder))[-24:])
+                names.append(str(source)[-24:])
         done += len(batch)
         progress(done, len(files) - len(bad), start, "translating")
     if rows:
@@ -186,16 +179,6 @@ def translate_files(files, translate, model, state, c, device):
     return 2 if bad else 0
 
 
-def translate_heads(model, student, how, state, c, s, t, device):
-    """Write translate.png beside the checkpoint: test heads, translated from domain number s to t."""
-    domains, config = state["domains"], state["config"]
-    pairs = sets.paired_heads(state["image"]["size"], config["test_heads"], "test", config["seed"])
-    path, taus = Path(c.checkpoint).parent / "translate.png", None if c.tau is None else (c.tau,)
-    evaluate.picture(path, model, student, how, pairs, domains, s, t, device, taus)
-    print(f"{path}: simulated test heads, with their mean structure PSNR against the simulated truth")
-    return 0
-
-
 def main(argv=None):
     c = parse(Config, __doc__, argv)
     device = pick_device(c.device)
@@ -205,10 +188,10 @@ def main(argv=None):
     how = state["translate"] | {name: getattr(c, name) for name in flow_flags}
     check_flags(c, state, how, flow_flags)
     files = plan_files(c) if c.input else []
-    source, target = c.source, c.target
+    domains, config = state["domains"], state["config"]
     if not c.input:
-        s, t = main_domains(state["domains"], source, target)
-        source, target = state["domains"][s], state["domains"][t]
+        s, t = main_domains(domains, c.source, c.target)
+        c = replace(c, source=domains[s], target=domains[t])
     if c.method == "student" or (c.method is None and state.get("student") and not flow_flags):
         student = translate = partial(restore(state["student"], device, c.checkpoint), seed=c.seed)
         way = "its student, 1 evaluation"
@@ -217,11 +200,14 @@ def main(argv=None):
         legs = f"guidance {how['guidance']:g}, {how['steps']} {how['solver']} steps a leg"
         count = sampler.evaluations(how["solver"], how["steps"], how["guidance"])
         way = f"tau {how['tau']:g}, {legs}, {count} evaluations"
-    weights = f"the EMA weights of step {state['step']}"
-    print(f"{source} -> {target} on {device} with {weights}: {way} an image", flush=True)
-    if not c.input:
-        return translate_heads(model, student, how, state, c, s, t, device)
-    return translate_files(files, translate, model, state, c, device)
+    print(f"{c.source} -> {c.target} on {device} with EMA weights of step {state['step']}: {way} an image")
+    if c.input:
+        return translate_files(files, translate, model, state, c, device)
+    pairs = sets.paired_heads(state["image"]["size"], config["test_heads"], "test", config["seed"])
+    path, taus = Path(c.checkpoint).parent / "translate.png", None if c.tau is None else (c.tau,)
+    evaluate.picture(path, model, student, how, pairs, domains, s, t, device, taus)
+    print(f"{path}: simulated test heads, with their mean structure PSNR against the simulated truth")
+    return 0
 
 
 if __name__ == "__main__":

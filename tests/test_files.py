@@ -62,12 +62,12 @@ def test_a_log_that_was_cut_goes_on_with_whole_lines(tmp_path):
     path, head = tmp_path / "log.csv", ",".join(Log.COLUMNS)
     path.write_text("\n".join([head, ROW(1, 1), ROW(2, 2), ROW(3, 3), "4,1.5,1,0.0"]))
     log = Log(tmp_path, 2, 4, 1)
-    assert log.column("step") == [1, 2] and log.before == 2
+    assert [row[0] for row in log.rows] == [1, 2] and log.before == 2
     assert path.read_text().splitlines() == [head, ROW(1, 1), ROW(2, 2)]
     log(3, torch.tensor(1 / 3), *REST)
     log(4, torch.tensor(float("nan")), *REST)
     again = Log(tmp_path, 4, 4, 1)
-    np.testing.assert_array_equal(again.rows, log.rows)
+    np.testing.assert_allclose(again.rows, log.rows, rtol=5e-6)
     again.draw()
     path.unlink()
     assert Log(tmp_path, 4, 4, 1).rows == [] and sorted(os.listdir(tmp_path)) == ["log.csv", "loss.png"]

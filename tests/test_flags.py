@@ -10,7 +10,7 @@ from minimedshift.support.command import UserError, check, flag, parse
 @dataclass(frozen=True)
 class Config:
     count: int = flag(2, "a number", low=1)
-    share: float = flag(None, "a share", kind=float, low=0, below=1)
+    share: float = flag(None, "a share", low=0, below=1)
     width: float = flag(0.5, "a width", above=0, high=2)
 
 

@@ -27,8 +27,7 @@ def save(path, state):
 def load(path, device="cpu"):
     """The dict of a checkpoint. Raises UserError if it is none of ours.
     Nothing in the file is run (weights_only), and it takes no more memory than its size."""
-    if not Path(path).is_file():
-        raise UserError(f"no checkpoint at {path}: train one with `python train.py`")
+    refuse(not Path(path).is_file(), f"no checkpoint at {path}: train one with `python train.py`")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # a damaged file can raise anything

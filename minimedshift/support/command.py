@@ -3,7 +3,6 @@
 The flags of a command are the fields of a frozen dataclass, each made by `flag`."""
 
 import argparse
-import math
 import operator
 import os
 import sys
@@ -31,13 +30,11 @@ def refuse(wrong, message):
         raise UserError(message)
 
 
-def flag(default, text, group="options", choices=None, kind=None, **limits):
-    """A dataclass field that is also a command-line flag.
+def flag(default, text, group="options", choices=None, **limits):
+    """A dataclass field that is also a command-line flag, of the field's type.
     text, group: for --help; the group "positional" is for arguments without a name. choices: allowed values.
-    kind: its type, if not the default's. limits: what a number may be, by the names in LIMITS."""
-    kind = kind or (str if default is None else type(default))
-    metadata = dict(text=text, group=group, choices=choices, kind=kind, limits=limits)
-    return field(default=default, metadata=metadata)
+    limits: what a number may be, by the names in LIMITS."""
+    return field(default=default, metadata=dict(text=text, group=group, choices=choices, limits=limits))
 
 
 def name_of(f):
@@ -52,7 +49,7 @@ def check(config):
         refuse(value == "" and f.default != "", f"{name} is empty: give it a value, or leave it out")
         if value is None or isinstance(value, str):
             continue
-        refuse(abs(value) >= 2**31 or not math.isfinite(value),
+        refuse(not abs(value) < 2**31,
                f"{name} {str(value)[:20]} is not allowed: it must be a number below 2^31")
         allowed = " and ".join(f"{LIMITS[which][1]} {limit:g}" for which, limit in limits.items())
         refuse(not all(LIMITS[which][0](value, limit) for which, limit in limits.items()),
@@ -68,15 +65,14 @@ def parse(config, description, argv=None):
                     formatter_class=layout)
     groups = {"positional": parser}
     for f in fields(config):
-        name, kind, default = name_of(f), f.metadata["kind"], f.default
+        name, default, choices = name_of(f), f.default, f.metadata["choices"]
         options = dict(default=default, help=f.metadata["text"])
-        if kind is bool:
+        if f.type is bool:
             default = "yes" if default else "no"
             options["action"] = argparse.BooleanOptionalAction
-        elif f.metadata["choices"]:
-            options |= dict(type=kind, choices=f.metadata["choices"])
         else:
-            options |= dict(type=kind, metavar=name.split("-")[-1].upper())
+            metavar = None if choices else name.split("-")[-1].upper()
+            options |= dict(type=f.type, choices=choices, metavar=metavar)
         if f.metadata["group"] == "positional":
             name, options["nargs"] = f.name, "?"
         if default not in (None, ""):
@@ -89,7 +85,8 @@ def parse(config, description, argv=None):
 
 def run(main):
     """Run a command and exit: 0 done, 2 a user's mistake or a machine too small, 130 interrupted."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name of a file can hold any bytes
+    # a name of a file can hold any bytes; a pipe gets each line at once
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         sys.exit(main())
     except UserError as error:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -21,14 +22,13 @@ class Ahead:
 
     def line(self, what, text, here, end):
         """A line of phase `what`, which needs `here` seconds more. The next one of a terminal replaces it."""
-        if what in self.units:  # earlier phases are over
-            names = list(self.units)
-            self.units = {name: self.units[name] for name in names[names.index(what) + 1:]}
+        while what in self.units:  # earlier phases are over, and this one tells `here`
+            del self.units[next(iter(self.units))]
         terminal, now = sys.stdout.isatty(), time.time()
         if terminal or end or now > self.shown + EVERY:
             self.shown, left = now, round(here + self.seconds * sum(self.units.values()))
             end = "\n" if end or not terminal else "\r"
-            print(f"{text}, {left // 60}:{left % 60:02d} left   ", end=end, flush=True)
+            print(f"{text}, {left // 60}:{left % 60:02d} left   ", end=end)
 
 
 AHEAD = Ahead()
@@ -37,14 +37,6 @@ AHEAD = Ahead()
 def progress(done, total, start, what, unit="images"):  # a line of AHEAD
     rate = done / max(time.time() - start, 1e-9)
     AHEAD.line(what, f"{what}: {done}/{total}, {rate:.1f} {unit}/s", (total - done) / rate, done == total)
-
-
-def row_of(line):
-    """The numbers of a line of log.csv; [] for one that a program or a person has broken."""
-    try:
-        return [float(cell) for cell in line.split(",")]
-    except ValueError:
-        return []
 
 
 class Log:
@@ -56,11 +48,10 @@ class Log:
     def __init__(self, out, first, steps, batch_size, silent=False):
         self.path, self.silent = out / "log.csv", silent
         self.first, self.steps, self.batch_size = first, steps, batch_size
-        lines = self.kept_lines() if first else []
-        self.rows = [row_of(line) for line in lines]
+        self.rows = self.kept_rows() if first and self.path.exists() else []
         if not silent:
             with write_whole(self.path) as work:
-                work.write_text("\n".join([",".join(self.COLUMNS), *lines, ""]))
+                np.savetxt(work, self.rows, "%.6g", ",", header=",".join(self.COLUMNS), comments="")
         self.start, self.pending = time.time(), []
         self.before = self.rows[-1][-1] if self.rows else 0.0  # seconds that earlier processes took
 
@@ -74,7 +65,7 @@ class Log:
         if loss.is_cuda and step % LOOK == 0 and LOOK <= step - self.first < 2 * LOOK:
             spent, peak = time.time() - self.start, torch.cuda.max_memory_allocated() / 1e9
             print(f"{1e3 * spent / (step - self.first):.1f} ms a step, the host is busy for "
-                  f"{seconds / spent:.0%} of it; at most {peak:.1f} GB", flush=True)
+                  f"{seconds / spent:.0%} of it; at most {peak:.1f} GB")
         if self.rows:
             AHEAD.seconds, loss = each, np.mean([row[1] for row in self.rows[-100:]])
             text = f"step {step}/{self.steps}, loss {loss:.4f}, {self.batch_size / each:.0f} images/s"
@@ -82,36 +73,34 @@ class Log:
 
     def failed(self, count):
         """Whether the last `count` steps that are known had no finite gradient."""
-        norm = self.COLUMNS.index("grad_norm")
-        return len(self.rows) >= count and not np.isfinite([row[norm] for row in self.rows[-count:]]).any()
+        return len(self.rows) >= count and not np.isfinite([row[2] for row in self.rows[-count:]]).any()
 
-    def kept_lines(self):
-        """The lines of steps 1 to `first`: the last line of a killed process may lack its end."""
-        text = self.path.read_text(errors="replace") if self.path.exists() else ""
-        lines = [line for line in text.split("\n")[:-1] if len(row_of(line)) == len(self.COLUMNS)]
-        return [line for line in lines if row_of(line)[0] <= self.first]
+    def kept_rows(self):
+        """The rows of steps 1 to `first`: the last line of a killed process may lack its end."""
+        rows = []
+        for line in self.path.read_text(errors="replace").split("\n")[:-1]:
+            with suppress(ValueError):  # the head, or a line that a program or a person has broken
+                rows.append([float(cell) for cell in line.split(",")])
+        return [row for row in rows if len(row) == len(self.COLUMNS) and row[0] <= self.first]
 
     def flush(self):
         """Read what is pending, and write it to log.csv."""
-        lines = [",".join(f"{float(cell):.6g}" for cell in row) for row in self.pending]
-        self.rows += map(row_of, lines)  # as --resume reads them
+        rows = [list(map(float, row)) for row in self.pending]
+        self.rows += rows
         self.pending = []
-        if lines and not self.silent:
+        if rows and not self.silent:
             with explain_os_error(self.path), open(self.path, "a") as file:
-                file.write("\n".join([*lines, ""]))
-
-    def column(self, name):
-        return [row[self.COLUMNS.index(name)] for row in self.rows]
+                np.savetxt(file, rows, "%.6g", ",")
 
     def draw(self):
         """loss.png: every step's loss and its running mean."""
         self.flush()
-        losses = np.array(self.column("loss"))
+        steps, losses = np.array(self.rows)[:, :2].T
         width = min(50, len(losses))
-        axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
-        axes.plot(range(1, len(losses) + 1), losses, lw=.5, alpha=.4, label="each step")
         smooth = np.convolve(losses, np.full(width, 1 / width), "valid")
-        axes.plot(range(width, len(losses) + 1), smooth, label=f"mean of {width} steps")
+        axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
+        axes.plot(steps, losses, lw=.5, alpha=.4, label="each step")
+        axes.plot(steps[width - 1:], smooth, label=f"mean of {width} steps")
         axes.set(xlabel="step", ylabel=r"loss  $|v - u_t|^2$", yscale="log", title="flow-matching loss")
         axes.legend()
         with write_whole(self.path.parent / "loss.png") as work:

@@ -25,20 +25,19 @@ from minimedshift.support.command import UserError, refuse
 def pick_device(name):
     """The torch.device asked for, or with "auto" the best one here. Raises UserError where there is none."""
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    numbered = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if "cuda" in here else []
-    refuse(name not in ("auto", *here, *numbered),
+    refuse(name.partition(":")[0] not in ("auto", *here),
            f"--device {name} is not available on this machine, which has: {', '.join(here)}")
-    device = torch.device(here[0] if name == "auto" else name)
-    if name == "auto" and device.type == "cpu" and shutil.which("nvidia-smi"):
+    device = here[0] if name == "auto" else name
+    if name == "auto" and device == "cpu" and shutil.which("nvidia-smi"):
         print(f"no GPU is seen by torch {torch.__version__} (its CUDA: {torch.version.cuda}; is the driver "
               "too old?): computing on the CPU", file=sys.stderr)
     try:
         torch.ones(2, device=device).sum().item()
-    except RuntimeError as error:  # a card without kernels is "available"
+    except RuntimeError as error:  # a card without kernels is "available", and cuda:9 may be none
         why = str(error).partition("\n")[0]
         raise UserError(f"{device}: {why}; torch {torch.__version__} is made for "
                         f"{torch.cuda.get_arch_list()}: take another build, or --device cpu") from None
-    return device
+    return torch.device(device)
 
 
 @cache
@@ -54,14 +53,11 @@ def pick_formats(dtype, device):
     seconds = dict.fromkeys(product(wanted, (torch.contiguous_format, torch.channels_last)), math.inf)
     end = time.perf_counter() + 1.2
     for turn in range(10):  # taking turns, so that other programs disturb all formats alike
-        for number, memory in seconds:
-            if turn > 1 and time.perf_counter() > end:
-                break
-            spent = time_convolution(number, memory)
-            if number == torch.bfloat16:
-                spent = spent / .7  # it is less exact, so it must be clearly faster
-            seconds[number, memory] = min(seconds[number, memory], spent)
-    return min(seconds, key=seconds.get)
+        for pair in seconds:
+            if turn < 2 or time.perf_counter() < end:
+                seconds[pair] = min(seconds[pair], time_convolution(*pair))
+    margin = {torch.bfloat16: .7}  # it is less exact, so it must be clearly faster
+    return min(seconds, key=lambda pair: seconds[pair] / margin.get(pair[0], 1))
 
 
 def time_convolution(number, memory):
@@ -94,21 +90,21 @@ def can_compile(device):
     return device.type == "cuda" and triton is not None and torch.cuda.get_device_capability() >= (7, 0)
 
 
-def try_compile(model, x, dtype):
-    """Compile the network's blocks and try them on images like x (B, C, H, W): where the compiler fails, one
-    line says so and the network stays as it is."""
+def try_compile(model, shape, dtype):
+    """Compile the network's blocks and try them on images of a shape (B, C, H, W): where the compiler fails,
+    one line says so and the network stays as it is."""
     device = next(model.parameters()).device
-    t, y = torch.zeros(len(x), device=device), torch.zeros(len(x), dtype=torch.int64, device=device)
-    print("compiling the network, once: a minute or two", flush=True)
+    x, t = torch.zeros(shape, device=device), torch.zeros(shape[0], device=device)
+    print("compiling the network, once: a minute or two")
     model.compile_blocks(dynamic=False)
     try:
         with autocast(device, dtype):
-            model(x.to(device), t, y).square().mean().backward()
+            model(x, t, t.long()).square().mean().backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler can raise anything
         why = str(error).partition("\n")[0] or type(error).__name__
-        print(f"not compiling the network: {why}", flush=True)
+        print(f"not compiling the network: {why}")
         for module in model.modules():
             module._compiled_call_impl = None
     model.zero_grad()

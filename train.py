@@ -139,8 +139,8 @@ def train(config, dataset, device, dtype, memory, file, before=None):
         optimizers[1].param_groups[0]["lr"] = lr / 20
         loss, norm = take_step(net, optimizers, config, dtype, x0, x1, y, t, e)
         ema.update(step)
-        stop = any_rank(stopping)
-        saving = stop or step == config.steps or any_rank(time.time() > saved + SAVE_EVERY)
+        stop, due = ranks.same((bool(stopping), time.time() > saved + SAVE_EVERY))
+        saving = stop or due or step == config.steps
         log(step, ranks.mean(loss), norm, lr, plan, seconds, now=saving)
         if saving or log.failed(BAD_STEPS):
             save(step)
@@ -155,11 +155,6 @@ def train(config, dataset, device, dtype, memory, file, before=None):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ranks.leave()  # what remains is small, and rank 0's
     return ema.model
-
-
-def any_rank(flag):
-    """Whether the flag is set in any process."""
-    return ranks.mean(torch.tensor(float(bool(flag)))).item() > 0
 
 
 def take_step(net, optimizers, config, dtype, x0, x1, y, t, e):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from minimedshift.support.command import UserError, check, flag, parse
+from minimedshift.support.command import UserError, flag, parse
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,3 @@ def test_a_number_outside_is_refused_in_one_sentence(argv, says):
     with pytest.raises(UserError) as error:
         parse(Config, "", argv)
     assert says in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_config_made_in_python_can_be_checked_too():
-    with pytest.raises(UserError, match="--count -3"):
-        check(Config(count=-3))

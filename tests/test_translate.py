@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from minimedshift.support import checkpoint
 from minimedshift.support.command import run
 from minimedshift.sizes import carry_to_full_size, resize, working_shape
 
-ROOT = Path(translate.__file__).parent
 SIZE = 16
 
 
@@ -37,11 +35,6 @@ def picture(*shape, top=255, seed=0):
     smooth = np.asarray(coarse.resize(shape[1::-1], Image.Resampling.BICUBIC))
     x = (smooth * .6 + .2).reshape(*shape[:2], *[1] * (len(shape) - 2)) + .1 * rng.random(shape, np.float32)
     return (x.clip(0, 1) * top).astype(np.uint16 if top > 255 else np.uint8)
-
-
-def command(*argv, cwd=None):
-    line = [sys.executable, str(ROOT / "translate.py"), *map(str, argv)]
-    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, timeout=60)
 
 
 def way(source, target, net):
@@ -70,8 +63,9 @@ def test_a_mixed_folder_by_the_users_own_command(tmp_path, net):
     (folder / "notes.txt").write_text("not an image")
     Image.fromarray(picture(80, 80)).save(folder / "cut.jpg")
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:900])
-    done = command(folder, tmp_path / "out", *way("real-low", "real-normal", net),
-                   "--compare", tmp_path / "c.png")
+    argv = folder, tmp_path / "out", *way("real-low", "real-normal", net), "--compare", tmp_path / "c.png"
+    command = [sys.executable, translate.__file__, *argv]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "cut.jpg" in done.stderr and "notes.txt" not in done.stderr and "1 of 3 images" in done.stderr
     first = done.stdout.splitlines()[1]

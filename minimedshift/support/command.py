@@ -42,23 +42,9 @@ def name_of(f):
     return f.name.upper() if f.metadata["group"] == "positional" else "--" + f.name.replace("_", "-")
 
 
-def check(config):
-    """The config, if every number lies where its flag allows it (NaN never does). Raises UserError."""
-    for f in fields(config):
-        value, limits, name = getattr(config, f.name), f.metadata["limits"], name_of(f)
-        refuse(value == "" and f.default != "", f"{name} is empty: give it a value, or leave it out")
-        if value is None or isinstance(value, str):
-            continue
-        refuse(not abs(value) < 2**31,
-               f"{name} {str(value)[:20]} is not allowed: it must be a number below 2^31")
-        allowed = " and ".join(f"{LIMITS[which][1]} {limit:g}" for which, limit in limits.items())
-        refuse(not all(LIMITS[which][0](value, limit) for which, limit in limits.items()),
-               f"{name} {value} is not allowed: it must be {allowed}")
-    return config
-
-
 def parse(config, description, argv=None):
-    """A `config` read from flags; a bool is `--name` or `--no-name`. Raises UserError for a wrong flag."""
+    """A `config` read from flags; a bool is `--name` or `--no-name`. Raises UserError for a wrong flag, and
+    for a number outside its limits (NaN always is)."""
     module = sys.modules["__main__"].__spec__  # None for a script
     layout = partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=34)
     parser = Parser(prog=module and f"python -m {module.name}", description=description, allow_abbrev=False,
@@ -80,7 +66,18 @@ def parse(config, description, argv=None):
         if f.metadata["group"] not in groups:
             groups[f.metadata["group"]] = parser.add_argument_group(f.metadata["group"])
         groups[f.metadata["group"]].add_argument(name, **options)
-    return check(config(**vars(parser.parse_args(argv))))
+    c = config(**vars(parser.parse_args(argv)))
+    for f in fields(c):
+        value, limits, name = getattr(c, f.name), f.metadata["limits"], name_of(f)
+        refuse(value == "" and f.default != "", f"{name} is empty: give it a value, or leave it out")
+        if value is None or isinstance(value, str):
+            continue
+        refuse(not abs(value) < 2**31,
+               f"{name} {str(value)[:20]} is not allowed: it must be a number below 2^31")
+        allowed = " and ".join(f"{LIMITS[which][1]} {limit:g}" for which, limit in limits.items())
+        refuse(not all(LIMITS[which][0](value, limit) for which, limit in limits.items()),
+               f"{name} {value} is not allowed: it must be {allowed}")
+    return c
 
 
 def run(main):

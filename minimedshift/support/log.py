@@ -73,7 +73,8 @@ class Log:
 
     def failed(self, count):
         """Whether the last `count` steps that are known had no finite gradient."""
-        return len(self.rows) >= count and not np.isfinite([row[2] for row in self.rows[-count:]]).any()
+        norms = [norm for _, _, norm, *_ in self.rows[-count:]]
+        return len(norms) == count and not np.isfinite(norms).any()
 
     def kept_rows(self):
         """The rows of steps 1 to `first`: the last line of a killed process may lack its end."""

@@ -139,7 +139,8 @@ def train(config, dataset, device, dtype, memory, file, before=None):
         optimizers[1].param_groups[0]["lr"] = lr / 20
         loss, norm = take_step(net, optimizers, config, dtype, x0, x1, y, t, e)
         ema.update(step)
-        stop, due = ranks.same((bool(stopping), time.time() > saved + SAVE_EVERY))
+        asked = torch.tensor([len(stopping), time.time() > saved + SAVE_EVERY], dtype=torch.float32)
+        stop, due = (ranks.mean(asked) > 0).tolist()  # in any process
         saving = stop or due or step == config.steps
         log(step, ranks.mean(loss), norm, lr, plan, seconds, now=saving)
         if saving or log.failed(BAD_STEPS):

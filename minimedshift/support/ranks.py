@@ -23,7 +23,7 @@ def join(device):
 
 
 def mean(x):
-    """The mean over all processes of a scalar tensor."""
+    """The mean over all processes of a tensor."""
     if COUNT > 1:
         dist.all_reduce(x)
     return x / COUNT

@@ -21,6 +21,7 @@ from minimedshift.phantom import sets
 from minimedshift.student import restore
 from minimedshift.support import images
 from minimedshift.support.command import UserError, flag, parse, refuse, run
+from minimedshift.support.files import explain_os_error
 from minimedshift.support.log import progress
 from minimedshift.support.machine import in_batches, keep_memory, pick_device
 from minimedshift.sizes import carry_to_full_size, resize, working_shape
@@ -77,7 +78,7 @@ def check_flags(c, state, how, flow_flags):
 
 
 def plan_files(c):
-    """[(input file, output file)]. Raises UserError for an output that cannot be meant, or would be lost."""
+    """[(input file, output file)]; makes the folders. Raises UserError for a file that cannot be written."""
     source, target, endings = Path(c.input), Path(c.output), " ".join(images.FORMATS)
     refuse(not source.exists(), f"INPUT {source}: there is no such file or folder")
     files = [(source, target)]
@@ -102,6 +103,8 @@ def plan_files(c):
         refuse(path.suffix.lower() not in images.FORMATS, f"{path}: an image ends in {endings}")
         refuse(path.exists() and not (c.overwrite or c.skip_existing),
                f"{path} would be replaced: choose another name, or say --overwrite or --skip-existing")
+        with explain_os_error(f"the folder {path.parent}", "cannot be made"):
+            path.parent.mkdir(parents=True, exist_ok=True)
     return files
 
 

@@ -136,7 +136,7 @@ def test_the_student_translates_unless_the_flow_is_asked_for(tmp_path, net_with_
     (dict(input="folder"), "is a file"), (dict(input="folder", output="folder/sub"), "inside"),
     (dict(input="folder", output="folder"), "would be replaced"), (dict(output="there.png"), "--overwrite"),
     (dict(output="b.xyz"), "ends in"), (dict(output="folder"), "is a folder"),
-    (dict(output="a.png/b.png"), "cannot be written"), (dict(compare="b.png"), "choose another"),
+    (dict(output="a.png/b.png"), "cannot be made"), (dict(compare="b.png"), "choose another"),
     (dict(input="deep.png", output="deep.jpg"), "JPEG cannot hold a I;16 image")])
 def test_a_mistake_is_one_sentence_and_changes_nothing(tmp_path, net, monkeypatch, capsys, change, word):
     monkeypatch.chdir(tmp_path)

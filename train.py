@@ -176,7 +176,7 @@ def take_step(net, optimizers, config, dtype, x0, x1, y, t, e):
 def build(config, domains, channels, device, dtype, memory):
     """The network, compiled where that works, its two optimizers, and the running mean of its weights."""
     torch.manual_seed(config.seed)
-    shape = replace(PRESETS[config.preset].shape, num_domains=domains, channels=channels)
+    shape = replace(PRESETS[config.preset].network(config.size), num_domains=domains, channels=channels)
     model = UNet(shape).to(device, memory_format=memory)
     ema = EMA(model, config.ema)
     if config.compile == "yes" or config.compile == "auto" and can_compile(device):
@@ -295,7 +295,7 @@ def resolve(config):
                      student_images=preset.lessons, student_steps=preset.student_steps)
     filled = {name: getattr(config, name) or value for name, value in automatic.items()}
     config = replace(config, preset=name, **filled)
-    stride = preset.shape.stem * 2 ** (len(preset.shape.widths) - 1)
+    stride = preset.network(config.size).stem * 2 ** (len(preset.shape.widths) - 1)
     refuse(config.size < 16 or config.size % stride,
            f"--size {config.size} must be at least 16 and divisible by {stride}")
     refuse(config.batch_size % ranks.COUNT,

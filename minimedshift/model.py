@@ -11,7 +11,7 @@ Only the way up knows the label: the way down describes what is in the picture, 
 way up draws it in one domain. Fully convolutional: any height and width that the levels can halve."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -160,6 +160,10 @@ class Preset:
     lessons: int        # images of each domain that the flow translates for the student
     student_steps: int  # the student's optimizer steps, 32 images each
     after: dict         # how long what follows takes, in training steps
+
+    def network(self, size):
+        """The Shape for images of `size`. Of larger ones up to 8 x 8 pixels become channels: equal work."""
+        return replace(self.shape, stem=min(8, self.shape.stem * max(1, size // self.size)))
 
 
 PRESETS = {  # GFLOPs: of one evaluation of one image, a multiply-add counted as two

@@ -168,7 +168,9 @@ def translate_files(files, translate, model, state, c, device):
                 new = carry_to_full_size(large.to(device), small[None], new[None])[0]
             images.write_image(path, new, info, writing)
             if c.compare and len(rows) < 8:
-                before, after = large[0], new.clamp(-1, 1).cpu()
+                both = torch.stack([large[0], new.clamp(-1, 1).cpu()])  # a large one in small
+                scale = min(1, 640 / max(both.shape[-2:]))
+                before, after = resize(both, tuple(max(1, round(n * scale)) for n in both.shape[-2:]))
                 rows.append((before, after, (after - before) / 2))
                 names.append(str(source)[-24:])
         done += len(batch)

@@ -148,7 +148,11 @@ def people(domains, files, own_split):
         train, valid, test = (files[f"{split}-{d}"] for split in SPLITS)
         kept, out = ({file.group for file in some} - {""} for some in (train, valid + test))
         trained, tested = trained | kept, tested | out
-        counts.append(f"{domain} {len({file.group or file.name for file in train + valid + test})}")
+        own = train + valid + test
+        counts.append(f"{domain} {len({file.group or file.name for file in own})}")
+        if twins := len(own) - len({(file.split, file.name) for file in own}):
+            notes.append(f"warning: {twins} images of {domain} differ from others by the ending of "
+                         "their name alone: are they there twice?")
         if not own_split and len(kept | out) < 10 and (out or len(kept) > 1):
             notes.append(f"warning: {domain} has the groups {', '.join(sorted(kept | out))}, of which "
                          f"{' and '.join(sorted(out)) or 'none'} is held out whole: are they patients?")

@@ -335,10 +335,13 @@ def test_images_of_a_patient_stay_together_by_their_names_and_by_dicom(tmp_path)
         radiograph(tmp_path / "b" / f"{i}.dcm", head(0, top=4095), PatientID=f"p{i // 5}")
         (tmp_path / "a").mkdir(exist_ok=True)
         (tmp_path / "a" / f"study1_p{i // 5} ({i % 5}).png").touch()
+    (tmp_path / "b" / "7.jpg").touch()
     files = folder.find_files(tmp_path, 0)[1]
-    train, others, test, same = ({file.group for file in files[key]}
+    train, others, test, same = ({file.group for file in files[key]} - {""}
                                  for key in ("train-0", "train-1", "test-0", "test-1"))
     assert len(train | test) == 12 and test == same and train == others and not train & test
+    notes = folder.people("ab", files, False)
+    assert any("1 images of b differ from others by the ending" in note for note in notes)
 
 
 def test_a_bright_dot_that_widens_the_range_is_warned_of(tmp_path, learn):
@@ -453,7 +456,7 @@ def test_a_folder_of_large_images_takes_less_than_1_gb(tmp_path, translating):
     for d in "ab":
         fill(tmp_path / "in" / d, 6, lambda i: np.tile(head(i, 500), (5, 6)), "tif")
     argv = [translate.__file__, tmp_path / "in" / "a", tmp_path / "out", "--source", "a", "--target", "b",
-            "--checkpoint", network(tmp_path)] if translating else [
+            "--compare", tmp_path / "c.png", "--checkpoint", network(tmp_path)] if translating else [
             train.__file__, "--data", tmp_path / "in", "--check-data", "--out", tmp_path / "out"]
     argv = [*map(str, [sys.executable, *argv]), "--device", "cpu"]
     code = (f"import resource, subprocess\nsubprocess.run({argv}, check=True)\n"
@@ -543,6 +546,12 @@ def test_a_folder_is_gone_on_with_and_what_imagej_wrote_survives(tmp_path, capsy
     assert (out / "2.tif").read_text() == "as it was"
     with Image.open(out / "1.tif") as image:
         assert {tag: image.tag_v2[tag] for tag in tags} == tags
+    Image.fromarray(head(0)).save(tmp_path / "in" / "0.tif")
+    images.write_image(out / "0.tif", *images.read_image(tmp_path / "in" / "0.tif"))
+    assert 282 not in Image.open(out / "0.tif").tag_v2
+    Image.fromarray(head(0)).save(tmp_path / "stack.tif", tiffinfo={270: "ImageJ=1.54f\nimages=2\n"})
+    with pytest.raises(UserError, match="stack.tif: 2 pages"):
+        images.read_image(tmp_path / "stack.tif")
 
 
 def radiograph(path, v, bits=12, kind="MONOCHROME2", **more):
@@ -588,7 +597,8 @@ def test_what_no_radiograph_is_is_refused_in_one_sentence(tmp_path):
     radiograph(tmp_path / "deep" / "0.dcm", v.astype(np.uint32), 20, BitsAllocated=32)
     radiograph(tmp_path / "colour" / "0.dcm", v, 8, "PALETTE COLOR", BitsAllocated=16)
     radiograph(tmp_path / "thin" / "0.dcm", np.zeros((2, 40), np.uint16))
-    for name, why in (("deep", "20 bits"), ("colour", "PALETTE"), ("thin", "too thin")):
+    radiograph(tmp_path / "left" / "0.dcm", v << 4, HighBit=15)
+    for name, why in (("deep", "20 bits"), ("colour", "PALETTE"), ("thin", "too thin"), ("left", "export")):
         with pytest.raises(UserError, match=f"{why}"):
             images.read_image(tmp_path / name / "0.dcm")
 

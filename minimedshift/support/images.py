@@ -1,6 +1,7 @@
 """Image files: read as people see them, with what is needed to write them back as they were."""
 
 import math
+import re
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -119,8 +120,8 @@ def pixels(image):
     check_kind(image, tags)
     turn = image.getexif().get(274, 1)  # of a PNG this loads it
     extra = {key: image.info[key] for key in ("exif", "dpi", "icc_profile") if image.info.get(key)}
-    if not all(0 < dots < 2**15 for dots in extra.get("dpi", ())):  # NaN too: no format can write it
-        del extra["dpi"]
+    if tags and 282 not in tags or not all(0 < dots < 2**15 for dots in extra.get("dpi", ())):  # or NaN
+        extra.pop("dpi", None)  # Pillow makes up one for TIFF; what is no such number no format can write
     extra["tiffinfo"] = {tag: tags[tag] for tag in (*KEPT, 274) if tag in tags}
     image.load()
     image, alpha = ImageOps.exif_transpose(image), None
@@ -138,6 +139,8 @@ def check_kind(image, tags):
     """Raise UserError for what Pillow 13 would read wrong, or in part, without an error (beside tifffile)."""
     advice = "cannot be translated; write it as one 8- or 16-bit grey or 8-bit RGB image"
     pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a phone adds small copies
+    stack = re.search(r"^ImageJ=.*^images=(\d+)", str(tags.get(270)), re.M | re.S)  # pages without tags
+    pages = max(pages, int(stack[1]) if stack else 1)
     bits, kind = tags.get(258, (1,)), tags.get(339, (1,))[0]  # kind: 1 unsigned, 2 signed, 3 float
     swapped = tags and tags.prefix == b"MM" and tags.get(259, 1) != 1  # big-endian and compressed
     right = bits[0] <= 16 if kind == 1 else (kind, bits[0]) in ((2, 16), (3, 32)) and not swapped

@@ -91,7 +91,8 @@ def main(argv=None):
             return 0
         dtype, memory = ranks.same(formats(config, device, before))
         AHEAD.seconds = try_out(config, device, dtype, memory)
-        AHEAD.units = {"training": config.steps} | (PRESETS[config.preset].after if config.student else {})
+        after = PRESETS[config.preset].steps_after(config.size) if config.student else {}
+        AHEAD.units = {"training": config.steps} | after
         if ranks.RANK:
             ranks.same(None)  # waits until rank 0 has filled the cache
         dataset = batches.load_dataset(config)

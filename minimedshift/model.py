@@ -165,6 +165,11 @@ class Preset:
         """The Shape for images of `size`. Of larger ones up to 8 x 8 pixels become channels: equal work."""
         return replace(self.shape, stem=min(8, self.shape.stem * max(1, size // self.size)))
 
+    def steps_after(self, size):
+        """`after` for images of `size`: the student's work grows with their pixels."""
+        more = (self.network(size).stem / self.shape.stem) ** 2
+        return {what: n * (more if "flow" not in what else 1) for what, n in self.after.items()}
+
 
 PRESETS = {  # GFLOPs: of one evaluation of one image, a multiply-add counted as two
     # 1.40M parameters, 0.27 GFLOPs

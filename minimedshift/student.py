@@ -47,21 +47,16 @@ def view(shape):
     return shape.stem * (2 + 2 * shape.blocks)
 
 
-def zero(layer):
-    """The layer with all weights zero: an untrained student changes nothing."""
-    for p in layer.parameters():
-        nn.init.zeros_(p)
-    return layer
-
-
 class Block(nn.Module):
     """x + conv2(silu(conv1(silu(x)) (1 + scale) + shift)), scale and shift from emb: 0 at the start."""
 
     def __init__(self, width):
         super().__init__()
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = zero(nn.Conv2d(width, width, 3, padding=1))
-        self.film = zero(nn.Linear(width, 2 * width))
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.film = nn.Linear(width, 2 * width)
+        for p in (*self.conv2.parameters(), *self.film.parameters()):
+            nn.init.zeros_(p)
 
     def forward(self, x, emb):  # (B, C, H, W), (B, C)
         scale, shift = self.film(emb)[:, :, None, None].chunk(2, 1)
@@ -80,7 +75,9 @@ class LocalNet(nn.Module):
         self.pair = embedding(shape.num_domains**2, shape.width)
         self.enter = nn.Conv2d(pixels, shape.width, 3, padding=1)
         self.blocks = nn.ModuleList([Block(shape.width) for _ in range(shape.blocks)])
-        self.leave = zero(nn.Conv2d(shape.width, pixels, 3, padding=1))
+        self.leave = nn.Conv2d(shape.width, pixels, 3, padding=1)
+        for p in self.leave.parameters():  # an untrained student changes nothing
+            nn.init.zeros_(p)
 
     def forward(self, x, y_source, y_target):
         emb = self.pair(y_source * self.shape.num_domains + y_target)

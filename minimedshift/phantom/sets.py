@@ -109,11 +109,8 @@ def load_or_render(render, jobs, images, name, cache, pool):
 
 def training_images(size, per_domain, seed=0, shift=.1, cache=None, pool=None):
     """(D, N, 1, H, W) float16 on disk: N unpaired training images of each domain."""
-    jobs = []
-    for d, domain in enumerate(phantom.DOMAINS):
-        for start in range(0, per_domain, BLOCK):
-            first = first_seed(seed, "train", d) + start
-            jobs.append((size, domain, first, min(BLOCK, per_domain - start), shift))
+    jobs = [(size, domain, first_seed(seed, "train", d) + start, min(BLOCK, per_domain - start), shift)
+            for d, domain in enumerate(phantom.DOMAINS) for start in range(0, per_domain, BLOCK)]
     images = len(phantom.DOMAINS) * per_domain
     train = load_or_render(render_training, jobs, images, f"train-{size}", cache, pool)["train"]
     return train.reshape(-1, per_domain, 1, size, size)

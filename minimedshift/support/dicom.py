@@ -35,9 +35,8 @@ def decode(path):
     for name in [name for name in OFTEN_EMPTY if name in file and file[name].is_empty]:
         del file[name]
     v, bits, kind = file.pixel_array, file.BitsStored, file.PhotometricInterpretation
-    plain = v.ndim == 2 and kind[:4] == "MONO" and bits <= 16 and file.get("HighBit", bits - 1) == bits - 1
-    refuse(not plain or "SharedFunctionalGroupsSequence" in file,
-           f"{kind}, {v.shape}, {bits} bits: export it as a plain grey image of 16 bits")
+    refuse(v.ndim != 2 or kind[:4] != "MONO" or not file.get("HighBit", 0) < bits < 17
+           or "SharedFunctionalGroupsSequence" in file, f"{kind}, {v.shape}, {bits} bits: export 16-bit grey")
     ends = np.array([0, 2**bits - 1]) - file.PixelRepresentation * 2 ** (bits - 1)  # numbers can have a sign
     v, ends = (pydicom.pixels.apply_modality_lut(a, file) for a in (v, ends))
     if "VOILUTSequence" in file:

@@ -71,8 +71,8 @@ def balanced(dataset, cache=None):
     found = list(np.load(cached(cache, "balance", content, save) / "in_common.npz").values())
     counts = [f"{name} {effective(w):.0f} of {len(w)} ({min(w.mean(), 1):.0%} in common)"
               for name, w in zip(dataset.domains, found)]
-    print("balanced populations, effective images: " + ", ".join(counts), flush=True)
+    print("balanced populations, effective images: " + ", ".join(counts))
     for name, w in zip(dataset.domains, found):
         if w.mean() < FEW:
-            print(f"warning: {name} shows little that all other domains show too", flush=True)
+            print(f"warning: {name} shows little that all other domains show too")
     return replace(dataset, weights=[(w / w.mean()).astype(np.float32) for w in found])

@@ -95,7 +95,7 @@ def make_coupling(dataset, config, device, dtype):
         most = min(MOST, torch.cuda.mem_get_info(device)[0] / 3)  # the rest is for the network and its steps
     if name == "semidiscrete" and (size > most or max(counts) > MOST_OF_A_LABEL[device.type]):
         print(f"the semidiscrete coupling would keep {sum(counts)} images ({size / 1e9:.1f} GB) in memory, "
-              f"too much here: taking --coupling exact over {config.ot_batch} batches", flush=True)
+              f"too much here: taking --coupling exact over {config.ot_batch} batches")
         name = "exact"
     if name == "semidiscrete":
         g = learned_potentials(dataset, config, device, dtype)

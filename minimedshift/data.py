@@ -263,7 +263,7 @@ def check(dataset, path=None):
         print(f"warning: {twice} images are there more than once, in two domains or in one")
     if len(sizes) > SHOWN or np.median(sizes) < 5:
         print(f"warning: {len(sizes)} domains, most of few images: are these domains, or patients?")
-    print(*dataset.notes, sep="\n", end="\n" * bool(dataset.notes), flush=True)
+    print(*dataset.notes, sep="\n", end="\n" * bool(dataset.notes))
     for a, b in opposite(dataset):
         print(f"warning: {a} and {b} look like negatives of each other: a translation between them "
               f"will not show the same thing; --invert {shlex.quote(b)} reads it as a negative")

@@ -151,7 +151,7 @@ def evaluation(dataset, methods, s, t, device, heads=128, heads_each=32, valid_h
     curve = next((method for method in methods if method.name == "curve"), None)
     chosen, for_all = methods, [method for method in methods if valid_heads or method.kind == "ours"]
     if valid_heads and pairs is not None:
-        print("choosing settings on validation heads", flush=True)
+        print("choosing settings on validation heads")
         q = question(dataset.valid_pairs, s, t, valid_heads, device)
         found["pareto"], chosen = sweep(methods, q, curve, reference)
     populations = {"shared": lambda _: dataset.test_images if pairs is None else pairs}
@@ -159,10 +159,10 @@ def evaluation(dataset, methods, s, t, device, heads=128, heads_each=32, valid_h
         populations["own"] = own
     for population, test_of in populations.items():
         q = question(test_of(s), s, t, heads, device)
-        print(f"{domains[s]} -> {domains[t]}, {len(q.x)} test heads, EMA weights:", flush=True)
+        print(f"{domains[s]} -> {domains[t]}, {len(q.x)} test heads, EMA weights:")
         found |= dict(heads=len(q.x), heads_each=min(heads_each, len(q.x)))
         rows = found["main_pair"][population] = main_pair(chosen, q, curve, reference)
-        print(tables.markdown(rows, tables.SHORT), flush=True)
+        print(tables.markdown(rows, tables.SHORT))
         if pairs is not None:
             found["all_pairs"][population] = all_pairs(for_all, test_of, domains, curve, heads_each, device)
     return found | dict(evaluation_seconds=time.time() - start)
@@ -232,7 +232,7 @@ def main(argv=None, extra_methods=()):
     with explain_os_error(f"--out {out}", "cannot be made"):
         out.mkdir(parents=True, exist_ok=True)
 
-    print("training a small network of features, for realism", flush=True)
+    print("training a small network of features, for realism")
     real = [images for name, images in zip(domains, dataset.train_images) if name.startswith("real")]
     features = realism.train_features(real if len(real) >= 2 else list(dataset.train_images))
     reference = realism.Reference(to_float(dataset.train_images[t], scorer(device)), features)

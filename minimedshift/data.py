@@ -18,6 +18,7 @@ import numpy as np
 import PIL
 import torch
 
+from minimedshift.balance import contrast_thumbnails
 from minimedshift.folder import SPLITS, find_files, people, unread
 from minimedshift.sizes import crop_to_square
 from minimedshift.support import dicom, images
@@ -110,8 +111,12 @@ def folder_set(root, size, seed=0, cache=None, bits=0, invert="", crop=False, kn
     pairs, readings = (None, None), {domain: Reading(**how) for domain, how in told["readings"].items()}
     if any(file.split == "test" for some in files.values() for file in some):  # else by accident
         pairs = find_pairs(stacks, told["names"], len(domains))
-    count = len(pairs[1].images) if pairs[1] else "no"
-    notes = [*told["notes"], *people(domains, files, own_split),
+    count, strange = len(pairs[1].images) if pairs[1] else "no", []
+    if pairs[1]:  # a head is nearer to itself than to others, whatever the domain
+        apart = torch.cdist(*(contrast_thumbnails(pairs[1].images[:, d]) for d in (0, 1)))
+        if apart.diagonal().mean() > 0.75 * apart.mean():
+            strange = [f"warning: in {domains[0]} and {domains[1]} one name seems not to be one head"]
+    notes = [*told["notes"], *people(domains, files, own_split), *strange,
              f"{count} pairs to test on, of one name in every domain{unread(left)}"]
     test = [np.concatenate([a, b]) if len(b) else a for a, b in zip(test, valid)]
     return Dataset(domains, size, train[0].shape[1], train, test, *pairs, None, readings, notes)

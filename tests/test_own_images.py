@@ -252,6 +252,9 @@ def test_only_a_test_split_of_the_user_is_paired_and_the_report_says_how_many(tm
     assert made.test_pairs is None and made.valid_pairs is None and len(made.test_images[0]) == 10
     status, says, errors = learn(paired, "--steps", 2, "--no-student")
     assert (status, errors) == (0, "") and "5 pairs to test on" in says
+    assert "seems not to be one head" not in says
+    fill(paired / "test" / "b", 10, lambda i: head(i + 50, top=255))
+    assert "warning: in a and b one name seems not to be one head" in data.folder_set(paired, 16).notes
     assert json.loads((tmp_path / "out" / "report.json").read_text())["heads"] == 5
 
 

@@ -82,8 +82,6 @@ class Dataset:
         return self.train_images[d][self.pick(d, (np.arange(count) + .5) / count)]
 
 
-# ---------------------------------------------------------------- a folder
-
 def folder_set(root, size, seed=0, cache=None, bits=0, invert="", crop=False, known=None):
     """The Dataset of a folder (folder.py). bits: of files deeper than 8 (0: as the largest level needs).
     invert: domains, with commas, whose files are negatives. crop: constant borders are left out.
@@ -191,9 +189,12 @@ def remarks(found, readings, crop):
         say([image for image in some if image.framed and more],
             "warning: {n} of {domain}'s images have a border of one grey level, such as {path}, more than "
             "elsewhere: --crop leaves it out", domain)
-        windows = len({image.info.extra.get("window") for image in some})
+        windows = sorted({image.info.extra.get("window", "none, no DICOM") for image in some})
+        if len(windows) > 1 and ("none" in windows[-1] or len(windows) < len(some) / 2):
+            notes.append(f"warning: in {domain} one level may not mean one thing, as its files have "
+                         f"{len(windows)} windows, such as {windows[0]} and {windows[-1]}")
         words = " and ".join(f"{low:g} to {high:g}" for low, high in sorted({*ends}))
-        levels.append(f"{domain} {words}" + f" by {windows} windows" * (windows > 1))
+        levels.append(f"{domain} {words}" + f" by {len(windows)} windows" * (len(windows) > 1))
     return ["grey levels: " + ", ".join(levels), *notes]
 
 
@@ -233,8 +234,6 @@ def find_pairs(stacks, names, count):
     valid, test = found if len(found[0]) >= 4 else (found[1][::2], found[1][1::2])
     return (Pairs(valid), Pairs(test)) if min(len(valid), len(test)) >= 4 else (None, None)
 
-
-# ---------------------------------------------------------------- what was understood
 
 def description(dataset):
     """What a checkpoint says of the images that it was trained on."""

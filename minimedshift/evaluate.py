@@ -54,8 +54,8 @@ def bounds(q, curve):
 
 def score(methods, q, limits, reference=None):
     """{method: row}, all numbers of each method's answer to a Question; who does not know it has no row.
-    limits: its `bounds`. A row holds kind, knob, setting, seconds, metrics.SCORES, and with a
-    realism.Reference how real the translations look."""
+    limits: its `bounds`. A row holds kind, knob, setting, seconds, metrics.SCORES, and with a `reference`,
+    the kernel distance of translations to the target's images, how real they look."""
     rows = {}
     for method in methods:
         x, seconds = answer(method, q)
@@ -235,7 +235,8 @@ def main(argv=None, extra_methods=()):
     print("training a small network of features, for realism")
     real = [images for name, images in zip(domains, dataset.train_images) if name.startswith("real")]
     features = realism.train_features(real if len(real) >= 2 else list(dataset.train_images))
-    reference = realism.Reference(to_float(dataset.train_images[t], scorer(device)), features)
+    known = features(to_float(dataset.train_images[t], scorer(device)))
+    reference = lambda x: realism.kernel_distance(features(x), known)
     methods = [*every_method(dataset, model, state["translate"], pupil), *extra_methods]
     prior = lambda s: domains[s] if domains[s] in phantom.PRIORS else None
     own = cache(lambda s: sets.paired_heads(dataset.size, c.heads, "test", config["seed"], prior(s)))
@@ -243,7 +244,7 @@ def main(argv=None, extra_methods=()):
     results = dict(
         command=" ".join(["python -m minimedshift.evaluate", *(argv or sys.argv[1:])]), seed=config["seed"],
         checkpoint=c.checkpoint, steps=state["step"], weights="EMA", machine=machine_name(device),
-        torch=torch.__version__, shift=config["shift"], references=reference.count) | found
+        torch=torch.__version__, shift=config["shift"], references=len(known)) | found
     if "pareto" in results:
         tables.pareto(out / "pareto.png", results)
     write_json(out / "results.json", results)

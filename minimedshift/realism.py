@@ -71,14 +71,3 @@ def train_features(sets, seed=0, steps=300, batch=48):
         schedule.step()
     net.eval().requires_grad_(False)
     return lambda x: torch.cat([net(part.cpu().float()) for part in x.split(256)])
-
-
-class Reference:
-    """reference(x): the kernel distance of a set x (N, C, H, W) to images of the target, (M, C, H, W)."""
-
-    def __init__(self, images, features):
-        self.count, self.features, self.found = len(images), features, features(images)
-
-    @torch.no_grad()
-    def __call__(self, x):
-        return kernel_distance(self.features(x), self.found)

@@ -52,9 +52,7 @@ def markdown(rows, columns):
 
 def page(results):
     """results.json as Markdown."""
-    text = ABOUT.format(**results)
-    if results["simulated"]:
-        text += SIMULATED.format(**results)
+    text = (ABOUT + SIMULATED * results["simulated"]).format(**results)
     for population, rows in results["main_pair"].items():
         text += f"\n## {results['heads']} test heads, {population} population\n\n" + markdown(rows, MAIN)
     for population, found in results["all_pairs"].items():

@@ -46,5 +46,5 @@ def decode(path):
     if "WindowWidth" in file and "WindowCenter" in file and "VOILUTSequence" not in file:
         v, (low, high) = (pydicom.pixels.apply_windowing(a, file) for a in (v, np.array([-1e9, 1e9])))
     share = (v - float(low)) / ((float(high) - float(low)) or 1)
-    window = f"{file.get('WindowCenter', ends[0])}/{file.get('WindowWidth', ends[-1])}"
+    window = f"{file.get('WindowCenter', f'none, levels {low:g} to {high:g}')}/{file.get('WindowWidth', '')}"
     return (share.clip(0, 1) * (2**bits - 1)).round().astype(np.float32), kind == "MONOCHROME1", bits, window

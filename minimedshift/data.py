@@ -32,7 +32,7 @@ FEW = 50  # `check` warns of a domain with fewer images
 NARROW = 0.5  # of 2: `check` warns where 98 % of the pixels of a domain lie in so little of its range
 WIDE = 0.1  # a border counts if it is this share of an image
 SHOWN = 8  # domains that `check` shows; of more it warns
-SOME = 0.1  # a share of a domain's images, or of their pairs, that is worth a warning
+SOME = 0.1  # a share of a domain's images, or of one image, that is worth a word
 OPPOSITE = -0.5  # two domains are negatives of each other if their mean images correlate less than this
 
 @dataclass(frozen=True)
@@ -173,8 +173,8 @@ def remarks(found, readings, crop):
             notes.append(words.format(n=len(some), all=len(every), path=some[0].path, domain=domain))
 
     say([image for image in every if len(image.x) > 1], "3 channels, for {n} of {all} images, such as {path}")
-    say([image for image in every if max(image.info.size) > 1.5 * min(image.info.size)],
-        "{n} images are long, such as {path}: their middle square is trained on")
+    say([image for image in every if max(image.info.size) > (1 + SOME) * min(image.info.size)],
+        "{n} of {all} images are no squares, such as {path}: their middle square is trained on")
     say([image for image in every if image.drawn],
         "warning: {n} images have only two grey levels, such as {path}: masks?")
     framed = {domain: np.mean([image.framed for image in some] or [0]) for domain, some in found.items()}

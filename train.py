@@ -91,8 +91,9 @@ def main(argv=None):
             return 0
         dtype, memory = ranks.same(formats(config, device, before))
         AHEAD.seconds = try_out(config, device, dtype, memory)
-        after = PRESETS[config.preset].steps_after(config.size) if config.student else {}
-        AHEAD.units = {"training": config.steps} | after
+        AHEAD.units = {"training": config.steps}
+        if config.student:
+            AHEAD.units |= PRESETS[config.preset].steps_after(config.size, config.student_steps)
         if ranks.RANK:
             ranks.same(None)  # waits until rank 0 has filled the cache
         dataset = batches.load_dataset(config)
@@ -293,7 +294,8 @@ def resolve(config):
     preset = PRESETS[name]
     ot_batch = {"independent": 1, "semidiscrete": 16}.get(config.coupling, 8)
     automatic = dict(size=preset.size, steps=preset.steps, batch_size=preset.batch_size, ot_batch=ot_batch,
-                     student_images=preset.lessons, student_steps=preset.student_steps)
+                     student_images=preset.lessons,
+                     student_steps=preset.steps_of_student(config.size or preset.size))
     filled = {name: getattr(config, name) or value for name, value in automatic.items()}
     config = replace(config, preset=name, **filled)
     stride = preset.network(config.size).stem * 2 ** (len(preset.shape.widths) - 1)

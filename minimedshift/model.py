@@ -159,25 +159,29 @@ class Preset:
     batch_size: int     # images a step
     lessons: int        # images of each domain that the flow translates for the student
     student_steps: int  # the student's optimizer steps, 32 images each
-    after: dict         # how long what follows takes, in training steps
+    after: tuple        # how long its lessons, its own steps and its finish take, in training steps
 
     def network(self, size):
         """The Shape for images of `size`. Of larger ones up to 8 x 8 pixels become channels: equal work."""
         return replace(self.shape, stem=min(8, self.shape.stem * max(1, size // self.size)))
 
-    def steps_after(self, size):
-        """`after` for images of `size`: the student's work grows with their pixels."""
-        more = (self.network(size).stem / self.shape.stem) ** 2
-        return {what: n * (more if "flow" not in what else 1) for what, n in self.after.items()}
+    def steps_of_student(self, size):
+        """Of larger images fewer are enough: each shows more places."""
+        return round(self.student_steps * min(1, self.size / size) ** .5)
+
+    def steps_after(self, size, student_steps):
+        """{what follows: how long it takes}: the student's work grows with an image's pixels."""
+        (flow, steps, fit), more = self.after, (self.network(size).stem / self.shape.stem) ** 2
+        steps *= student_steps / self.student_steps
+        return {"the flow translates": flow, "the student learns": steps * more, "its finish": fit * more}
 
 
 PRESETS = {  # GFLOPs: of one evaluation of one image, a multiply-add counted as two
     # 1.40M parameters, 0.27 GFLOPs
-    "cpu": Preset(64, Shape(stem=4, widths=(64, 96), blocks=(2, 2)), 550, 32, 300, 450,
-                  {"the flow translates": 190, "the student learns": 290, "its finish": 130}),
+    "cpu": Preset(64, Shape(stem=4, widths=(64, 96), blocks=(2, 2)), 550, 32, 300, 600, (95, 390, 130)),
     # 24.09M parameters, 27.11 GFLOPs
     "gpu": Preset(256, Shape(stem=4, widths=(128, 256, 384), blocks=(2, 2, 2)), 5000, 32, 500, 1000,
-                  {"the flow translates": 500, "the student learns": 500, "its finish": 100}),
+                  (250, 500, 100)),
 }
 
 

@@ -7,8 +7,9 @@ do not move (an L2 loss would give the mean, which they do):
     student(x, s, t) = argmin_f  E | f(x) - flow(x, s, t) |          over training images x of domain s
 
 What differs between two domains is local, so the student may be. The less two domains differ, the less far
-back the flow goes: what lies below the noise at tau is drawn anew, and need not be. A median has no noise of
-its own, and a tone that is wrong in all lessons stays wrong: finish.py mends both."""
+back the flow goes: what lies below the noise at tau is drawn anew, and need not be. Most lessons are read
+backwards: from the flow's answer to the image that it was made of, which is real and without a mistake. A
+median has no noise of its own, and a tone that is wrong in all lessons stays wrong: finish.py mends both."""
 
 import itertools
 import time
@@ -28,7 +29,6 @@ from minimedshift.support.log import progress
 from minimedshift.support.machine import autocast, keep_memory, scorer, to_device
 
 HIDDEN = 100  # At tau the noise is so many times as strong as the change from one domain to the other.
-TARGETS = 2    # domains to which the flow translates an image, drawn for each
 GAMMA = 16.97  # of the EMA: about the last twentieth of the steps
 
 
@@ -99,24 +99,19 @@ def depths(changes):
 
 @torch.inference_mode()
 def lessons(flow, images, taus, seed=0, batch=64, **how):
-    """What the flow makes of images (D, N, C, H, W), N of each domain: targets (D, N, K) int64, the domains
-    to which each is translated, and answers (D, N, K, C, H, W) float16. taus (D, D): of each ordered pair.
+    """What the flow makes of images (D, N, C, H, W), N of each domain: targets (D, N) int64, the domain to
+    which each is translated, and answers like images, float16. taus (D, D): of each ordered pair.
     how: the sampler's steps, t_image."""
     start, (D, N), draw = time.time(), images.shape[:2], torch.Generator().manual_seed(seed)
-    device, K = next(flow.parameters()).device, min(TARGETS, D - 1)
-    others = torch.rand(D, N, D - 1, generator=draw).argsort(2)[..., :K] + 1  # domains further on
-    targets = (torch.arange(D)[:, None, None] + others) % D
-    answers = torch.zeros(D, N, K, *images.shape[2:], dtype=torch.float16)
-    done = 0
+    device, answers, done = next(flow.parameters()).device, torch.zeros_like(images), 0
+    targets = (torch.arange(D)[:, None] + torch.randint(1, D, (D, N), generator=draw)) % D
     for s, t in itertools.permutations(range(D), 2):
-        for some in (targets[s] == t).nonzero().split(batch):
-            if not len(some):  # no image drew this target
-                continue
-            i, k = some.T
-            x = images[s, i].to(device, torch.float32)
-            answers[s, i, k] = sampler.translate(flow, x, s, t, taus[s, t].item(), **how).half().cpu()
-            done += len(some)
-            progress(done, D * N * K, start, "the flow translates")
+        for i in (targets[s] == t).nonzero()[:, 0].split(batch):
+            if len(i):  # an image drew this target
+                x = images[s, i].to(device, torch.float32)
+                answers[s, i] = sampler.translate(flow, x, s, t, taus[s, t].item(), **how).to(images)
+                done += len(i)
+                progress(done, D * N, start, "the flow translates")
     return targets, answers
 
 
@@ -127,11 +122,11 @@ def turned(x, way):
     return x.transpose(-1, -2) if way & 4 else x
 
 
-def learn(shape, images, targets, answers, steps, batch=32, lr=0.015, seed=0, dtype=torch.float32,
+def learn(shape, images, targets, answers, steps, batch=32, forth=8, lr=0.015, seed=0, dtype=torch.float32,
           device="cpu"):
-    """A LocalNet, in eval mode, that has learned answers (D, N, K, C, H, W) to images (D, N, C, H, W), which
-    show them in domains targets (D, N, K). Its loss, mean |net(x) - answer|, seeks the median. Its weights
-    are a running mean."""
+    """A LocalNet, in eval mode, that has learned answers to images, (D, N, C, H, W) both, which show them in
+    domains targets (D, N). `forth` lessons of a batch are read so, the others backwards. Its loss, mean
+    |net(x) - answer|, seeks the median. Its weights are a running mean."""
     start, device, draw = time.time(), torch.device(device), torch.Generator().manual_seed(seed)
     images, targets, answers = (part.to(device) for part in (images, targets, answers))
     with torch.random.fork_rng(devices=[]):
@@ -144,11 +139,14 @@ def learn(shape, images, targets, answers, steps, batch=32, lr=0.015, seed=0, dt
                  for o in optimizers]
     ema = EMA(net, GAMMA)
     for step in range(1, steps + 1):
-        s, i, k = (to_device(torch.randint(n, (batch,), generator=draw), device) for n in targets.shape)
+        s, i = (to_device(torch.randint(n, (batch,), generator=draw), device) for n in targets.shape)
         way = int(torch.randint(8, (), generator=draw))
-        x, answer = (turned(part, way).float().contiguous() for part in (images[s, i], answers[s, i, k]))
+        x, answer = (turned(part, way).float().contiguous() for part in (images[s, i], answers[s, i]))
+        t, a, b = targets[s, i], slice(forth), slice(forth, batch)
+        x, answer = torch.cat([x[a], answer[b]]), torch.cat([answer[a], x[b]])
+        s, t = torch.cat([s[a], t[b]]), torch.cat([t[a], s[b]])
         with autocast(device, dtype):
-            out = net(x, s, targets[s, i, k])
+            out = net(x, s, t)
         loss = (out - answer).abs().mean()
         net.zero_grad()
         loss.backward()

@@ -203,8 +203,6 @@ def try_out(config, device, dtype, memory):
     return min(seconds)
 
 
-# ---------------------------------------------------------------- the student, report and pictures
-
 def finish(config, dataset, net, device, dtype, file):
     """Teach the student, unless the checkpoint has it, then score and draw. Returns the exit status."""
     state = checkpoint.load(file, device)
@@ -236,8 +234,6 @@ def draw(file, net, student, how, dataset, device):
     s, t = evaluate.main_domains(dataset.domains)
     evaluate.picture(file.parent / "translations.png", net, student, how, test, dataset.domains, s, t, device)
 
-
-# ---------------------------------------------------------------- the checkpoint, and going on from it
 
 def translation_of(config):
     """How the flow translates."""

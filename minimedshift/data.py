@@ -28,10 +28,9 @@ from minimedshift.support.images import Reading, figure
 from minimedshift.support.log import progress
 from minimedshift.support.machine import keep_memory
 
-FEW = 50  # `check` warns of a domain with fewer images
 NARROW = 0.5  # of 2: `check` warns where 98 % of the pixels of a domain lie in so little of its range
 WIDE = 0.1  # a border counts if it is this share of an image
-SHOWN = 8  # domains that `check` shows; of more it warns
+FEW, SHOWN = 50, 8  # `check` warns of a domain with fewer images, and of more domains than it shows
 SOME = 0.1  # a share of a domain's images, or of one image, that is worth a word
 OPPOSITE = -0.5  # two domains are negatives of each other if their mean images correlate less than this
 
@@ -175,6 +174,9 @@ def remarks(found, readings, crop):
     say([image for image in every if len(image.x) > 1], "3 channels, for {n} of {all} images, such as {path}")
     say([image for image in every if max(image.info.size) > (1 + SOME) * min(image.info.size)],
         "{n} of {all} images are no squares, such as {path}: their middle square is trained on")
+    sides = [image.info.extra.get("sides") or image.info.extra.get("dpi", (1, 1)) for image in every]
+    say([image for image, (a, b) in zip(every, sides) if not .98 * b <= a <= 1.02 * b],
+        "warning: {n} images have pixels that are no squares, such as {path}: they are taken for squares")
     say([image for image in every if image.drawn],
         "warning: {n} images have only two grey levels, such as {path}: masks?")
     framed = {domain: np.mean([image.framed for image in some] or [0]) for domain, some in found.items()}

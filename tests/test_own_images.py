@@ -614,13 +614,13 @@ def test_stored_bits_are_the_range_of_radiographs_with_a_sign_too(tmp_path):
     radiograph(tmp_path / "b" / "0.dcm", v.astype(np.int16) - 512, 10)
     for i in range(1, 4):
         radiograph(tmp_path / "b" / f"{i}.dcm", v, 10, WindowCenter=500 + i // 2, WindowWidth=900)
-    many = [dict(WindowCenter=i, WindowWidth=500) for i in range(8)]  # as of automatic exposure
+    many = [dict(WindowCenter=i, WindowWidth=500, PixelSpacing=[1, .5]) for i in range(8)]  # each has its own
     for i, (d, ways) in product(range(8), dict(c=[{}, RESCALE], d=[WINDOW, many[0]], e=many).items()):
         radiograph(tmp_path / d / f"{i}.dcm", v, **ways[i % len(ways)])
     made = data.folder_set(tmp_path, 16, cache=tmp_path / ".cache")
     assert "grey levels: a 0 to 16383, b 0 to 1023 by 3 windows, c" in made.notes[0]
     assert re.findall("in (.) one level may not", str(made.notes)) == ["b", "c", "d"]  # some of b
-    assert [made.readings[d].high for d in "ab"] == [16383, 1023]
+    assert [made.readings[d].high for d in "ab"] == [16383, 1023] and "12 images have pix" in str(made.notes)
     for x, top in zip(made.train_images, (16383, 1023)):
         np.testing.assert_allclose((x[0, 0].astype(float) + 1) / 2 * top, v, atol=.51)
 

@@ -15,10 +15,9 @@ OFTEN_EMPTY = ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth"
 
 def is_dicom(path):
     """Whether a file ends in .dcm, or in no letters (as a UID) and begins as DICOM does."""
-    if ending := Path(path).suffix.lower().strip(".0123456789"):
-        return ending == "dcm"
-    with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM" and Path(path).name != "DICOMDIR"
+    ending = Path(path).suffix.lower().strip(".0123456789")
+    begins = not ending and np.fromfile(path, "S4", 1, offset=128).tolist() == [b"DICM"]
+    return ending == "dcm" or begins and Path(path).name != "DICOMDIR"
 
 
 def patient(path):
@@ -29,7 +28,7 @@ def patient(path):
 
 @np.errstate(all="ignore")
 def decode(path):
-    """Grey levels (H, W) float32 of a DICOM file, 0 to 2^bits - 1, whether 0 is white, bits, its window."""
+    """Grey levels (H, W) float32 of a DICOM file, 0 to 2^bits - 1, if 0 is white, bits, a dict of more."""
     refuse(pydicom is None, "`pip install pydicom` to read DICOM, or convert it to 16-bit PNG")
     file = pydicom.dcmread(path)
     for name in [name for name in OFTEN_EMPTY if name in file and file[name].is_empty]:
@@ -42,9 +41,10 @@ def decode(path):
     if "VOILUTSequence" in file:
         file.VOILUTSequence[0].LUTDescriptor[2] = 16  # where it is 8, pydicom looks up v modulo 256
         v, ends = (pydicom.pixels.apply_voi(np.asarray(a, int), file) for a in (v, np.arange(-2**16, 2**16)))
-    low, high = min(ends), max(ends)
+    low, high = float(min(ends)), float(max(ends))
     if "WindowWidth" in file and "WindowCenter" in file and "VOILUTSequence" not in file:
         v, (low, high) = (pydicom.pixels.apply_windowing(a, file) for a in (v, np.array([-1e9, 1e9])))
-    share = (v - float(low)) / ((float(high) - float(low)) or 1)
+    v = ((v - low) / ((high - low) or 1)).clip(0, 1) * (2**bits - 1)
+    hw = file.get("PixelSpacing") or file.get("ImagerPixelSpacing") or file.get("PixelAspectRatio") or (1, 1)
     window = f"{file.get('WindowCenter', f'none, levels {low:g} to {high:g}')}/{file.get('WindowWidth', '')}"
-    return (share.clip(0, 1) * (2**bits - 1)).round().astype(np.float32), kind == "MONOCHROME1", bits, window
+    return v.round().astype(np.float32), kind == "MONOCHROME1", bits, dict(window=window, sides=hw[:2])

@@ -96,8 +96,8 @@ def decode(path):
     refuse(not Path(path).is_file(), f"{path}: there is no such file")  # a pipe may never end
     try:
         if dicom.is_dicom(path):
-            v, negative, bits, window = dicom.decode(path)
-            info = Info("I;16", v.shape, negative, bits, extra=dict(window=window))
+            v, negative, bits, extra = dicom.decode(path)
+            info = Info("I;16", v.shape, negative, bits, extra=extra)
         else:
             with open(path, "rb") as file, Image.open(file, formats=READ) as image:  # findings/turned-tiff.sh
                 v, info = pixels(image)

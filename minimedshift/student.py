@@ -134,7 +134,7 @@ def learn(shape, images, targets, answers, steps, batch=32, forth=8, lr=0.015, s
         net = LocalNet(shape)
     net.to(device, memory_format=torch.contiguous_format if device.type == "mps" else torch.channels_last)
     convolutions, rest = split(net)
-    optimizers = [Muon(convolutions, lr), torch.optim.AdamW(rest, 0.1 * lr, weight_decay=0.01)]
+    optimizers = [Muon(convolutions, lr), torch.optim.AdamW(rest, 0.1 * lr, weight_decay=0.01, fused=True)]
     schedules = [torch.optim.lr_scheduler.OneCycleLR(o, o.defaults["lr"], max(2, steps), cycle_momentum=False)
                  for o in optimizers]
     ema = EMA(net, GAMMA)

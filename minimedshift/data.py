@@ -261,7 +261,9 @@ def check(dataset, path=None):
         if np.ptp(np.quantile(some, (.01, .99))) < NARROW:
             print(f"warning: {domain} fills a small part of its range: is one pixel bright, or --bits wrong?")
         both = np.concatenate([some, sample(kept)])
-        if odd := max((negatives(both, inner).mean(1) > .3).sum() for inner in (False, True)):
+        found = [m[m.mean(1) > .3].sum(1) for m in (negatives(both, inner) for inner in (False, True))]
+        counts = [min(len(n), round(np.median(np.minimum(n, len(both) - n)))) for n in found if len(n)]
+        if odd := max(counts, default=0):
             print(f"warning: {odd} of {len(both)} images of {domain} look like negatives of others")
     codes = Counter(zlib.crc32(x.tobytes()) for images in (*dataset.train_images, *dataset.test_images)
                     for x in images)

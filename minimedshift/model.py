@@ -178,7 +178,7 @@ class Preset:
 
 PRESETS = {  # GFLOPs: of one evaluation of one image, a multiply-add counted as two
     # 1.40M parameters, 0.27 GFLOPs
-    "cpu": Preset(64, Shape(stem=4, widths=(64, 96), blocks=(2, 2)), 550, 32, 200, 600, (65, 370, 115)),
+    "cpu": Preset(64, Shape(stem=4, widths=(64, 96), blocks=(2, 2)), 550, 32, 300, 600, (95, 370, 115)),
     # 24.09M parameters, 27.11 GFLOPs
     "gpu": Preset(256, Shape(stem=4, widths=(128, 256, 384), blocks=(2, 2, 2)), 5000, 32, 500, 1000,
                   (250, 500, 100)),

@@ -77,4 +77,4 @@ def test_another_simulator_is_translated_with_no_setting_changed(tmp_path):
     translated = student(x, domains.index("plain"), domains.index("local"))
     left = [f"{error(y) / curve:.3f}" for y in (translated, bands)]
     print("of the best curve's error student and bands leave", *left)
-    assert error(translated) < .35 * curve  # the aim is .1
+    assert error(translated) < .25 * curve  # the aim is .1

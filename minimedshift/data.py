@@ -173,10 +173,10 @@ def remarks(found, readings, crop):
 
     say([image for image in every if len(image.x) > 1], "3 channels, for {n} of {all} images, such as {path}")
     say([image for image in every if max(image.info.size) > (1 + SOME) * min(image.info.size)],
-        "{n} of {all} images are no squares, such as {path}: their middle square is trained on")
+        "{n} of {all} images are not square, such as {path}: their middle square is trained on")
     sides = [image.info.extra.get("sides") or image.info.extra.get("dpi", (1, 1)) for image in every]
     say([image for image, (a, b) in zip(every, sides) if not .98 * b <= a <= 1.02 * b],
-        "warning: {n} images have pixels that are no squares, such as {path}: they are taken for squares")
+        "warning: {n} images have pixels that are not square, such as {path}: they are read as squares")
     say([image for image in every if image.drawn],
         "warning: {n} images have only two grey levels, such as {path}: masks?")
     framed = {domain: np.mean([image.framed for image in some] or [0]) for domain, some in found.items()}

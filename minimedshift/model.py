@@ -166,11 +166,11 @@ class Preset:
         return replace(self.shape, stem=min(8, self.shape.stem * max(1, size // self.size)))
 
     def steps_of_student(self, size):
-        """Of larger images fewer are enough: each shows more places."""
+        """Its steps for images of `size`, if it is not said: of larger ones each shows more places."""
         return round(self.student_steps * min(1, self.size / size) ** .5)
 
     def steps_after(self, size, student_steps):
-        """{what follows: how long it takes}: the student's work grows with an image's pixels."""
+        """{what follows: its training steps' time}: the student's work grows with an image's pixels."""
         (flow, steps, fit), more = self.after, (self.network(size).stem / self.shape.stem) ** 2
         steps *= student_steps / self.student_steps
         return {"the flow translates": flow, "the student learns": steps * more, "its finish": fit * more}

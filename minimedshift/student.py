@@ -4,12 +4,12 @@ The flow's errors are rare and large: it redraws an outline some pixels off, her
 another. A small network hardly learns where. What remains is the median of all its lessons, which rare errors
 do not move (an L2 loss would give the mean, which they do):
 
-    student(x, s, t) = argmin_f  E | f(x) - flow(x, s, t) |          over training images x of domain s
+    student = argmin_f  E | f(x, s, t) - a | + 3 E | f(a, t, s) - x |       a = flow(x, s, t), x an image of s
 
-What differs between two domains is local, so the student may be. The less two domains differ, the less far
-back the flow goes: what lies below the noise at tau is drawn anew, and need not be. Most lessons are read
-backwards: from the flow's answer to the image that it was made of, which is real and without a mistake. A
-median has no noise of its own, and a tone that is wrong in all lessons stays wrong: finish.py mends both."""
+Three of four lessons are read backwards, from the flow's answer a to x, which is real. What differs between
+two domains is local, so the student may be. The less they differ, the less far back the flow goes: what lies
+below the noise at tau is drawn anew, and need not be. A median has no noise of its own, and a tone that is
+wrong in all lessons stays wrong: finish.py mends both."""
 
 import itertools
 import time

@@ -14,8 +14,6 @@ def blobs(n, size=32, seed=0):
     return x + .02 * noise(n, 1, size, size, seed=seed + 1000)
 
 
-# ---------------------------------------------------------------- chains
-
 def test_a_chain_goes_on_from_what_is_left():
     seen = []
 
@@ -59,8 +57,6 @@ def test_unpaired_baselines_do_not_see_who_is_whose_partner(name):
     assert_close(fitted(source), other(source), atol=2e-3, rtol=0)
 
 
-# ---------------------------------------------------------------- curves
-
 @pytest.mark.parametrize("seed", range(5))
 def test_isotonic_meets_the_conditions_of_the_nearest_rising_sequence(seed):
     """What is left is square to f, and no tail of it points up (Kuhn and Tucker)."""
@@ -93,8 +89,6 @@ def test_fit_curve_gives_air_its_own_value():
     target = torch.where(source == .45, .6, torch.where(source < .45, source, .8))
     assert abs(baselines.fit_curve(source, target)(torch.tensor([.45])).item() - .6) < .02
 
-
-# ---------------------------------------------------------------- bands
 
 def test_bands_find_contrast_and_curve_that_a_histogram_cannot():
     def look(x):

@@ -313,11 +313,13 @@ def test_a_folder_is_scored_in_the_range_that_was_trained_on_and_other_files_are
 
 
 def test_images_of_two_polarities_or_depths_in_one_domain_are_warned_of(tmp_path, learn):
-    fill(tmp_path / "root" / "two", 140, lambda i: head(i, top=16383) ^ np.uint16(16383 * (i > 79)))
+    for d, first in (("two", 137), ("half", 80)):
+        fill(tmp_path / "root" / d, 140, lambda i: head(i, top=16383) ^ np.uint16(16383 * (i >= first)))
     fill(tmp_path / "root" / "deep", 12, lambda i: head(i, top=16383 if i else 1023)[:16 - 3 * (i == 1)])
     says = learn(tmp_path / "root", "--check-data")[1]
-    assert 55 <= int(re.search(r"(\d+) of 140 images of two look like neg", says)[1]) <= 65
-    assert "1 of deep's images fill less" in says and "1 of 152 images are no squares" in says
+    assert "3 of 140 images of two look like negatives" in says and "1 of deep's images fill less" in says
+    assert 55 <= int(re.search(r"(\d+) of 140 images of half look like neg", says)[1]) <= 65
+    assert "1 of 292 images are not square" in says
 
 
 @pytest.mark.parametrize("frame", [0, 1, 3])

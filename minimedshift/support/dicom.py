@@ -28,7 +28,7 @@ def patient(path):
 
 @np.errstate(all="ignore")
 def decode(path):
-    """Grey levels (H, W) float32 of a DICOM file, 0 to 2^bits - 1, if 0 is white, bits, a dict of more."""
+    """Grey levels (H, W) float32 of a DICOM file, 0 to 2^bits - 1, if 0 is white, bits, window and sides."""
     refuse(pydicom is None, "`pip install pydicom` to read DICOM, or convert it to 16-bit PNG")
     file = pydicom.dcmread(path)
     for name in [name for name in OFTEN_EMPTY if name in file and file[name].is_empty]:

@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,14 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 from minimedshift import batches, data, evaluate, sampler
 from minimedshift.flow import loss as flow_loss
 from minimedshift.model import PRESETS, UNet
-from minimedshift.optim import EMA, Muon, split
+from minimedshift.optim import EMA, Muon
 from minimedshift.student import restore, teach
 from minimedshift.support import checkpoint, ranks
 from minimedshift.support.command import UserError, flag, parse, refuse, run
 from minimedshift.support.files import lock_folder, write_json
 from minimedshift.support.log import AHEAD, Log
 from minimedshift.support.machine import (autocast, can_compile, has_bfloat16, keep_memory, machine_name,
-    pick_device, pick_formats, try_compile)
+    pick_device, pick_formats, try_capture, try_compile)
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,14 @@ class Config:
     device: str = flag("auto", "where to compute: cuda, cuda:1, mps, cpu", "run")
     dtype: str = flag("auto", "number format; auto measures", "run", ("auto", "float32", "bfloat16"))
     compile: str = flag("auto", "torch.compile; auto: on a GPU alone", "run", ("auto", "yes", "no"))
+    graph: bool = flag(True, "on a GPU launch a step as one CUDA graph, if it does the same", "run")
     evaluate: bool = flag(True, "score the result on simulated test heads at the end", "run")
 
 
 SAVE_EVERY = 120  # seconds
 BAD_STEPS = 10    # steps in a row without a finite gradient: training has failed
 LESSONS = ("student_images", "student_steps")
-FREE = {"data", "steps", "out", "resume", "overwrite", "device", "dtype", "compile", "evaluate",
+FREE = {"data", "steps", "out", "resume", "overwrite", "device", "dtype", "compile", "graph", "evaluate",
         "check_data", "student", *LESSONS}  # flags that may differ on --resume
 
 
@@ -108,9 +110,9 @@ def main(argv=None):
 
 def train(config, dataset, device, dtype, memory, file, before=None):
     """The training loop; `before` is a checkpoint to go on from. Returns the EMA network, None if stopped."""
-    model, optimizers, ema = build(config, len(dataset.domains), dataset.channels, device, dtype, memory)
+    model, optimizer, ema = build(config, len(dataset.domains), dataset.channels, device, dtype, memory)
     image = data.description(dataset)
-    first = go_on(before, file, model, optimizers, ema, list(dataset.domains), image) if before else 0
+    first = go_on(before, file, model, optimizer, ema, list(dataset.domains), image) if before else 0
     net = DistributedDataParallel(model) if ranks.COUNT > 1 else model  # as it is called in training
     how, machine = translation_of(config), dict(dtype=str(dtype)[6:], memory_format=str(memory)[6:])
     print(f"{device.type}: {machine_name(device)}, {', '.join(machine.values())}, {config.preset} preset: "
@@ -124,11 +126,15 @@ def train(config, dataset, device, dtype, memory, file, before=None):
         checkpoint.save(file, dict(
             config=asdict(config), shape=asdict(model.shape), domains=list(dataset.domains), step=step,
             image=image, translate=how, machine=machine, model=model.state_dict(), ema=ema.model.state_dict(),
-            optimizer=[optimizer.state_dict() for optimizer in optimizers]))
+            optimizer=optimizer.state()))
         log.draw()
         draw(file, ema.model, None, how, dataset, device)
 
     steps = batches.batches(dataset, config, device, first, dtype, ranks.RANK, ranks.COUNT)
+    take = partial(take_step, net, optimizer, config, dtype)
+    if config.graph and device.type == "cuda" and ranks.COUNT == 1:
+        inputs = example(config, len(dataset.domains), dataset.channels, device)
+        take = try_capture(take, inputs, [*model.parameters(), *sum(optimizer.state(), [])])
     stopping = []
     for name in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, stop; a second one stops at once
         signal.signal(name, lambda n, _: stopping.append(signal.signal(n, signal.default_int_handler)))
@@ -137,9 +143,7 @@ def train(config, dataset, device, dtype, memory, file, before=None):
     for step, (x0, x1, y, t, e, plan, seconds) in enumerate(steps, first + 1):
         warm_up, cosine = step / 50, (1 + math.cos(math.pi * (step - 1) / config.steps)) / 2
         lr = config.lr * min(warm_up, cosine)
-        optimizers[0].param_groups[0]["lr"] = lr
-        optimizers[1].param_groups[0]["lr"] = lr / 20
-        loss, norm = take_step(net, optimizers, config, dtype, x0, x1, y, t, e)
+        loss, norm = take(torch.full((), lr, device=device), x0, x1, y, t, e)
         ema.update(step)
         asked = torch.tensor([len(stopping), time.time() > saved + SAVE_EVERY], dtype=torch.float32)
         stop, due = (ranks.mean(asked) > 0).tolist()  # in any process
@@ -160,8 +164,8 @@ def train(config, dataset, device, dtype, memory, file, before=None):
     return ema.model
 
 
-def take_step(net, optimizers, config, dtype, x0, x1, y, t, e):
-    """One step of the optimizers: the loss of the batch before it, and the norm of its gradient.
+def take_step(net, optimizer, config, dtype, lr, x0, x1, y, t, e):
+    """One step of the optimizer at rate lr, a tensor: the batch's loss before it, and its gradient's norm.
     A gradient that is not finite counts as zero. Nothing waits for the device to see it."""
     with autocast(x1.device, dtype):
         loss = flow_loss(net, x0, x1, y, t, config.sigma, e).mean()
@@ -169,44 +173,46 @@ def take_step(net, optimizers, config, dtype, x0, x1, y, t, e):
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     for p in net.parameters():
         p.grad.masked_fill_(~norm.isfinite(), 0)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
+    optimizer.step(lr)
     return loss.detach(), norm
 
 
 def build(config, domains, channels, device, dtype, memory):
-    """The network, compiled where that works, its two optimizers, and the running mean of its weights."""
+    """The network, compiled where that works, its optimizer, and the running mean of its weights."""
     torch.manual_seed(config.seed)
     shape = replace(PRESETS[config.preset].network(config.size), num_domains=domains, channels=channels)
     model = UNet(shape).to(device, memory_format=memory)
     ema = EMA(model, config.ema)
     if config.compile == "yes" or config.compile == "auto" and can_compile(device):
         try_compile(model, (config.batch_size // ranks.COUNT, channels, config.size, config.size), dtype)
-    convolutions, rest = split(model)
-    adamw = torch.optim.AdamW(rest, config.lr / 20, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    return model, [Muon(convolutions, config.lr), adamw], ema
+    return model, Muon(model), ema
 
 
 def try_out(config, device, dtype, memory):
     """A few steps and a translation at full size, of noise: what fails, fails now. Returns seconds a step."""
-    model, optimizers, ema = build(config, 5, 1, device, dtype, memory)
-    B = config.batch_size // ranks.COUNT
-    x0, x1, e = torch.randn(3, B, 1, config.size, config.size, device=device)
-    y, t = torch.arange(B, device=device) % 5, torch.rand(B, device=device)
-    sampler.translate(ema.model, x1, 0, 1, **translation_of(config) | dict(steps=1))
+    model, optimizer, ema = build(config, 5, 1, device, dtype, memory)
+    inputs = example(config, 5, 1, device)
+    sampler.translate(ema.model, inputs[2], 0, 1, **translation_of(config) | dict(steps=1))
     seconds = []
     for _ in range(4):  # the first one is slow, and other programs may disturb another
         start = time.time()
-        take_step(model, optimizers, config, dtype, x0, x1, y, t, e)[0].item()
+        take_step(model, optimizer, config, dtype, *inputs)[0].item()
         seconds.append(time.time() - start)
     return min(seconds)
+
+
+def example(config, domains, channels, device):
+    """What take_step takes, but for what stays in all steps: lr, x0, x1, y, t, e, all noise."""
+    B = config.batch_size // ranks.COUNT
+    x0, x1, e = torch.randn(3, B, channels, config.size, config.size, device=device)
+    y, t = torch.arange(B, device=device) % domains, torch.rand(B, device=device)
+    return torch.full((), config.lr, device=device), x0, x1, y, t, e
 
 
 def finish(config, dataset, net, device, dtype, file):
     """Teach the student, unless the checkpoint has it, then score and draw. Returns the exit status."""
     state = checkpoint.load(file, device)
-    how, taught = translation_of(config), state.get("student")
+    how, machine, taught = translation_of(config), state["machine"], state.get("student")
     same_lessons = all(state["config"].get(name) == getattr(config, name) for name in LESSONS)
     if config.student and not (taught and same_lessons):
         try:
@@ -216,12 +222,12 @@ def finish(config, dataset, net, device, dtype, file):
             print("\nstopped: the flow is saved, the same command with --resume teaches the student anew")
             return 130
         checkpoint.save(file, state | dict(student=taught, config=asdict(config)))
-    student = restore(taught, device) if taught else None
+    student, state = restore(taught, device) if taught else None, None  # its memory
     draw(file, net, student, how, dataset, device)
     if config.evaluate and dataset.test_pairs is not None:
         report = evaluate.report(net, student, dataset, how, device)
         run_of = dict(command=" ".join(["python", *sys.argv]), seed=config.seed, machine=machine_name(device),
-                      torch=torch.__version__, weights="EMA", steps=config.steps, **state["machine"])
+                      torch=torch.__version__, weights="EMA", steps=config.steps, **machine)
         write_json(file.parent / "report.json", run_of | report)
     print(f"{file.parent}/: " + ", ".join(sorted(path.name for path in file.parent.glob("[!.]*"))))
     return 0
@@ -265,8 +271,8 @@ def formats(config, device, before):
     return getattr(torch, dtype), getattr(torch, before["machine"]["memory_format"])
 
 
-def go_on(before, file, model, optimizers, ema, domains, image):
-    """Fill model, optimizers and EMA from a checkpoint of the same domains. Returns its step."""
+def go_on(before, file, model, optimizer, ema, domains, image):
+    """Fill model, optimizer and EMA from a checkpoint of the same domains. Returns its step."""
     refuse(before["domains"] != domains, f"{file} knows the domains {', '.join(before['domains'])}; the data "
                                          f"has {', '.join(domains)}")
     if (was := before["image"].get("digests", [])) != image["digests"][:len(was)]:  # older ones know less
@@ -274,8 +280,7 @@ def go_on(before, file, model, optimizers, ema, domains, image):
     checkpoint.fill(model, before.get("model"), file)
     checkpoint.fill(ema.model, before.get("ema"), file)
     try:
-        for optimizer, state in zip(optimizers, before["optimizer"], strict=True):
-            optimizer.load_state_dict(state)
+        optimizer.restore(before["optimizer"])
     except Exception as error:
         raise UserError(f"{file} holds an optimizer that cannot be read ({type(error).__name__})") from None
     return before["step"]

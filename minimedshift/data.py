@@ -133,7 +133,7 @@ def read_files(folder, domains, files, size, bits, inverted, crop, known):
         return SimpleNamespace(path=file.path, info=replace(info, alpha=None), x=x, least=least, most=most,
                                framed=framed, drawn=drawn)
 
-    keep_memory(2**22)  # a file can be large
+    keep_memory()  # a file can be large
     own, start, results = [file for some in files.values() for file in some], time.time(), {}
     with ThreadPoolExecutor(4) as pool:  # few: an image can be large
         for file, result in zip(own, pool.map(read, own)):

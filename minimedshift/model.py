@@ -144,7 +144,9 @@ class UNet(nn.Module):
     def compile_blocks(self, **options):
         """torch.compile each residual block, in place; those of one width share their code. dynamic=False
         makes code for each shape met, the fastest; dynamic=True makes code for all shapes at once."""
+        from torch._inductor import config as inductor  # not before: it takes two seconds
         torch._dynamo.config.recompile_limit = 64  # shapes; beyond, a block would run uncompiled
+        inductor.realize_reads_threshold, inductor.realize_opcount_threshold = 16, 100  # for ops.by_channels
         for module in self.modules():
             if isinstance(module, Block):
                 module.compile(**options)

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-try:
-    import triton
+from minimedshift.support.machine import triton
+
+if triton:
     import triton.language as tl
     jit = triton.jit
-except ImportError:  # e.g. on macOS: the kernels stay plain functions, and nobody calls them
-    triton = None
+else:  # the kernels stay plain functions, and nobody calls them
     tl = SimpleNamespace(constexpr=None)
     jit = lambda kernel: kernel
 
@@ -39,10 +39,26 @@ def norm_film_silu(x, weight, bias, groups, scale=None, shift=None, eps=1e-5):
 
 
 def norm_film_silu_reference(x, weight, bias, groups, scale=None, shift=None, eps=1e-5):
+    if x.is_cuda:
+        return by_channels(x, weight, bias, groups, scale, shift, eps)
     u = F.group_norm(wide(x), groups, wide(weight), wide(bias), eps)
     if scale is not None:
         u = u * (1 + wide(scale)[:, :, None, None]) + wide(shift)[:, :, None, None]
     return F.silu(u).to(x.dtype)
+
+
+def by_channels(x, weight, bias, groups, scale=None, shift=None, eps=1e-5):
+    """The same: moments of each channel, then of its group, then silu(a x + b). Its gradient, compiled with
+    model.compile_blocks, moves 171 MB where that of the above moves 541 (32 images, 128 channels, 64x64)."""
+    in_groups = lambda z: z.unflatten(1, (groups, -1))
+    for_each = lambda z: z.expand(-1, -1, x.shape[1] // groups).flatten(1)  # (B, groups, 1) -> (B, C)
+    var, mean = torch.var_mean(wide(x), (2, 3), correction=0)  # (B, C)
+    between, m = torch.var_mean(in_groups(mean), 2, correction=0, keepdim=True)
+    a = wide(weight) * for_each((in_groups(var).mean(2, keepdim=True) + between + eps).rsqrt())
+    b = wide(bias) - a * for_each(m)
+    if scale is not None:
+        a, b = a * (1 + wide(scale)), b * (1 + wide(scale)) + wide(shift)
+    return F.silu(wide(x) * a[:, :, None, None] + b[:, :, None, None]).to(x.dtype)
 
 
 def fused_norm_film_silu(x, weight, bias, groups, scale=None, shift=None, eps=1e-5):

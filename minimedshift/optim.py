@@ -11,6 +11,7 @@ U V^T comes from five Newton-Schulz steps, which are matrix products only. (gith
 import copy
 
 import torch
+from torch.optim.adamw import adamw
 
 
 def orthogonalise(matrices, rounds=5):
@@ -35,37 +36,48 @@ def orthogonalise(matrices, rounds=5):
     return [u.mT if m.shape[0] > m.shape[1] else u for u, m in zip(done, matrices)]
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum and decoupled weight decay, for weights of convolutions (out, in, h, w)."""
+class Muon:
+    """Muon with Nesterov momentum for the convolutions (out, in, h, w) of a model, except its first and last
+    layer; AdamW, at `slower` of the rate, for the rest. Weight decay is decoupled.
+    It is no torch.optim.Optimizer: that imports torch's compiler, which takes two seconds and 140 MB."""
 
-    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.01):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+    def __init__(self, model, momentum=0.95, slower=0.05, betas=(0.9, 0.99), weight_decay=0.01):
+        self.momentum, self.slower, self.betas, self.weight_decay = momentum, slower, betas, weight_decay
+        self.inside, self.rest = [], []
+        for name, p in model.named_parameters():
+            at_an_end = name.startswith(("stem.", "out.", "enter.", "leave."))
+            (self.inside if p.ndim == 4 and not at_an_end else self.rest).append(p)
+        self.means = [torch.zeros_like(p) for p in self.inside]
+        self.rest_means, self.squares = ([torch.zeros_like(p) for p in self.rest] for _ in range(2))
+        self.steps = [torch.zeros((), device=p.device) for p in self.rest]
 
     @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            some = [p for p in group["params"] if p.grad is not None]
-            for p in some:
-                if not self.state[p]:
-                    self.state[p]["mean"] = torch.zeros_like(p)
-            grads = [p.grad for p in some]
-            means = [self.state[p]["mean"] for p in some]
-            torch._foreach_lerp_(means, grads, 1 - group["momentum"])
-            ahead = torch._foreach_lerp(grads, means, group["momentum"])  # Nesterov
-            m = [z.permute(0, 2, 3, 1).flatten(1) for z in ahead]  # no copy of channels-last memory
-            torch._foreach_mul_(some, 1 - group["lr"] * group["weight_decay"])
-            for p, u in zip(some, orthogonalise(m)):
-                u = u.unflatten(1, (*p.shape[2:], p.shape[1])).permute(0, 3, 1, 2)  # (out, in, h, w) again
-                scale = max(1, p.shape[0] / p[0].numel()) ** 0.5
-                p.add_(u, alpha=-group["lr"] * scale)
+    def step(self, lr):
+        """Change all weights by their gradients, at the rate lr, a tensor (). The gradients are gone then."""
+        grads = [p.grad for p in self.inside]
+        torch._foreach_lerp_(self.means, grads, 1 - self.momentum)
+        ahead = torch._foreach_lerp(grads, self.means, self.momentum)  # Nesterov
+        m = [z.permute(0, 2, 3, 1).flatten(1) for z in ahead]  # no copy of channels-last memory
+        torch._foreach_mul_(self.inside, 1 - lr * self.weight_decay)
+        for p, u in zip(self.inside, orthogonalise(m)):
+            u = u.unflatten(1, (*p.shape[2:], p.shape[1])).permute(0, 3, 1, 2)  # (out, in, h, w) again
+            p.sub_(u * (lr * max(1, p.shape[0] / p[0].numel()) ** 0.5))
+        adamw(self.rest, [p.grad for p in self.rest], self.rest_means, self.squares, [], self.steps,
+              fused=True, amsgrad=False, maximize=False, eps=1e-8, weight_decay=self.weight_decay,
+              lr=lr * self.slower, beta1=self.betas[0], beta2=self.betas[1])
+        for p in (*self.inside, *self.rest):
+            p.grad = None
 
+    def state(self):
+        """All that it remembers, for the checkpoint: lists of tensors."""
+        return [self.means, self.rest_means, self.squares, self.steps]
 
-def split(model):
-    """The weights Muon is for (convolutions, without a network's first and last layer), and the rest."""
-    ends = ("stem.", "out.", "enter.", "leave.")
-    inside = [p for name, p in model.named_parameters() if p.ndim == 4 and not name.startswith(ends)]
-    chosen = set(map(id, inside))
-    return inside, [p for p in model.parameters() if id(p) not in chosen]
+    @torch.no_grad()
+    def restore(self, state):
+        """Go on from a state(). Raises ValueError or RuntimeError where it is another network's."""
+        for own, found in zip(self.state(), state, strict=True):
+            for x, z in zip(own, found, strict=True):
+                x.copy_(z)
 
 
 class EMA:

@@ -12,6 +12,7 @@ below the noise at tau is drawn anew, and need not be. A median has no noise of 
 wrong in all lessons stays wrong: finish.py mends both."""
 
 import itertools
+import math
 import time
 from dataclasses import asdict, dataclass
 
@@ -22,7 +23,7 @@ from torch import nn
 
 from minimedshift import finish, sampler
 from minimedshift.model import embedding
-from minimedshift.optim import EMA, Muon, split
+from minimedshift.optim import EMA, Muon
 from minimedshift.support import checkpoint
 from minimedshift.support.command import UserError
 from minimedshift.support.log import progress
@@ -122,6 +123,14 @@ def turned(x, way):
     return x.transpose(-1, -2) if way & 4 else x
 
 
+def one_cycle(step, steps):
+    """The share of the peak rate at step 1, 2, ..., steps: in the first .3 of them up from .04, then down,
+    both along half a cosine (arXiv:1708.07120)."""
+    top = 0.3 * steps
+    least, way = (0.04, (step - 1) / (top - 1)) if step <= top else (0, (steps - step) / (steps - top))
+    return least + (1 - least) * (1 - math.cos(math.pi * way)) / 2
+
+
 def learn(shape, images, targets, answers, steps, batch=32, forth=8, lr=0.015, seed=0, dtype=torch.float32,
           device="cpu"):
     """A LocalNet, in eval mode, that has learned answers to images, (D, N, C, H, W) both, which show them in
@@ -133,11 +142,7 @@ def learn(shape, images, targets, answers, steps, batch=32, forth=8, lr=0.015, s
         torch.manual_seed(seed)
         net = LocalNet(shape)
     net.to(device, memory_format=torch.contiguous_format if device.type == "mps" else torch.channels_last)
-    convolutions, rest = split(net)
-    optimizers = [Muon(convolutions, lr), torch.optim.AdamW(rest, 0.1 * lr, weight_decay=0.01, fused=True)]
-    schedules = [torch.optim.lr_scheduler.OneCycleLR(o, o.defaults["lr"], max(2, steps), cycle_momentum=False)
-                 for o in optimizers]
-    ema = EMA(net, GAMMA)
+    optimizer, ema = Muon(net, slower=0.1, betas=(0.9, 0.999)), EMA(net, GAMMA)
     for step in range(1, steps + 1):
         s, i = (to_device(torch.randint(n, (batch,), generator=draw), device) for n in targets.shape)
         way = int(torch.randint(8, (), generator=draw))
@@ -148,11 +153,9 @@ def learn(shape, images, targets, answers, steps, batch=32, forth=8, lr=0.015, s
         with autocast(device, dtype):
             out = net(x, s, t)
         loss = (out - answer).abs().mean()
-        net.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        for each in (*optimizers, *schedules):
-            each.step()
+        optimizer.step(torch.full((), lr * one_cycle(step, steps), device=device))
         ema.update(step)
         progress(step, steps, start, "the student learns", "steps")
     return ema.model
@@ -203,14 +206,15 @@ def restore(state, device="cpu", path="the checkpoint"):
 
 def teach(model, dataset, count, steps, dtype, device, seed=0):
     """The Student of a trained flow: `steps` of the optimizer on `count` images a domain, then its finish."""
-    keep_memory()
     enough = min(finish.IMAGES, max(map(len, dataset.train_images)))
     images, many = spread_out(dataset, count), spread_out(dataset, enough).to(scorer(device))
+    keep_memory(dataset.train_images)
     changes = finish.changes(many)
     with autocast(device, dtype):
         targets, answers = lessons(model, images, depths(changes), seed)
     width, stem = (128, 8) if dataset.size >= 256 else (64, 4)
     shape = LocalShape(len(dataset.domains), dataset.channels, width, stem)
     net = learn(shape, images, targets, answers, steps, seed=seed, dtype=dtype, device=device)
+    del images, answers
     keep_memory()
     return Student(net, finish.fit(net, many, changes, dtype))

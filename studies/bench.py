@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a study 
 from minimedshift import flow, ops, sampler
 from minimedshift.coupling import PAIRINGS, Minibatch, Semidiscrete
 from minimedshift.model import PRESETS, UNet
-from minimedshift.optim import Muon, split
+from minimedshift.optim import Muon
 from minimedshift.support.command import flag, parse, run
 from minimedshift.support.machine import autocast, can_compile, keep_memory, machine_name, pick_device
 from minimedshift.support.machine import pick_formats
@@ -85,21 +85,18 @@ class Side:
         self.model = UNet(preset.shape).to(device, memory_format=memory)
         if can_compile(device) and not plain:
             self.model.compile_blocks(dynamic=False)
-        inside, rest = split(self.model)
-        self.optimizers = [Muon(inside, .02), torch.optim.AdamW(rest, .001, fused=not plain)]
+        self.optimizer, self.lr = Muon(self.model), torch.tensor(.02, device=device)
         self.noise = lambda count: flow.draw_noise((count, 1, preset.size, preset.size), None, 1.0, device)
         self.x0, self.x1 = self.noise(preset.batch_size), self.noise(preset.batch_size)
         self.y = torch.arange(preset.batch_size, device=device) % 5
         self.t = torch.rand(preset.batch_size, device=device)
 
     def step(self):
-        """A training step: forward, backward, optimizers."""
-        self.model.zero_grad()
+        """A training step: forward, backward, optimizer."""
         with autocast(self.x1.device, self.dtype):
             loss = flow.loss(self.model, self.x0, self.x1, self.y, self.t).mean()
         loss.backward()
-        for optimizer in self.optimizers:
-            optimizer.step()
+        self.optimizer.step(self.lr)
 
     @torch.inference_mode()
     def translation(self):

@@ -4,8 +4,10 @@ On a CPU Triton's interpreter runs them.
 
     python tests/kernels.py                     every check
     python tests/kernels.py check_half          one of them
+    python tests/kernels.py compile             compile them for GPUs that need not be here, and run nothing
 """
 
+import itertools
 import os
 import sys
 import time
@@ -15,6 +17,8 @@ import torch
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
+    if "compile" in sys.argv:
+        torch.cuda.is_available = lambda: True  # else there is no Triton
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined
     device = "cpu" if "TRITON_INTERPRET" in os.environ else "cuda"
@@ -137,9 +141,52 @@ def check_compile(device):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
+class CompileOnly:
+    """In the place of a kernel: kernel[grid](*args) compiles it for these arguments, for a GPU that need not
+    be here, and runs nothing."""
+    TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", int: "i32", float: "fp32"}
+
+    def __init__(self, kernel, compiled, capability):
+        self.kernel, self.compiled, self.capability = kernel, compiled, capability
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *args, num_warps=4):
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        signature, constants = {}, {}
+        for i, (parameter, arg) in enumerate(zip(self.kernel.params, args, strict=True)):
+            if parameter.is_constexpr:
+                constants[(i,)] = arg
+                signature[parameter.name] = "constexpr"
+            else:
+                signature[parameter.name] = self.TYPES[arg.dtype if torch.is_tensor(arg) else type(arg)]
+        source, target = ASTSource(self.kernel, signature, constants), GPUTarget("cuda", self.capability, 32)
+        done = ops.triton.compile(source, target=target, options=dict(num_warps=num_warps))
+        self.compiled[self.kernel.__name__] = done.asm["ptx"]
+
+
+def compile_for_gpus():
+    """At a network's sizes, on tensors without memory."""
+    kernels = {name: getattr(ops, name) for name in ("forward_kernel", "backward_kernel")}
+    like = dict(device="meta")
+    for dtype, capability in itertools.product((torch.float32, torch.bfloat16), (75, 80, 90, 120)):
+        compiled = {}  # for T4, A100, H100, the Blackwell of a desktop
+        for name, kernel in kernels.items():
+            setattr(ops, name, CompileOnly(kernel, compiled, capability))
+        x = torch.empty(256, 128, 64, 64, dtype=dtype, **like)
+        gain, mean = torch.empty(256, 128, **like), torch.empty(256, 8, **like)
+        ops.norm_silu._init_fn(x, gain, gain, 8, 1e-5)
+        ops.norm_silu_backward._init_fn(x, x, gain, gain, mean, mean)
+        assert len(compiled) == 2 and all(f".target sm_{capability}" in ptx for ptx in compiled.values())
+
+
 CHECKS = {name: check for name, check in list(globals().items()) if name.startswith("check_")}
 
 if __name__ == "__main__":
+    if "compile" in sys.argv:
+        sys.exit(compile_for_gpus())
     for name in sys.argv[1:] or CHECKS:
         start = time.perf_counter()
         CHECKS[name](device)

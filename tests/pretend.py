@@ -11,7 +11,7 @@ too, and refuses to mix. What it cannot tell is what a GPU computes, and how fas
 """
 
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,7 @@ class Devices:
     def __init__(self, name):
         self.device = torch.device(name)
         self.memory, self.pinned, self.waits = {}, set(), []
+        self.tape, self.undo = None, []  # of a CUDA graph: its operations, and what they changed
 
     def holds(self, x):
         key = x.untyped_storage()._cdata
@@ -63,7 +64,9 @@ class Devices:
         self.memory[storage._cdata] = StorageWeakRef(storage)
 
     def wait(self, what):
-        """Note the line of the project that made the host wait."""
+        """Note the line of the project that made the host wait. In a CUDA graph it must not."""
+        if self.tape is not None:
+            raise RuntimeError(f"{what}: operation not permitted when stream is capturing")
         lines = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(ROOT)
                  and Path(frame.filename) != Path(__file__)]
         line = lines[-1] if lines else traceback.extract_stack()[0]
@@ -83,6 +86,8 @@ class Operations(TorchDispatchMode):
         there = [x for x in tensors if devices.holds(x)]
         if there and name not in MOVING:
             self.check(name, tensors, args)
+        if devices.tape is not None and func._schema.is_mutable:
+            devices.undo += [(x, x.clone()) for x in tensors]
         out = func(*args, **(kwargs or {}))
         if there and name not in MOVING:
             for x in tree_leaves(out):
@@ -90,6 +95,8 @@ class Operations(TorchDispatchMode):
                     if devices.device.type == "mps" and x.dtype == torch.float64:
                         raise TypeError(f"{name} makes float64, which mps has not")
                     devices.take(x)
+        if devices.tape is not None:
+            devices.tape.append((func, args, kwargs or {}, out))
         return out
 
     def check(self, name, tensors, args):
@@ -216,6 +223,23 @@ class Silence(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
 
 
+def same_memory(x, z):
+    return x.untyped_storage()._cdata == z.untyped_storage()._cdata
+
+
+class Graph:
+    """A CUDA graph: the operations that were captured, done again on the same memory. A number that Python
+    has computed stays what it was."""
+
+    def replay(self):
+        with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
+            for func, args, kwargs, out in self.tape:
+                again = func(*args, **kwargs)
+                for x, z in zip(tree_leaves(out), tree_leaves(again)):
+                    if isinstance(x, torch.Tensor) and not same_memory(x, z):
+                        x.copy_(z)
+
+
 @contextmanager
 def pretended(name):
     """A device "cuda" or "mps" that torch finds on this machine. Yields the Devices."""
@@ -231,7 +255,18 @@ def pretended(name):
                 devices.take(x)
         return state
 
-    by_device = lambda lists: {(devices.device, torch.float32): (lists, list(range(len(lists[0]))))}
+    @contextmanager
+    def captured(graph, stream):
+        devices.tape, devices.undo = [], []
+        try:
+            yield
+        finally:
+            graph.tape, devices.tape = devices.tape, None
+            with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
+                for x, before in reversed(devices.undo):  # nothing is done while a graph is captured
+                    x.copy_(before)
+
+    by_device = lambda lists, *_: {(devices.device, torch.float32): (lists, list(range(len(lists[0]))))}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "Generator", Generator)
         patch.setattr(torch, "load", load)
@@ -242,12 +277,15 @@ def pretended(name):
         patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
         patch.setattr(torch.cuda, "get_device_name", lambda *_: "pretended")
         patch.setattr(torch.cuda, "get_device_capability", lambda *_: (6, 0))  # too old to compile for
-        for check in ("_cuda_graph_capture_health_check", "_accelerator_graph_capture_health_check"):
-            patch.setattr(torch.optim.Optimizer, check, lambda _: None, raising=False)  # they ask the driver
         patch.setattr(torch.cuda, "mem_get_info", lambda *_: (8e9, 8e9))
         patch.setattr(torch.cuda, "max_memory_allocated", lambda: 1e9)
         patch.setattr(torch.cuda, "synchronize", lambda: devices.wait("synchronize"))
+        patch.setattr(torch.cuda, "CUDAGraph", Graph)
+        patch.setattr(torch.cuda, "graph", captured)
+        patch.setattr(torch.cuda, "Stream", lambda: None)
+        patch.setattr(torch.cuda, "stream", lambda _: nullcontext())
         # grouping by device is C++, which sees where tensors really are
         patch.setattr(torch.nn.utils.clip_grad, "_group_tensors_by_device_and_dtype", by_device)
+        patch.setattr(torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(by_device))
         with Operations(devices), Calls(devices):
             yield devices

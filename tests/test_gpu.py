@@ -35,14 +35,15 @@ def trainer(device, dtype=torch.bfloat16, compile="no"):
     """step(i) -> the loss of step i, as training makes it, on noise; the batch; the network."""
     preset = "gpu" if device.type == "cuda" else "cpu"
     config = train.resolve(train.Config(preset=preset, device=device.type, compile="no"))[0]
-    model, optimizers, _ = train.build(config, 5, 1, device, dtype, torch.channels_last)
+    model, optimizer, _ = train.build(config, 5, 1, device, dtype, torch.channels_last)
     if compile == "yes":
         model.compile_blocks(dynamic=False, backend="inductor" if can_compile(device) else "aot_eager")
     B, size = config.batch_size, config.size
     generator = torch.Generator(device).manual_seed(0)
     x0, x1 = (draw_noise((B, 1, size, size), generator, 1.0, device) for _ in range(2))
     y, t = torch.arange(B, device=device) % 5, torch.linspace(0, .99, B, device=device)
-    return lambda: train.take_step(model, optimizers, config, dtype, x0, x1, y, t, None)[0], x1
+    lr = torch.tensor(.02, device=device)
+    return lambda: train.take_step(model, optimizer, config, dtype, lr, x0, x1, y, t, None)[0], x1
 
 
 def test_a_compiled_block_equals_float64_in_every_gradient(device):

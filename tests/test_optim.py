@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minimedshift.model import Shape, UNet
-from minimedshift.optim import EMA, Muon, orthogonalise, split
+from minimedshift.optim import EMA, Muon, orthogonalise
 
 
 def test_ema_of_a_ramp():
@@ -53,52 +53,79 @@ def test_newton_schulz_on_the_gram_matrix_is_newton_schulz():
     torch.testing.assert_close(torch.stack(orthogonalise(list(m))), x.float(), atol=1e-4, rtol=0)
 
 
+def kernel(w):
+    """A model of one convolution, whose weights are w."""
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(w)
+    return model
+
+
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 def test_a_step_of_muon_is_the_textbook_step_in_either_memory_format(memory):
     """From zero momentum: U V^T of the gradient as (out, in h w), times sqrt(out / in h w) if above 1."""
     for shape in ((4, 3, 3, 3), (24, 2, 3, 3)):
-        w = torch.nn.Parameter(torch.randn(shape).to(memory_format=memory))
-        before, w.grad = w.detach().clone(), torch.randn(shape).to(memory_format=memory)
-        Muon([w], lr=0.1, weight_decay=0.5).step()
-        u = torch.stack(orthogonalise([w.grad.flatten(1)]))[0].view(shape)
+        model = kernel(torch.randn(shape).to(memory_format=memory))
+        before, gradient = model.weight.detach().clone(), torch.randn(shape).to(memory_format=memory)
+        model.weight.grad = gradient
+        Muon(model, weight_decay=0.5).step(0.1)
+        u = torch.stack(orthogonalise([gradient.flatten(1)]))[0].view(shape)
         wanted = 0.95 * before - 0.1 * max(1, shape[0] / (9 * shape[1])) ** 0.5 * u
-        torch.testing.assert_close(w.detach(), wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model.weight.detach(), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_the_momentum_of_muon_is_nesterovs(lr=0.1, keep=0.8):
     """Three steps with new gradients: M <- keep M + (1 - keep) G; the update is of keep M + (1 - keep) G."""
-    w = torch.nn.Parameter(torch.randn(6, 4, 1, 1))
-    optimizer = Muon([w], lr, keep, weight_decay=0.0)
-    mean, wanted = torch.zeros(6, 4), w.detach()[..., 0, 0].clone()
+    model = kernel(torch.randn(6, 4, 1, 1))
+    optimizer = Muon(model, keep, weight_decay=0.0)
+    mean, wanted = torch.zeros(6, 4), model.weight.detach()[..., 0, 0].clone()
     for _ in range(3):
         gradient = torch.randn(6, 4)
-        w.grad = gradient[..., None, None].clone()
-        optimizer.step()
+        model.weight.grad = gradient[..., None, None].clone()
+        optimizer.step(lr)
         mean = keep * mean + (1 - keep) * gradient
         wanted = wanted - lr * (6 / 4) ** 0.5 * orthogonalise([keep * mean + (1 - keep) * gradient])[0]
-    torch.testing.assert_close(w.detach()[..., 0, 0], wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.weight.detach()[..., 0, 0], wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_muon_gets_the_convolutions_within_and_adamw_the_rest():
     net = UNet(Shape(widths=(32, 32), blocks=(1, 1)))
-    names = {id(p): name for name, p in net.named_parameters()}
-    inside, rest = ([names[id(p)] for p in group] for group in split(net))
+    names, optimizer = {id(p): name for name, p in net.named_parameters()}, Muon(net)
+    inside, rest = ([names[id(p)] for p in group] for group in (optimizer.inside, optimizer.rest))
     assert sorted(inside + rest) == sorted(names.values())
     assert {"stem.weight", "out.weight", "label.weight", "time.0.weight", "norm.weight"} <= set(rest)
     assert {"attention.out.weight", "down.0.1.conv1.weight", "up.1.0.weight"} <= set(inside)
     assert all(net.get_parameter(name).ndim == 4 for name in inside)
 
 
+def test_the_rest_moves_as_with_torchs_adamw_and_a_restored_optimizer_goes_on(lr=0.1):
+    parts = lambda: dict(line=torch.nn.Linear(3, 4), conv=torch.nn.Conv2d(3, 2, 1))
+    nets = [torch.nn.ModuleDict(parts()) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    ours, torchs = Muon(nets[0]), torch.optim.AdamW(nets[1]["line"].parameters(), lr / 20, (0.9, 0.99))
+    for step in range(6):
+        if step == 3:  # another process goes on
+            state = ours.state()
+            ours = Muon(nets[0])
+            ours.restore(state)
+        x = torch.randn(5, 3)
+        for net in nets:
+            (net["line"](x).square().sum() + net["conv"](x[..., None, None]).square().sum()).backward()
+        ours.step(lr)
+        torchs.step()
+        torchs.zero_grad()
+    for p, q in zip(*(net["line"].parameters() for net in nets), strict=True):
+        torch.testing.assert_close(p, q)
+    with pytest.raises((ValueError, RuntimeError)):
+        Muon(torch.nn.Conv2d(3, 3, 1)).restore(ours.state())
+
+
 def test_muon_solves_a_badly_scaled_least_squares():
     torch.manual_seed(0)
     x = torch.randn(256, 8) * torch.logspace(0, -2, 8)
     target = torch.randn(4, 8)
-    w = torch.nn.Parameter(torch.zeros(4, 8, 1, 1))
-    optimizer = Muon([w], weight_decay=0.0)
+    model = kernel(torch.zeros(4, 8, 1, 1))
+    optimizer = Muon(model, weight_decay=0.0)
     for step in range(400):
-        loss = (x @ (w[..., 0, 0] - target).T).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 400)
-        optimizer.step()
-    assert (w[..., 0, 0] - target).abs().max() < 0.1
+        (x @ (model.weight[..., 0, 0] - target).T).square().mean().backward()
+        optimizer.step(0.05 * (1 - step / 400))
+    assert (model.weight[..., 0, 0] - target).abs().max() < 0.1

@@ -90,6 +90,37 @@ def test_after_twenty_steps_the_log_says_what_a_step_takes(tmp_path, capsys):
             assert ("ms a step" in capsys.readouterr().out) == (step == 40)
 
 
+@pytest.mark.parametrize("fault", ["none", "it counts", "it waits"])
+def test_a_step_becomes_one_graph_unless_that_does_something_else(fault, capsys):
+    with pretended("cuda"):
+        w, x, lr = (torch.randn(shape, device="cuda") for shape in ((3, 2), (4, 3), ()))
+        w.requires_grad_()
+        steps = []
+
+        def step(lr, x):
+            steps.append(1)
+            loss = (x @ w).square().mean()
+            loss.backward()
+            with torch.no_grad():
+                w.sub_(lr * (len(steps) if fault == "it counts" else 1) * w.grad)
+            w.grad = None
+            return torch.tensor(loss.item()) if fault == "it waits" else loss.detach(), w.detach().norm()
+
+        first = w.detach().clone()
+        take = machine.try_capture(step, [lr, x], [w])
+        assert torch.equal(w, first)
+        says = capsys.readouterr().out
+        assert (take is step) == (fault != "none") == ("no CUDA graph" in says), says
+        for rate in (0.1, 0.2):
+            new, before = torch.randn(4, 3, device="cuda"), w.detach().clone()
+            gradient = 2 / 8 * new.T @ (new @ before)
+            loss, norm = take(torch.full((), rate, device="cuda"), new)
+            if fault == "none":
+                torch.testing.assert_close(loss, (new @ before).square().mean())
+                torch.testing.assert_close(w.detach(), before - rate * gradient)
+                torch.testing.assert_close(norm, w.detach().norm())
+
+
 # ---------------------------------------------------------------- whole runs on it
 
 @pytest.mark.slow
@@ -104,7 +135,7 @@ def test_a_whole_run_on_a_gpu(tmp_path, monkeypatch, coupling, capsys):
             assert translate.main([*checkpoint, *method]) == 0
     says = capsys.readouterr().out
     assert "cuda: pretended (6, 0), 8.0 of 8.0 GB free" in says
-    assert ", bfloat16, channels_last, cpu preset" in says
+    assert ", bfloat16, channels_last, cpu preset" in says and "no CUDA graph" not in says
     if coupling != "exact":  # an assignment is found on the host
         assert not waits[3] + waits[4], "these lines wait for the GPU in every step"
 

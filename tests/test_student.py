@@ -171,3 +171,14 @@ def test_what_a_student_learns_is_the_same_twice():
     make = lambda: student.teach(model, dataset, 4, 3, torch.float32, torch.device("cpu"))
     x = torch.rand(2, 1, 16, 16)
     assert torch.equal(make()(x, 0, 1), make()(x, 0, 1))
+
+
+def test_the_rate_is_that_of_one_cycle():
+    for steps in (7, 100):
+        one = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], 1.0)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(one, 1.0, steps)
+        for step in range(1, steps + 1):
+            assert student.one_cycle(step, steps) == pytest.approx(one.param_groups[0]["lr"], abs=1e-5)
+            one.step()
+            if step < steps:
+                schedule.step()

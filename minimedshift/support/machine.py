@@ -2,6 +2,8 @@
 
 import ctypes
 import math
+import mmap
+import os
 import platform
 import shutil
 import sys
@@ -14,12 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-try:
-    import triton
-except ImportError:
-    triton = None
-
 from minimedshift.support.command import UserError, refuse
+
+triton = None
+if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:  # elsewhere it would only take 70 MB
+    with suppress(ImportError):  # on macOS and Windows
+        import triton
 
 
 def pick_device(name):
@@ -110,13 +112,57 @@ def try_compile(model, shape, dtype):
     model.zero_grad()
 
 
-def keep_memory(most=2**30):
-    """Let glibc keep what a step frees for the next: saves a fifth of it. What is free now is given back.
-    most: larger blocks are always given back, in bytes."""
+def try_capture(step, inputs, state):
+    """`step`, a function of GPU tensors like `inputs` that changes `state`, as one CUDA graph: one launch
+    instead of hundreds. Where that does not do what `step` does, one line says so and `step` is returned."""
+    inputs, before = [x.clone() for x in inputs], [x.detach().clone() for x in state]
+    other = [x / 2 if x.is_floating_point() else x for x in inputs]  # not what the graph is captured with
+
+    def replay(*values):
+        torch._foreach_copy_(inputs, values)  # the graph reads them here
+        graph.replay()
+        return [x.clone() for x in results]
+
+    @torch.no_grad()
+    def tried(function):  # what one step makes of the state, which is as before then
+        with torch.enable_grad():
+            function(*other)
+        after = [x.clone() for x in state]
+        torch._foreach_copy_(state, before)
+        return after
+
+    try:
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # libraries choose and compile what they need
+                wanted = tried(step)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            results = step(*inputs)
+        change = [(x - y).norm().clamp_min(1e-12) for x, y in zip(wanted, before)]
+        off = [((x - y).norm() / z).clamp_max(1) for x, y, z in zip(tried(replay), wanted, change)]
+        why = f"its changes are off by {(off := torch.stack(off).mean().item()):.0%}"
+        if off < 0.1:
+            return replay
+    except RuntimeError as error:
+        why = str(error).partition("\n")[0]
+    print(f"no CUDA graph: {why}")
+    return step
+
+
+def keep_memory(arrays=()):
+    """Let glibc keep what a step frees for the next, in blocks below 4 MB: saves a fifth of it. What is free
+    now is given back, and what was read of mapped arrays: the system has it, or reads it again."""
+    for array in arrays:
+        while isinstance(array, np.ndarray):
+            array = array.base
+        if isinstance(array, mmap.mmap) and sys.platform == "linux":
+            array.madvise(mmap.MADV_DONTNEED)
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     with suppress(OSError, AttributeError):  # another system has no glibc
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_THRESHOLD, most)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**22)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         libc.malloc_trim(0)
 

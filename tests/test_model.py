@@ -100,6 +100,7 @@ def test_the_file_tells_the_truth_about_each_preset(name):
 
 
 def test_blocks_of_one_width_are_compiled_once_for_training_and_once_for_every_batch_to_translate():
+    """Three widths, the attention and the head."""
     torch.compiler.reset()
     found = []
 
@@ -114,20 +115,20 @@ def test_blocks_of_one_width_are_compiled_once_for_training_and_once_for_every_b
     for batch in (4, 4, 2, 8, 3):
         args = inputs(batch)
         torch.testing.assert_close(net(*args), same(*args))
-    assert len(found) == 3 * 4 and list(net.state_dict()) == names
+    assert len(found) == 5 * 4 and list(net.state_dict()) == names
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
         net(*inputs(5))
-    assert len(found) == 3 * 4
+    assert len(found) == 5 * 4
     torch.compiler.reset()
     found.clear()
     net.compile_blocks(dynamic=True, backend=backend)
     with torch.inference_mode():
         for batch, size in ((4, 16), (8, 16), (3, 16), (6, 24)):
             net(*inputs(batch, size))
-    assert len(found) == 3
+    assert len(found) == 5
     torch.compiler.reset()
     found.clear()
     net.compile_blocks(dynamic=False, backend=backend)
     with torch.autocast("cpu", torch.bfloat16):  # the way up has the same kinds of numbers as the way down
         net(*inputs(4))
-    assert len(found) == 3
+    assert len(found) == 5

@@ -53,6 +53,27 @@ def test_newton_schulz_on_the_gram_matrix_is_newton_schulz():
     torch.testing.assert_close(torch.stack(orthogonalise(list(m))), x.float(), atol=1e-4, rtol=0)
 
 
+def test_newton_schulz_bears_tf32(monkeypatch):
+    """Factors with 10 bits of mantissa, as a GPU takes them, and singular values from 1 to .01."""
+    short = lambda x: ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1fff).view(torch.float32)
+
+    class Short(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function in (torch.Tensor.matmul, torch.Tensor.__matmul__):
+                args = [short(x.as_subclass(torch.Tensor)).as_subclass(Short) for x in args]
+            if function is torch.baddbmm:
+                args = [args[0], *(short(x.as_subclass(torch.Tensor)).as_subclass(Short) for x in args[1:])]
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    normal = torch.randn(96, 400, generator=torch.Generator().manual_seed(0))
+    u, _, vt = torch.linalg.svd(normal, full_matrices=False)
+    m = u * torch.logspace(0, -2, 96) @ vt
+    exact, found = orthogonalise([m])[0], orthogonalise([m.as_subclass(Short)])[0].as_subclass(torch.Tensor)
+    assert 0 < (found - exact).abs().max() / exact.abs().max() < 0.1
+    assert 0.6 < torch.linalg.svdvals(found).min() and torch.linalg.svdvals(found).max() < 1.35
+
+
 def kernel(w):
     """A model of one convolution, whose weights are w."""
     model = torch.nn.Module()

@@ -20,11 +20,11 @@ def lines(*paths):
 
 
 @pytest.mark.parametrize("name, paths, most", [
-    ("package and commands", [*PACKAGE, *COMMANDS], 5240),
-    ("tests", TESTS, 6325),
+    ("package and commands", [*PACKAGE, *COMMANDS], 5258),
+    ("tests", TESTS, 6347),
     ("reading path", READING_PATH, 1300),
     ("train.py", [ROOT / "train.py"], 320),
-    ("support/", [path for path in PACKAGE if path.parent.name == "support"], 900),
+    ("support/", [path for path in PACKAGE if path.parent.name == "support"], 902),
     ("studies/", STUDIES, 700),
     ("RESULTS.md", [ROOT / "RESULTS.md"], 500),
 ])

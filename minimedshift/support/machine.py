@@ -109,6 +109,7 @@ def try_compile(model, shape, dtype):
         print(f"not compiling the network: {why}")
         for module in model.modules():
             module._compiled_call_impl = None
+        vars(model).pop("head", None)
     model.zero_grad()
 
 
@@ -193,7 +194,8 @@ def machine_name(device):
     """The GPU with its memory and software, or the processor and how many threads it runs, for a report."""
     if device.type == "cuda":
         free, total = (round(n / 1e9, 1) for n in torch.cuda.mem_get_info(device))
-        software = f"CUDA {torch.version.cuda}, Triton {getattr(triton, '__version__', 'none')}"
+        triton_version = getattr(triton, "__version__", "none")
+        software = f"torch {torch.__version__}, CUDA {torch.version.cuda}, Triton {triton_version}"
         card = f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)}"
         return f"{card}, {free} of {total} GB free, {software}"
     found = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 has none

@@ -4,8 +4,8 @@
 # What happens: it writes large tensors in between and reads them again, 541 MB in all (x has 34). Written as
 # moments of each channel, then of its group, then silu(a x + b), still 406. Only with two thresholds raised
 # (realize_reads_threshold 4 -> 16, realize_opcount_threshold -> 100) that form moves 171, which is the least;
-# group_norm with them 306. Where the affine step stays apart from the norm, they make it worse (408 -> 542).
-# Output seen: "group_norm 541 306", "by channels 406 171", "by channels, affine apart 408 542".
+# group_norm with them 307.
+# Output seen: "group_norm 541 307", "by_channels 406 171".
 # Bitten: whoever trains a U-Net or a diffusion model with GroupNorm, compiled: a third of this traffic suffices.
 # No GPU is needed: forward and backward are traced, lowered for an H100 by name, and reads and writes counted.
 set -euo pipefail
@@ -55,11 +55,6 @@ def two(x, w, b, scale, shift):
     return F.silu(x * wide(a * (1 + scale)) + wide(b * (1 + scale) + shift))
 
 
-def three(x, w, b, scale, shift):
-    a, b = by_channels(x, 8, w, b)
-    return F.silu((x * wide(a) + wide(b)) * wide(1 + scale) + wide(shift))
-
-
 def backward_traffic(function):
     """MB that the kernels of the gradient read and write."""
     counted = []
@@ -102,13 +97,13 @@ draw = lambda *shape: torch.randn(shape, dtype=torch.float64)
 same = draw(2, 128, 5, 3), draw(128), draw(128), draw(2, 128), draw(2, 128)
 found = {}
 with patch.object(scheduler, "has_triton", lambda *_: True):
-    for name, function in dict(group_norm=one, by_channels=two, affine_apart=three).items():
+    for name, function in dict(group_norm=one, by_channels=two).items():
         torch.testing.assert_close(function(*same), one(*same))
         found[name] = [backward_traffic(function)]
         with config.patch(realize_reads_threshold=16, realize_opcount_threshold=100):
             found[name].append(backward_traffic(function))
         print(name, *found[name], "MB: thresholds as they are, raised")
-assert found["group_norm"][0] > 3 * found["by_channels"][1] and found["by_channels"][0] > 400, "it changed"
-assert found["group_norm"][1] > 300 and found["affine_apart"][1] > 500, "the behaviour has changed"
+assert found["group_norm"][0] > 3 * found["by_channels"][1] and found["by_channels"][0] > 400, "the behaviour has changed"
+assert found["group_norm"][1] > 1.5 * found["by_channels"][1], "the behaviour has changed"
 PY
 venv/bin/python -W ignore traffic.py

@@ -222,7 +222,8 @@ def finish(config, dataset, net, device, dtype, file):
             print("\nstopped: the flow is saved, the same command with --resume teaches the student anew")
             return 130
         checkpoint.save(file, state | dict(student=taught, config=asdict(config)))
-    student, state = restore(taught, device) if taught else None, None  # its memory
+    student = restore(taught, device) if taught else None
+    del state  # its memory
     draw(file, net, student, how, dataset, device)
     if config.evaluate and dataset.test_pairs is not None:
         report = evaluate.report(net, student, dataset, how, device)

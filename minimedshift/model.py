@@ -145,8 +145,8 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.out(act(self.norm, x)), self.shape.stem)
 
     def compile_blocks(self, **options):
-        """torch.compile blocks, attention and head, in place; blocks of one width share their code. dynamic=
-        False makes code for each shape met, the fastest; dynamic=True makes code for all shapes at once."""
+        """torch.compile blocks, attention and head, in place; blocks of one width share their code.
+        dynamic=False makes code for each shape met, the fastest; True makes code for all shapes at once."""
         from torch._inductor import config as inductor  # not before: it takes two seconds
         torch._dynamo.config.recompile_limit = 64  # shapes; beyond, a block would run uncompiled
         inductor.realize_reads_threshold, inductor.realize_opcount_threshold = 16, 100  # for ops.by_channels

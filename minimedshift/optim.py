@@ -42,8 +42,10 @@ def tf32(wanted):
     """In this block a GPU multiplies matrices in TF32: singular values stay below 1.35, in bfloat16 not."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if wanted else before)
-    yield
-    torch.set_float32_matmul_precision(before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class Muon:

@@ -33,6 +33,7 @@ def test_learned_features_tell_sets_and_corruptions_apart():
     target = lambda x: realism.kernel_distance(features(x), known)
     floor, other = target(x), target(torch.from_numpy(sets[1]).float())
     assert floor < other / 5 and floor < target(realism.corrupt(x, 1, None)) / 5
+    assert all(floor < target(realism.corrupt(x, i, torch.Generator().manual_seed(0))) for i in range(2, 6))
 
 
 @pytest.mark.parametrize("kind", range(realism.KINDS))

@@ -148,6 +148,10 @@ def try_capture(step, inputs, state):
             return replay
     except RuntimeError as error:
         why = str(error).partition("\n")[0]
+    with torch.no_grad():
+        torch._foreach_copy_(state, before)  # a step that failed may have left a part of itself
+    for x in state:
+        x.grad = None
     print(f"no CUDA graph: {why}")
     return step
 

@@ -1,11 +1,13 @@
-"""MedShift beside learned rivals, each trained as long as it: SDEdit, a CycleGAN, and supervision.
+"""A finished run of train.py beside rivals: bands at their best, SDEdit, a CycleGAN, and supervision.
 
-    python studies/rivals.py
+    python studies/rivals.py --checkpoint out/checkpoint.pt
+
+Bands (baselines.py) get up to 2,000 images of a domain and 32 rounds, balanced and as they are.
 
 SDEdit (arXiv:2108.01073) adds noise to the picture and denoises it under the target's label, with a flow made
 for that: white noise, independent pairs. The CycleGAN (arXiv:1703.10593) and supervision, the ceiling, have
-the student's network: a pixel sees only what is near it, so anatomy stays. Populations are taken as they are.
-Leaves what `python -m minimedshift.evaluate` does, with these methods in its tables.
+the student's network: a pixel sees only what is near it, so anatomy stays. Rivals draw the run's balanced
+images, unless it had --no-balance. Leaves what `python -m minimedshift.evaluate` does, with these methods in its tables.
 """
 
 import math
@@ -14,6 +16,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -21,26 +24,28 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a study finds the package
 
-from minimedshift import evaluate, phantom, sampler
+from minimedshift import baselines, batches, evaluate, phantom, sampler
 from minimedshift.flow import draw_noise
-from minimedshift.methods import MAIN, Method
+from minimedshift.methods import MAIN, Method, baseline
 from minimedshift.model import load_model
 from minimedshift.optim import EMA
 from minimedshift.phantom import sets
 from minimedshift.student import LocalNet, LocalShape
-from minimedshift.support.command import flag, parse, run
+from minimedshift.support.command import flag, parse, refuse, run
 from minimedshift.support.machine import autocast, in_batches, pick_device, pick_formats
 from studies import couplings
 
 TAUS = (0.9, 0.3, 0.5, 0.6, 0.7, 0.8, 0.95)  # of SDEdit; the first for all ordered pairs
+ROUNDS, IMAGES = (32, 16, 8), (250, 2000)  # of bands at their best
+SAME = "size", "train_images", "valid_heads", "test_heads", "shift", "steps", "batch_size", "seed"
 
 
 @dataclass(frozen=True)
 class Config:
-    shift: float = flag(0.1, "population shift of the simulated heads", "study", low=0, high=1)
+    checkpoint: str = flag("out/checkpoint.pt", "a run on simulated heads, with its student", "study")
     pairs: int = flag(2000, "pairs that supervision sees", "study", low=1, high=10**6)
-    flags: str = flag("", "more flags of train.py for both flows", "study")
-    out: str = flag("out/studies/rivals", "folder of the flows and of the evaluation", "study")
+    seconds: float = flag(120, "how long a CycleGAN and supervision are trained", "study", above=0)
+    out: str = flag("out/studies/rivals", "folder of SDEdit's flow and of the evaluation", "study")
 
 
 def sdedit(model, x1, y_target, tau, guidance=1.0, steps=20, solver="heun", t_image=1.0, colour=0.0, seed=0):
@@ -166,18 +171,16 @@ def train_for(seconds, train, trial=5):
     return train(max(1, round(seconds * trial / (time.time() - start))))
 
 
-def train_networks(config, seconds, pairs, device):
+def train_networks(dataset, seed, seconds, pairs, device):
     """A CycleGAN and a supervised network, {(source, target): network} each, trained for `seconds` each.
-    config: of MedShift's checkpoint. pairs: how many supervision sees."""
-    size, seed = config["size"], config["seed"]
+    pairs: how many supervision sees."""
     s, t = [phantom.DOMAINS.index(name) for name in MAIN]
-    images = sets.training_images(size, config["train_images"] // len(phantom.DOMAINS), seed, config["shift"])
     first = sets.first_seed(seed, "supervised")
     people = [phantom.Head(first + i) for i in range(pairs)]
-    source = phantom.render(people, MAIN[0], size).numpy()
-    target = phantom.render(people, MAIN[1], size, noise=False).numpy()
+    source = phantom.render(people, MAIN[0], dataset.size).numpy()
+    target = phantom.render(people, MAIN[1], dataset.size, noise=False).numpy()
     how = dict(device=device, seed=seed)
-    forth, back = train_for(seconds, lambda steps: cyclegan(images[s], images[t], steps, **how))
+    forth, back = train_for(seconds, lambda steps: cyclegan(dataset.drawn(s), dataset.drawn(t), steps, **how))
     paired = train_for(seconds, lambda steps: supervised(source, target, steps, **how))
     return {(s, t): forth, (t, s): back}, {(s, t): paired}
 
@@ -189,23 +192,35 @@ def one_pair_each(networks, q, _=None):
     return network and in_batches(network, q.x)
 
 
+def bands(dataset):
+    """Methods without a network that get more images and rounds than `evaluate` gives them."""
+    found = []
+    for way, images in (("balanced", dataset.drawn), ("as they are", lambda d: dataset.train_images[d])):
+        for count in IMAGES:
+            fitted = baseline(partial(baselines.fit_tone, images=count), images, images, max(ROUNDS))
+            found.append(Method(f"bands {way}, {count} images", "unpaired", fitted, ROUNDS, "rounds"))
+    return found
+
+
 def main(argv=None):
     c = parse(Config, __doc__, argv)
     out, device = Path(c.out), pick_device("auto")
-    flags = f"--no-balance --shift {c.shift:g} {c.flags}"
-    _, log = couplings.train(flags, out / "medshift")
-    couplings.train(f"{flags} --coupling independent --colour 0", out / "sdedit")
-    file = out / "medshift" / "checkpoint.pt"
-    _, state = load_model(file, device)
+    _, state = load_model(c.checkpoint)
+    config = state["config"]
+    refuse(config["data"], f"{c.checkpoint} was not trained on simulated heads")
+    dataset = batches.load_dataset(SimpleNamespace(**config))
+    flags = [f"--{name.replace('_', '-')} {config[name]}" for name in SAME]
+    flags += ["--no-balance"] * (not config["balance"])
+    couplings.train(f"{' '.join(flags)} --coupling independent --colour 0", out / "sdedit")
     model, _ = load_model(out / "sdedit" / "checkpoint.pt", device)
     edit = partial(sdedit, model, t_image=state["translate"]["t_image"])
     edited = lambda q, tau: in_batches(lambda x: edit(x, q.target, tau), q.x)
-    print(f"training a CycleGAN and a supervised network, {log['seconds'][-1]:.0f} s each", flush=True)
-    both_ways, with_pairs = train_networks(state["config"], log["seconds"][-1], c.pairs, device)
-    methods = [Method("SDEdit", "learned", edited, TAUS, "tau"),
+    print(f"training a CycleGAN and a supervised network, {c.seconds:.0f} s each", flush=True)
+    both_ways, with_pairs = train_networks(dataset, config["seed"], c.seconds, c.pairs, device)
+    methods = [*bands(dataset), Method("SDEdit", "learned", edited, TAUS, "tau"),
                Method("CycleGAN", "learned", partial(one_pair_each, both_ways)),
                Method("supervised", "ceiling", partial(one_pair_each, with_pairs))]
-    return evaluate.main(["--checkpoint", str(file), "--out", str(out / "evaluation")], extra_methods=methods)
+    return evaluate.main(["--checkpoint", c.checkpoint, "--out", str(out / "evaluation")], extra_methods=methods)
 
 
 if __name__ == "__main__":

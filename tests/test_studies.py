@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from minimedshift import metrics
+from minimedshift import baselines, metrics
+from minimedshift.model import load_model
 from minimedshift.support.command import UserError, run
 from studies import bench, couplings, latent, plane, rivals
 
@@ -41,7 +42,7 @@ def test_each_says_in_help_how_it_is_run(name):
 
 @pytest.mark.parametrize("study, flags, says", [
     (couplings, ["--only", "x"], "--only x"), (plane, ["--seeds", "0"], "--seeds"),
-    (bench, ["--only", "poetry"], "poetry"), (rivals, ["--shift", "2"], "--shift")])
+    (bench, ["--only", "poetry"], "poetry"), (rivals, ["--seconds", "0"], "--seconds")])
 def test_a_mistake_ends_in_one_sentence(study, flags, says, capsys):
     with pytest.raises(SystemExit) as end:
         run(lambda: study.main(flags))
@@ -224,13 +225,21 @@ def test_the_evaluation_gets_all_rivals(tmp_path, monkeypatch, float32):
     asked = []
     monkeypatch.setattr(rivals.evaluate, "main", lambda flags, extra_methods: asked.extend(extra_methods))
     monkeypatch.setattr(rivals, "train_for", lambda seconds, train: train(2))
-    rivals.main(["--pairs", "4", "--shift", "0.5", "--flags", TINY, "--out", str(tmp_path)])
-    assert [method.name for method in asked] == ["SDEdit", "CycleGAN", "supervised"]
+    couplings.train(f"{TINY} --shift 0.5", tmp_path / "run")
+    rivals.main(["--pairs", "4", "--checkpoint", str(tmp_path / "run/checkpoint.pt"), "--out", str(tmp_path)])
+    assert [method.name for method in asked[-3:]] == ["SDEdit", "CycleGAN", "supervised"]
+    assert [method.kind for method in asked[:-3]] == ["unpaired"] * 4
+    _, state = load_model(tmp_path / "sdedit/checkpoint.pt")
+    assert state["config"]["shift"] == 0.5 and state["config"]["size"] == 16 and state["config"]["balance"]
+    q = SimpleNamespace(source=0, target=4, x=blobs(2))
+    dataset = rivals.batches.load_dataset(SimpleNamespace(**state["config"]))
+    wanted = baselines.fit_tone(dataset.drawn(0), dataset.drawn(4), 8)
+    assert_close(asked[0].translate(q, 8), wanted(q.x))  # the first 8 of 32 rounds
     names = list(rivals.phantom.DOMAINS)
     main = tuple(map(names.index, rivals.MAIN))
     for pair, expected in ((main, 3), (main[::-1], 2), ((0, 4), 1)):  # how many know the pair
         q = SimpleNamespace(source=pair[0], target=pair[1], x=blobs(2))
-        answers = [method.translate(q, method.settings[0]) for method in asked]
+        answers = [method.translate(q, method.settings[0]) for method in asked[-3:]]
         assert all(x.shape == q.x.shape for x in answers[:expected])
         assert answers[expected:] == [None] * (3 - expected)
 

@@ -1,8 +1,9 @@
-"""A finished run of train.py beside rivals: bands at their best, SDEdit, a CycleGAN, and supervision.
+"""A finished run of train.py beside rivals: bands, their student, SDEdit, a CycleGAN, and supervision.
 
     python studies/rivals.py --checkpoint out/checkpoint.pt
 
-Bands (baselines.py) get up to 2,000 images of a domain and 32 rounds, balanced and as they are.
+Bands (baselines.py) get 2,000 images of a domain and 32 rounds, balanced and as they are. Their student is the
+run's, but bands write its lessons: what is the flow worth?
 
 SDEdit (arXiv:2108.01073) adds noise to the picture and denoises it under the target's label, with a flow made
 for that: white noise, independent pairs. The CycleGAN (arXiv:1703.10593) and supervision, the ceiling, have
@@ -15,6 +16,7 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,19 +26,19 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a study finds the package
 
-from minimedshift import baselines, batches, evaluate, phantom, sampler
+from minimedshift import baselines, batches, evaluate, finish, phantom, sampler
 from minimedshift.flow import draw_noise
 from minimedshift.methods import MAIN, Method, baseline
 from minimedshift.model import load_model
 from minimedshift.optim import EMA
 from minimedshift.phantom import sets
-from minimedshift.student import LocalNet, LocalShape
+from minimedshift.student import LocalNet, LocalShape, Student, learn, spread_out
 from minimedshift.support.command import flag, parse, refuse, run
 from minimedshift.support.machine import autocast, in_batches, pick_device, pick_formats
 from studies import couplings
 
 TAUS = (0.9, 0.3, 0.5, 0.6, 0.7, 0.8, 0.95)  # of SDEdit; the first for all ordered pairs
-ROUNDS, IMAGES = (32, 16, 8), (250, 2000)  # of bands at their best
+ROUNDS, IMAGES = (32, 16, 8), 2000  # of bands at their best
 SAME = "size", "train_images", "valid_heads", "test_heads", "shift", "steps", "batch_size", "seed"
 
 
@@ -196,10 +198,24 @@ def bands(dataset):
     """Methods without a network that get more images and rounds than `evaluate` gives them."""
     found = []
     for way, images in (("balanced", dataset.drawn), ("as they are", lambda d: dataset.train_images[d])):
-        for count in IMAGES:
-            fitted = baseline(partial(baselines.fit_tone, images=count), images, images, max(ROUNDS))
-            found.append(Method(f"bands {way}, {count} images", "unpaired", fitted, ROUNDS, "rounds"))
+        fitted = baseline(partial(baselines.fit_tone, images=IMAGES), images, images, max(ROUNDS))
+        found.append(Method(f"bands {way}, {IMAGES} images", "unpaired", fitted, ROUNDS, "rounds"))
     return found
+
+
+def taught_by_bands(dataset, device, seed=0, count=2000, steps=400, rounds=12):
+    """A Student as `student.teach` makes one, but the answers of its lessons are those of bands."""
+    images, many = spread_out(dataset, count), spread_out(dataset, finish.IMAGES)
+    (D, N), draw = images.shape[:2], torch.Generator().manual_seed(seed)
+    targets = (torch.arange(D)[:, None] + torch.randint(1, D, (D, N), generator=draw)) % D
+    answers = torch.zeros_like(images)
+    for s, t in permutations(range(D), 2):
+        fitted = baselines.fit_tone(images[s], images[t], rounds, 700)
+        x = images[s, targets[s] == t].float()
+        answers[s, targets[s] == t] = fitted(x).clamp(-1, 1).half()
+    shape, dtype = LocalShape(D, dataset.channels), pick_formats("auto", device)[0]
+    net = learn(shape, images, targets, answers, steps, seed=seed, dtype=dtype, device=device)
+    return Student(net, finish.fit(net, many, finish.changes(many), dtype))
 
 
 def main(argv=None):
@@ -217,7 +233,10 @@ def main(argv=None):
     edited = lambda q, tau: in_batches(lambda x: edit(x, q.target, tau), q.x)
     print(f"training a CycleGAN and a supervised network, {c.seconds:.0f} s each", flush=True)
     both_ways, with_pairs = train_networks(dataset, config["seed"], c.seconds, c.pairs, device)
-    methods = [*bands(dataset), Method("SDEdit", "learned", edited, TAUS, "tau"),
+    pupil = taught_by_bands(dataset, device, config["seed"])
+    at_once = lambda q, _: in_batches(lambda x: pupil(x, q.source, q.target), q.x)
+    methods = [*bands(dataset), Method("student of bands", "unpaired", at_once),
+               Method("SDEdit", "learned", edited, TAUS, "tau"),
                Method("CycleGAN", "learned", partial(one_pair_each, both_ways)),
                Method("supervised", "ceiling", partial(one_pair_each, with_pairs))]
     return evaluate.main(["--checkpoint", c.checkpoint, "--out", str(out / "evaluation")], extra_methods=methods)

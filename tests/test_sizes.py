@@ -25,7 +25,7 @@ def lines(*paths):
     ("reading path", READING_PATH, 1300),
     ("train.py", [ROOT / "train.py"], 320),
     ("support/", [path for path in PACKAGE if path.parent.name == "support"], 906),
-    ("studies/", STUDIES, 700),
+    ("studies/", STUDIES, 710),
     ("RESULTS.md", [ROOT / "RESULTS.md"], 500),
 ])
 def test_the_budget_holds(name, paths, most):

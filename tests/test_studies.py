@@ -225,16 +225,18 @@ def test_the_evaluation_gets_all_rivals(tmp_path, monkeypatch, float32):
     asked = []
     monkeypatch.setattr(rivals.evaluate, "main", lambda flags, extra_methods: asked.extend(extra_methods))
     monkeypatch.setattr(rivals, "train_for", lambda seconds, train: train(2))
+    monkeypatch.setattr(rivals, "taught_by_bands", partial(rivals.taught_by_bands, count=4, steps=2, rounds=1))
     couplings.train(f"{TINY} --shift 0.5", tmp_path / "run")
     rivals.main(["--pairs", "4", "--checkpoint", str(tmp_path / "run/checkpoint.pt"), "--out", str(tmp_path)])
     assert [method.name for method in asked[-3:]] == ["SDEdit", "CycleGAN", "supervised"]
-    assert [method.kind for method in asked[:-3]] == ["unpaired"] * 4
+    assert [method.kind for method in asked[:-3]] == ["unpaired"] * 3
     _, state = load_model(tmp_path / "sdedit/checkpoint.pt")
     assert state["config"]["shift"] == 0.5 and state["config"]["size"] == 16 and state["config"]["balance"]
     q = SimpleNamespace(source=0, target=4, x=blobs(2))
     dataset = rivals.batches.load_dataset(SimpleNamespace(**state["config"]))
     wanted = baselines.fit_tone(dataset.drawn(0), dataset.drawn(4), 8)
     assert_close(asked[0].translate(q, 8), wanted(q.x))  # the first 8 of 32 rounds
+    assert asked[2].translate(q, None).shape == q.x.shape
     names = list(rivals.phantom.DOMAINS)
     main = tuple(map(names.index, rivals.MAIN))
     for pair, expected in ((main, 3), (main[::-1], 2), ((0, 4), 1)):  # how many know the pair

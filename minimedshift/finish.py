@@ -136,6 +136,11 @@ def changes(images):
     return result
 
 
+def certain(change):
+    """How much of a tone that changes so much can be more than a histogram's own error, in [0, 1)."""
+    return float(change**2 / (change**2 + ERROR**2))
+
+
 def thumbnails(images):
     """Images (N, C, H, W) as points (N, C 64): those that look alike are near."""
     return F.interpolate(images.float(), (8, 8), mode="bilinear", antialias=True).flatten(1)
@@ -143,8 +148,8 @@ def thumbnails(images):
 
 @torch.inference_mode()
 def fit(net, images, changes, dtype=torch.float32, batch=64):
-    """{(s, t): Finish} of a LocalNet, from training images (D, N, C, H, W) and their `changes`, d. Tone is
-    as strong as MOST d^2 / (d^2 + ERROR^2). dtype: of the network's arithmetic."""
+    """{(s, t): Finish} of a LocalNet, from training images (D, N, C, H, W) and their `changes`. dtype: of the
+    network's arithmetic."""
     start, device = time.time(), next(net.parameters()).device
     pairs = list(itertools.permutations(range(len(images)), 2))
     wanted = [grain(thinned(target), robust=True) for target in images]
@@ -157,8 +162,7 @@ def fit(net, images, changes, dtype=torch.float32, batch=64):
         x = torch.cat(answers)
         nearest = images[t][torch.cdist(thumbnails(x), points[t]).argmin(1)].float()
         target = torch.cat([nearest, thinned(images[t])])
-        strength = MOST * float(changes[s, t] ** 2 / (changes[s, t] ** 2 + ERROR**2))
-        toned = Finish(fit_tone(x, target, ROUNDS, IMAGES), strength)
+        toned = Finish(fit_tone(x, target, ROUNDS, IMAGES), MOST * certain(changes[s, t]))
         finishes[s, t] = replace(toned, own=grain(toned.tone(x), robust=False), wanted=wanted[t])
         progress(len(finishes), len(pairs), start, "its finish", "pairs")
     return finishes

@@ -8,8 +8,9 @@ do not move (an L2 loss would give the mean, which they do):
 
 Three of four lessons are read backwards, from the flow's answer a to x, which is real. What differs between
 two domains is local, so the student may be. The less they differ, the less far back the flow goes: what lies
-below the noise at tau is drawn anew, and need not be. A median has no noise of its own, and a tone that is
-wrong in all lessons stays wrong: finish.py mends both."""
+below the noise at tau is drawn anew, and need not be. Where bands (baselines.py) change less than a third of
+the target's contrast, they write the lessons instead: they redraw nothing. A median has no noise of its own,
+and a tone that is wrong in all lessons stays wrong: finish.py mends both."""
 
 import itertools
 import math
@@ -22,6 +23,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from minimedshift import finish, sampler
+from minimedshift.bands import low_pass
+from minimedshift.baselines import fit_tone
 from minimedshift.model import embedding
 from minimedshift.optim import EMA, Muon
 from minimedshift.support import checkpoint
@@ -31,6 +34,7 @@ from minimedshift.support.machine import autocast, keep_memory, scorer, to_devic
 
 HIDDEN = 100  # At tau the noise is so many times as strong as the change from one domain to the other.
 GAMMA = 16.97  # of the EMA: about the last twentieth of the steps
+LITTLE, ROUNDS = 1 / 3, 6  # Bands that change so little of the target's contrast, in so many rounds, teach.
 
 
 @dataclass(frozen=True)
@@ -98,19 +102,31 @@ def depths(changes):
     return (1 / (1 + HIDDEN * changes)).clamp(.1, .8)
 
 
+def bands_between(images, changes):
+    """{(s, t): translation of x} by bands, fitted to images (D, N, C, H, W), as much of it as is certain.
+    Only of pairs in which they change less than LITTLE of the target's contrast, both low-passed."""
+    contrast, found = [low_pass(finish.thinned(target)).std() for target in images], {}
+    for s, t in itertools.permutations(range(len(images)), 2):
+        if changes[s, t] < LITTLE * contrast[t]:
+            chain = fit_tone(images[s], images[t], ROUNDS, finish.IMAGES)
+            found[s, t] = finish.Finish(chain, finish.certain(changes[s, t])).tone
+    return found
+
+
 @torch.inference_mode()
-def lessons(flow, images, taus, seed=0, batch=64, **how):
+def lessons(flow, images, taus, bands=None, seed=0, batch=64, **how):
     """What the flow makes of images (D, N, C, H, W), N of each domain: targets (D, N) int64, the domain to
     which each is translated, and answers like images, float16. taus (D, D): of each ordered pair.
-    how: the sampler's steps, t_image."""
+    bands: {(s, t): translation} of the pairs that are not the flow's. how: the sampler's steps, t_image."""
     start, (D, N), draw = time.time(), images.shape[:2], torch.Generator().manual_seed(seed)
     device, answers, done = next(flow.parameters()).device, torch.zeros_like(images), 0
     targets = (torch.arange(D)[:, None] + torch.randint(1, D, (D, N), generator=draw)) % D
     for s, t in itertools.permutations(range(D), 2):
+        by_flow = lambda x: sampler.translate(flow, x.to(device), s, t, taus[s, t].item(), **how)
+        translate = (bands or {}).get((s, t), by_flow)
         for i in (targets[s] == t).nonzero()[:, 0].split(batch):
             if len(i):  # an image drew this target
-                x = images[s, i].to(device, torch.float32)
-                answers[s, i] = sampler.translate(flow, x, s, t, taus[s, t].item(), **how).to(images)
+                answers[s, i] = translate(images[s, i].float()).to(images)
                 done += len(i)
                 progress(done, D * N, start, "the flow translates")
     return targets, answers
@@ -210,8 +226,9 @@ def teach(model, dataset, count, steps, dtype, device, seed=0):
     images, many = spread_out(dataset, count), spread_out(dataset, enough).to(scorer(device))
     keep_memory(dataset.train_images)
     changes = finish.changes(many)
+    bands = bands_between(many, changes)
     with autocast(device, dtype):
-        targets, answers = lessons(model, images, depths(changes), seed)
+        targets, answers = lessons(model, images, depths(changes), bands, seed)
     width, stem = (128, 8) if dataset.size >= 256 else (64, 4)
     shape = LocalShape(len(dataset.domains), dataset.channels, width, stem)
     net = learn(shape, images, targets, answers, steps, seed=seed, dtype=dtype, device=device)

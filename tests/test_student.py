@@ -112,6 +112,21 @@ def test_the_flow_goes_less_far_back_the_less_two_domains_differ():
     assert tau * .02 == pytest.approx((1 - tau).item() / student.HIDDEN, rel=.05) and taus[0, 2] == taus.min()
 
 
+def test_bands_teach_where_they_change_little():
+    """.02 of a contrast of about .1 is little, .3 is not. They do the more of it, the more certain it is."""
+    a = torch.rand(1, 60, 1, 16, 16, generator=torch.Generator().manual_seed(0)) - .5
+    images = torch.cat([a, a + .02, a - .3]).half()
+    bands = student.bands_between(images, finish.changes(images))
+    assert set(bands) == {(0, 1), (1, 0)}
+    x = images[0].float()
+    wanted = x + .02 * .02**2 / (.02**2 + finish.ERROR**2)
+    assert (bands[0, 1](x) - wanted).abs().mean() < .002
+    targets, answers = student.lessons(flow(3), images, torch.full((3, 3), .5), bands, steps=1)
+    mine = targets[0] == 1
+    torch.testing.assert_close(answers[0, mine].float(), bands[0, 1](x[mine]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(answers[0, ~mine].float(), x[~mine])  # the flow's, that is not trained
+
+
 def test_images_are_turned_in_eight_ways():
     x = torch.arange(9.).view(1, 3, 3)
     assert len({tuple(student.turned(x, way).flatten().tolist()) for way in range(8)}) == 8

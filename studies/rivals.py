@@ -2,13 +2,11 @@
 
     python studies/rivals.py --checkpoint out/checkpoint.pt
 
-Bands (baselines.py) get 2,000 images of a domain and 32 rounds, balanced and as they are. Their student is the
-run's, but bands write its lessons: what is the flow worth?
-
-SDEdit (arXiv:2108.01073) adds noise to the picture and denoises it under the target's label, with a flow made
-for that: white noise, independent pairs. The CycleGAN (arXiv:1703.10593) and supervision, the ceiling, have
-the student's network: a pixel sees only what is near it, so anatomy stays. Rivals draw the run's balanced
-images, unless it had --no-balance. Leaves what `python -m minimedshift.evaluate` does, with these methods in its tables.
+Bands (baselines.py) get 2,000 images of a domain and 32 rounds, balanced and as they are. Their student is
+the run's, but bands write all its lessons: what is the flow worth? SDEdit (arXiv:2108.01073) adds noise to the
+picture and denoises it under the target's label, with a flow made for that: white noise, independent pairs.
+The CycleGAN (arXiv:1703.10593) and supervision, the ceiling, have the student's network. All draw the run's
+balanced images, unless it had --no-balance. Leaves what `python -m minimedshift.evaluate` does, with these.
 """
 
 import math
@@ -239,7 +237,7 @@ def main(argv=None):
                Method("SDEdit", "learned", edited, TAUS, "tau"),
                Method("CycleGAN", "learned", partial(one_pair_each, both_ways)),
                Method("supervised", "ceiling", partial(one_pair_each, with_pairs))]
-    return evaluate.main(["--checkpoint", c.checkpoint, "--out", str(out / "evaluation")], extra_methods=methods)
+    return evaluate.main(["--checkpoint", c.checkpoint, "--out", str(out / "evaluation")], methods)
 
 
 if __name__ == "__main__":

@@ -223,9 +223,10 @@ def test_supervision_learns_what_its_pairs_show(float32):
 def test_the_evaluation_gets_all_rivals(tmp_path, monkeypatch, float32):
     monkeypatch.setenv("MINIMEDSHIFT_CACHE", str(tmp_path / "cache"))
     asked = []
-    monkeypatch.setattr(rivals.evaluate, "main", lambda flags, extra_methods: asked.extend(extra_methods))
+    monkeypatch.setattr(rivals.evaluate, "main", lambda flags, methods: asked.extend(methods))
     monkeypatch.setattr(rivals, "train_for", lambda seconds, train: train(2))
-    monkeypatch.setattr(rivals, "taught_by_bands", partial(rivals.taught_by_bands, count=4, steps=2, rounds=1))
+    few = partial(rivals.taught_by_bands, count=4, steps=2, rounds=1)
+    monkeypatch.setattr(rivals, "taught_by_bands", few)
     couplings.train(f"{TINY} --shift 0.5", tmp_path / "run")
     rivals.main(["--pairs", "4", "--checkpoint", str(tmp_path / "run/checkpoint.pt"), "--out", str(tmp_path)])
     assert [method.name for method in asked[-3:]] == ["SDEdit", "CycleGAN", "supervised"]

@@ -3,7 +3,7 @@
     python studies/rivals.py --checkpoint out/checkpoint.pt
 
 Bands (baselines.py) get 2,000 images of a domain and 32 rounds, balanced and as they are. Their student is
-the run's, but bands write all its lessons: what is the flow worth? SDEdit (arXiv:2108.01073) adds noise to the
+the run's, but bands write all its lessons: what is the flow worth? SDEdit (arXiv:2108.01073) adds noise to a
 picture and denoises it under the target's label, with a flow made for that: white noise, independent pairs.
 The CycleGAN (arXiv:1703.10593) and supervision, the ceiling, have the student's network. All draw the run's
 balanced images, unless it had --no-balance. Leaves what `python -m minimedshift.evaluate` does, with these.

@@ -46,6 +46,8 @@ class Config:
     balance: bool = flag(True, "draw images less often that are rare in the other domains", "data")
     check_data: bool = flag(False, "write a picture and a line per domain, then stop", "data")
     preset: str = flag("auto", "network and training settings", "method", ("auto", *PRESETS))
+    flow_size: int = flag(0, "larger images are shrunk to this side for the flow; 0: the preset's", "method",
+                          low=0, high=4096)
     coupling: str = flag("semidiscrete", "which noise goes with which image", "method",
                          batches.coupling.COUPLINGS)
     ot_batch: int = flag(0, "batches that are paired at once; 0: as the coupling needs", "method", low=0)
@@ -117,8 +119,9 @@ def train(config, dataset, device, dtype, memory, file, before=None):
     how, machine = translation_of(config), dict(dtype=str(dtype)[6:], memory_format=str(memory)[6:])
     print(f"{device.type}: {machine_name(device)}, {', '.join(machine.values())}, {config.preset} preset: "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
-          f"{sum(map(len, dataset.train_images))} images of {config.size}x{config.size} of "
-          f"{', '.join(dataset.domains)}, steps {first} to {config.steps}, {config.batch_size} images each")
+          f"{sum(map(len, dataset.train_images))} images of {config.size}x{config.size}, for the flow "
+          f"{config.flow_size}x{config.flow_size}, of {', '.join(dataset.domains)}, steps {first} to "
+          f"{config.steps}, {config.batch_size} images each")
 
     def save(step):
         if ranks.RANK:
@@ -180,11 +183,11 @@ def take_step(net, optimizer, config, dtype, lr, x0, x1, y, t, e):
 def build(config, domains, channels, device, dtype, memory):
     """The network, compiled where that works, its optimizer, and the running mean of its weights."""
     torch.manual_seed(config.seed)
-    shape = replace(PRESETS[config.preset].network(config.size), num_domains=domains, channels=channels)
+    shape = replace(PRESETS[config.preset].shape, num_domains=domains, channels=channels)
     model = UNet(shape).to(device, memory_format=memory)
     ema = EMA(model, config.ema)
     if config.compile == "yes" or config.compile == "auto" and can_compile(device):
-        try_compile(model, (config.batch_size // ranks.COUNT, channels, config.size, config.size), dtype)
+        try_compile(model, example(config, domains, channels, device)[2].shape, dtype)
     return model, Muon(model), ema
 
 
@@ -204,7 +207,7 @@ def try_out(config, device, dtype, memory):
 def example(config, domains, channels, device):
     """What take_step takes, but for what stays in all steps: lr, x0, x1, y, t, e, all noise."""
     B = config.batch_size // ranks.COUNT
-    x0, x1, e = torch.randn(3, B, channels, config.size, config.size, device=device)
+    x0, x1, e = torch.randn(3, B, channels, config.flow_size, config.flow_size, device=device)
     y, t = torch.arange(B, device=device) % domains, torch.rand(B, device=device)
     return torch.full((), config.lr, device=device), x0, x1, y, t, e
 
@@ -217,7 +220,7 @@ def finish(config, dataset, net, device, dtype, file):
     if config.student and not (taught and same_lessons):
         try:
             taught = teach(net, dataset, config.student_images, config.student_steps, dtype, device,
-                           config.seed).state()
+                           config.seed, config.flow_size).state()
         except KeyboardInterrupt:
             print("\nstopped: the flow is saved, the same command with --resume teaches the student anew")
             return 130
@@ -245,7 +248,7 @@ def draw(file, net, student, how, dataset, device):
 def translation_of(config):
     """How the flow translates."""
     return dict(tau=config.tau, guidance=config.guidance, steps=config.solver_steps, solver=config.solver,
-                t_image=config.t_image)
+                t_image=config.t_image, size=config.flow_size)
 
 
 def stopped_run(config, file):
@@ -295,14 +298,15 @@ def resolve(config):
         name = "gpu" if device.type == "cuda" and has_bfloat16() else "cpu"
     preset = PRESETS[name]
     ot_batch = {"independent": 1, "semidiscrete": 16}.get(config.coupling, 8)
-    automatic = dict(size=preset.size, steps=preset.steps, batch_size=preset.batch_size, ot_batch=ot_batch,
-                     student_images=preset.lessons,
-                     student_steps=preset.steps_of_student(config.size or preset.size))
+    automatic = dict(size=preset.size, flow_size=min(config.size or preset.size, preset.size),
+                     steps=preset.steps, batch_size=preset.batch_size, ot_batch=ot_batch,
+                     student_images=preset.lessons, student_steps=preset.student_steps)
     filled = {name: getattr(config, name) or value for name, value in automatic.items()}
     config = replace(config, preset=name, **filled)
-    stride = preset.network(config.size).stem * 2 ** (len(preset.shape.widths) - 1)
-    refuse(config.size < 16 or config.size % stride,
-           f"--size {config.size} must be at least 16 and divisible by {stride}")
+    stride = preset.shape.stem * 2 ** (len(preset.shape.widths) - 1)
+    refuse(not 16 <= config.flow_size <= config.size or config.flow_size % stride,
+           f"the flow would see {config.flow_size} of {config.size} pixels a side: --size and --flow-size "
+           f"must leave it 16 or more, divisible by {stride}")
     refuse(config.batch_size % ranks.COUNT,
            f"--batch-size {config.batch_size} must be a multiple of the {ranks.COUNT} processes")
     refuse(config.tau >= config.t_image, f"--tau {config.tau:g} must be below --t-image, {config.t_image:g}")

@@ -164,8 +164,7 @@ def translate_files(files, translate, model, state, c, device):
         out = in_batches(translate_some, torch.arange(len(x1), device=device), len(x1))
         refuse(out.isnan().any(), f"{c.checkpoint} translates to what is no number: its weights are spoilt")
         for source, path, large, info, small, new in zip(sources, paths, full, infos, x1, out):
-            if large.shape[-2:] != shape:
-                new = carry_to_full_size(large.to(device), small[None], new[None])[0]
+            new = carry_to_full_size(large.to(device), small[None], new[None])[0]
             images.write_image(path, new, info, writing)
             if c.compare and len(rows) < 8:
                 both = torch.stack([large[0], new.clamp(-1, 1).cpu()])  # a large one in small

@@ -7,6 +7,7 @@ import sys
 import torch
 
 from minimedshift.flow import draw_noise, tint
+from minimedshift.sizes import shrunk
 from minimedshift.support.machine import in_batches
 
 NEAR = (0.9, 0.99)  # the t of the noisy image: there is so little noise that the image's own stays visible
@@ -64,7 +65,7 @@ def far(shares):
 def source_labels(x1, names, model, state, source, seed):
     """Labels (B,) of images x1 (B, C, H, W): that of `source`, or if it is "auto" the inferred ones, printed.
     Warns of an image that is far from `source`, or with "auto" from every domain."""
-    domains = state["domains"]
+    domains, x1 = state["domains"], shrunk(x1, state["translate"].get("size"), model.stride)
     wanted, draws = (range(len(domains)), 8) if source == "auto" else ([domains.index(source)], 4)
     look = lambda part: unexplained(model, part, wanted, seed, state["config"]["colour"], draws)
     shares = in_batches(look, x1, len(x1))

@@ -20,13 +20,13 @@ import torch
 
 from minimedshift.balance import contrast_thumbnails
 from minimedshift.folder import SPLITS, find_files, people, unread
-from minimedshift.sizes import crop_to_square
+from minimedshift.sizes import crop_to_square, resize
 from minimedshift.support import dicom, images
 from minimedshift.support.command import UserError, refuse
 from minimedshift.support.files import cached, digest
 from minimedshift.support.images import Reading, figure
 from minimedshift.support.log import progress
-from minimedshift.support.machine import keep_memory
+from minimedshift.support.machine import in_batches, keep_memory
 
 NARROW = 0.5  # of 2: `check` warns where 98 % of the pixels of a domain lie in so little of its range
 WIDE = 0.1  # a border counts if it is this share of an image
@@ -74,6 +74,14 @@ class Dataset:
             return (u * count).astype(np.int64)
         until = np.cumsum(self.weights[d], dtype=np.float64)
         return np.searchsorted(until, u * until[-1], side="right").clip(max=count - 1)
+
+    def shrunk(self, size):
+        """The same with training images of `size` pixels a side, if they are larger."""
+        if self.size <= size:
+            return self
+        small = lambda x: resize(x.float(), (size, size)).half()
+        smaller = [in_batches(small, torch.from_numpy(images), 500).numpy() for images in self.train_images]
+        return replace(self, size=size, train_images=smaller)
 
     def drawn(self, d, count=None):
         """`count` training images of domain d (None: as many as there are), as often as in training."""

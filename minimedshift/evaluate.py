@@ -102,9 +102,8 @@ def all_pairs(methods, pairs_of, domains, curve, heads, device):
     rows = {method.name: {} for method in methods}
     errors = {method.name: [] for method in methods}  # (3, N) of each pair with a gap: own, and the bounds
     pairs = list(permutations(range(len(domains)), 2))
-    sources = cache(lambda s: to_float(pairs_of(s).images[:heads, s], device))  # so a flow keeps its way back
     for s, t in pairs:
-        q = question(pairs_of(s), s, t, heads, device, sources(s))
+        q = question(pairs_of(s), s, t, heads, device)
         limits = bounds(q, curve)
         E_untouched = metrics.structure_mse(q.x.to(q.truth.device), q.truth)
         gap = E_untouched.mean() > limits[1].mean()  # a cleaner source has nothing to close
@@ -171,7 +170,7 @@ def evaluation(dataset, methods, s, t, device, heads=128, heads_each=32, valid_h
 def report(model, student, dataset, how, device="cpu"):
     """What train.py writes to report.json, and prints: `evaluation` at default settings.
     how: checkpoint["translate"]."""
-    keep_memory()
+    keep_memory(size=dataset.size)
     s, t = main_domains(dataset.domains)
     found = evaluation(dataset, every_method(dataset, model, how, student), s, t, device)
     print("all ordered pairs:\n" + tables.markdown(found["all_pairs"]["shared"]["means"], tables.ALL))

@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import cache
 from typing import Callable
 
 import torch
@@ -30,12 +30,12 @@ class Question:
     decoys: torch.Tensor | None = None      # (N, K, C, H, W) truths of other heads in the same view
 
 
-def question(pairs, s, t, heads, device, x=None):
-    """The Question s -> t on the first `heads` heads of `Pairs`. x: the sources, if they are loaded already.
-    Of real pairs a noisy image is the truth. Of unpaired images, (N_d, C, H, W) a domain, there is none."""
+def question(pairs, s, t, heads, device):
+    """The Question s -> t on the first `heads` heads of `Pairs`. Of real pairs a noisy image is the truth.
+    Of unpaired images, (N_d, C, H, W) a domain, there is none."""
     if not isinstance(pairs, Pairs):
         return Question(s, t, to_float(pairs[s][:heads], device), to_float(pairs[t][:heads], scorer(device)))
-    x = to_float(pairs.images[:heads, s], device) if x is None else x
+    x = to_float(pairs.images[:heads, s], device)
     get = lambda stack: None if stack is None else to_float(stack[:heads, ..., t, :, :, :], scorer(device))
     images, truth = get(pairs.images), get(pairs.truth)
     return Question(s, t, x, images, images if truth is None else truth, get(pairs.second), get(pairs.decoys))
@@ -78,15 +78,9 @@ def baseline(fit, sources, targets, rounds=1):
 
 
 def flow(model, how):
-    """The paper's translation at tau. The way back is kept: it is the same for every target."""
-    legs = {key: how[key] for key in ("steps", "solver", "t_image")}
-
-    @lru_cache(maxsize=1)
-    def encoded(x1, s, tau):
-        return in_batches(lambda x: sampler.encode(model, x, s, tau, **legs), x1)
-
-    forth = partial(sampler.decode, model, guidance=how["guidance"], **legs)
-    return lambda q, tau: in_batches(lambda z: forth(z, q.target, tau), encoded(q.x, q.source, tau))
+    """The paper's translation at tau."""
+    translate = lambda x, q, tau: sampler.translate(model, x, q.source, q.target, **how | dict(tau=tau))
+    return lambda q, tau: in_batches(lambda x: translate(x, q, tau), q.x)
 
 
 def every_method(dataset, model=None, how=None, student=None):

@@ -159,7 +159,7 @@ class UNet(nn.Module):
 @dataclass(frozen=True)
 class Preset:
     """What `python train.py --preset NAME` trains."""
-    size: int           # side of the training images in pixels
+    size: int           # side in pixels of the images that it learns; larger ones are shrunk
     shape: Shape        # of the network
     steps: int          # optimizer steps
     batch_size: int     # images a step
@@ -167,19 +167,11 @@ class Preset:
     student_steps: int  # the student's optimizer steps, 32 images each
     after: tuple        # how long its lessons, its own steps and its finish take, in training steps
 
-    def network(self, size):
-        """The Shape for images of `size`. Of larger ones up to 8 x 8 pixels become channels: equal work."""
-        return replace(self.shape, stem=min(8, self.shape.stem * max(1, size // self.size)))
-
-    def steps_of_student(self, size):
-        """Its steps for images of `size`, if it is not said: of larger ones each shows more places."""
-        return round(self.student_steps * min(1, self.size / size) ** .5)
-
     def steps_after(self, size, student_steps):
-        """{what follows: its training steps' time}: the student's work grows with an image's pixels."""
-        (flow, steps, fit), more = self.after, (self.network(size).stem / self.shape.stem) ** 2
+        """{what follows: its training steps' time}. The work of the finish grows with an image's pixels."""
+        (flow, steps, fit), more = self.after, max(1, size / self.size) ** 2
         steps *= student_steps / self.student_steps
-        return {"the flow translates": flow, "the student learns": steps * more, "its finish": fit * more}
+        return {"the flow translates": flow, "the student learns": steps, "its finish": fit * more}
 
 
 PRESETS = {  # GFLOPs: of one evaluation of one image, a multiply-add counted as two
@@ -187,7 +179,7 @@ PRESETS = {  # GFLOPs: of one evaluation of one image, a multiply-add counted as
     "cpu": Preset(64, Shape(stem=4, widths=(64, 96), blocks=(2, 2)), 550, 32, 300, 600, (95, 370, 115)),
     # 24.09M parameters, 27.11 GFLOPs
     "gpu": Preset(256, Shape(stem=4, widths=(128, 256, 384), blocks=(2, 2, 2)), 5000, 32, 500, 1000,
-                  (250, 500, 100)),
+                  (250, 30, 100)),
 }
 
 

@@ -12,6 +12,7 @@ the start too. The same code runs both ways."""
 
 import torch
 
+from minimedshift.sizes import carry_to_full_size, shrunk
 from minimedshift.support.machine import has_bfloat16
 
 
@@ -114,9 +115,11 @@ def trajectory(model, x1, y_source, y_target, tau=0.3, guidance=1.0, steps=3, so
     yield from SOLVERS[solver](Velocity(model, y_target, guidance), z, times[::-1])
 
 
-def translate(model, x1, y_source, y_target, *settings, **how):
-    """The translations (B, C, H, W), not clipped: the end of a `trajectory` with the same arguments."""
-    return last(trajectory(model, x1, y_source, y_target, *settings, **how))
+def translate(model, x1, y_source, y_target, *settings, size=None, **how):
+    """The translations (B, C, H, W), not clipped: the end of a `trajectory` with the same arguments.
+    size: images with a longer shorter side are solved so small, and the change is carried (sizes.py)."""
+    small = shrunk(x1, size, model.stride) if size else x1
+    return carry_to_full_size(x1, small, last(trajectory(model, small, y_source, y_target, *settings, **how)))
 
 
 def evaluations(solver, steps, guidance=1.0):

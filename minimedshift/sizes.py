@@ -5,6 +5,7 @@ lines are enlarged and applied to the full image, whose own fine detail so stays
 
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 
 
@@ -25,7 +26,12 @@ def crop_to_square(x, size):
 
 def resize(x, shape):
     """x (B, C, H, W) -> (B, C, *shape), antialiased."""
-    return x if x.shape[-2:] == shape else F.interpolate(x, shape, mode="bicubic", antialias=True)
+    return x if x.shape[-2:] == torch.Size(shape) else F.interpolate(x, shape, mode="bicubic", antialias=True)
+
+
+def shrunk(x, size, stride):
+    """Images x (B, C, H, W) as a network looks at them: their `working_shape`; size None: as they are."""
+    return resize(x, working_shape(*x.shape[-2:], size, stride)) if size else x
 
 
 def carry_to_full_size(full, x1, out, radius=1, eps=1e-3):
@@ -34,7 +40,9 @@ def carry_to_full_size(full, x1, out, radius=1, eps=1e-3):
         change = a x1 + b in each window:  a = cov(x1, change) / (var(x1) + eps), b = mean(change - a x1)
         result = full + A full + B,  A, B window means of a, b, upsampled      arXiv:1505.00996, Algorithm 2
 
-    The code's last term is what no line explains, such as noise."""
+    The code's last term is what no line explains, such as noise. Of the same size, out is the result."""
+    if full.shape == out.shape:
+        return out
     change, up = out - x1, partial(resize, shape=full.shape[-2:])
     size = 2 * radius + 1
     mean = partial(F.avg_pool2d, kernel_size=size, stride=1, padding=radius, count_include_pad=False)

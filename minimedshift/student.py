@@ -15,7 +15,7 @@ and a tone that is wrong in all lessons stays wrong: finish.py mends both."""
 import itertools
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from minimedshift.bands import low_pass
 from minimedshift.baselines import fit_tone
 from minimedshift.model import embedding
 from minimedshift.optim import EMA, Muon
+from minimedshift.sizes import resize
 from minimedshift.support import checkpoint
 from minimedshift.support.command import UserError
 from minimedshift.support.log import progress
@@ -34,6 +35,7 @@ from minimedshift.support.machine import autocast, keep_memory, scorer, to_devic
 
 HIDDEN = 100  # At tau the noise is so many times as strong as the change from one domain to the other.
 GAMMA = 16.97  # of the EMA: about the last twentieth of the steps
+SIDE = 64  # Of larger images it works on copies of so many pixels a side.
 LITTLE, ROUNDS = 1 / 3, 6  # Bands that change so little of the target's contrast, in so many rounds, teach.
 
 
@@ -45,10 +47,11 @@ class LocalShape:
     width: int = 64
     stem: int = 4  # pixels of a side that become channels
     blocks: int = 6
+    shrink: float = 1  # It works on a copy that is so many times smaller, if that is above 1.
 
 
 def view(shape):
-    """How many pixels the student looks each way: 3x3 convolutions, two a block and one at each end."""
+    """How many pixels of its copy it looks each way: 3x3 convolutions, two a block and one at each end."""
     return shape.stem * (2 + 2 * shape.blocks)
 
 
@@ -69,11 +72,12 @@ class Block(nn.Module):
 
 class LocalNet(nn.Module):
     """One network for all ordered pairs: images x (B, C, H, W) in [-1, 1] -> x + net(x), not clipped.
-    y_source, y_target: (B,) int64. `stem` divides H and W. Nothing in it looks at the whole image."""
+    y_source, y_target: (B,) int64. It looks at a small copy, nowhere at all of it; its change is enlarged."""
 
     def __init__(self, shape):
         super().__init__()
         self.shape = shape
+        assert shape.shrink > 0
         pixels = shape.channels * shape.stem**2
         self.pair = embedding(shape.num_domains**2, shape.width)
         self.enter = nn.Conv2d(pixels, shape.width, 3, padding=1)
@@ -85,10 +89,13 @@ class LocalNet(nn.Module):
 
     def forward(self, x, y_source, y_target):
         emb = self.pair(y_source * self.shape.num_domains + y_target)
-        h = self.enter(F.pixel_unshuffle(x, self.shape.stem))
+        stem, sides = self.shape.stem, [int(side / max(1, self.shape.shrink)) for side in x.shape[-2:]]
+        small = resize(x, [max(stem, side // stem * stem) for side in sides])
+        h = self.enter(F.pixel_unshuffle(small, stem))
         for block in self.blocks:
             h = block(h, emb)
-        return x + F.pixel_shuffle(self.leave(F.silu(h)), self.shape.stem).float()
+        change = F.pixel_shuffle(self.leave(F.silu(h)), stem).float()
+        return x + resize(change, x.shape[-2:])
 
 
 def spread_out(dataset, count):
@@ -220,18 +227,21 @@ def restore(state, device="cpu", path="the checkpoint"):
     return Student(net.to(device).eval().requires_grad_(False), finishes)
 
 
-def teach(model, dataset, count, steps, dtype, device, seed=0):
-    """The Student of a trained flow: `steps` of the optimizer on `count` images a domain, then its finish."""
-    enough = min(finish.IMAGES, max(map(len, dataset.train_images)))
-    images, many = spread_out(dataset, count), spread_out(dataset, enough).to(scorer(device))
+def teach(model, dataset, count, steps, dtype, device, seed=0, size=64):
+    """The Student of a trained flow: `steps` of the optimizer on `count` images a domain, then its finish.
+    size: the flow's. Lessons are about images of that size, the finish is about the data set's."""
+    small, enough = dataset.shrunk(size), min(finish.IMAGES, max(map(len, dataset.train_images)))
+    images, many = spread_out(small, count), spread_out(small, enough).to(scorer(device))
     keep_memory(dataset.train_images)
     changes = finish.changes(many)
+    keep_memory()
     bands = bands_between(many, changes)
     with autocast(device, dtype):
         targets, answers = lessons(model, images, depths(changes), bands, seed)
-    width, stem = (128, 8) if dataset.size >= 256 else (64, 4)
-    shape = LocalShape(len(dataset.domains), dataset.channels, width, stem)
+    shape = LocalShape(len(dataset.domains), dataset.channels, shrink=small.size / SIDE)
     net = learn(shape, images, targets, answers, steps, seed=seed, dtype=dtype, device=device)
-    del images, answers
-    keep_memory()
+    net.shape = replace(shape, shrink=dataset.size / SIDE)
+    del images, answers, many
+    keep_memory(size=dataset.size)
+    many = spread_out(dataset, enough).to(scorer(device))
     return Student(net, finish.fit(net, many, changes, dtype))

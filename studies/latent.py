@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a study 
 from minimedshift import classify, phantom, sampler
 from minimedshift.model import load_model
 from minimedshift.phantom import sets
+from minimedshift.sizes import shrunk
 from minimedshift.support.command import flag, parse, refuse, run
 from minimedshift.support.machine import in_batches, pick_device, to_float
 from studies.plane import show
@@ -70,6 +71,7 @@ def main(argv=None):
     refuse(not simulated, f"{c.checkpoint}: its domains are not the simulated ones")
     pairs = sets.paired_heads(state["image"]["size"], c.heads, "valid", state["config"]["seed"])
     images = [to_float(pairs.images[:, phantom.DOMAINS.index(name)], device) for name in domains]
+    images = [shrunk(x, how.get("size"), model.stride) for x in images]
     found = {"chance": [{"domain told": 1 / len(domains), "same head": 1 / c.heads}]}
     for tau in [i / 10 for i in range(11)]:
         z, leg = images, (tau, how["steps"], how["solver"], how["t_image"])

@@ -2,17 +2,18 @@
 
     python studies/rivals.py --checkpoint out/checkpoint.pt
 
-Bands (baselines.py) get 2,000 images of a domain and 32 rounds, balanced and as they are. Their student is
-the run's, but bands write all its lessons: what is the flow worth? SDEdit (arXiv:2108.01073) adds noise to a
-picture and denoises it under the target's label, with a flow made for that: white noise, independent pairs.
-The CycleGAN (arXiv:1703.10593) and supervision, the ceiling, have the student's network. All draw the run's
-balanced images, unless it had --no-balance. Leaves what `python -m minimedshift.evaluate` does, with these.
+Bands (baselines.py) get 2,000 images of a domain and 32 rounds, balanced and as they are. So does their
+student, the run's but for its lessons, which they write: what is the flow worth? SDEdit (arXiv:2108.01073)
+adds noise to a picture and denoises it under the target's label, with a flow made for that: white noise,
+independent pairs. The CycleGAN (arXiv:1703.10593) and supervision, the ceiling, have the student's network.
+They draw the run's images, balanced unless it had --no-balance. Leaves what
+`python -m minimedshift.evaluate` does, with these.
 """
 
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import permutations
 from pathlib import Path
@@ -192,17 +193,14 @@ def one_pair_each(networks, q, _=None):
     return network and in_batches(network, q.x)
 
 
-def bands(dataset):
-    """Methods without a network that get more images and rounds than `evaluate` gives them."""
-    found = []
-    for way, images in (("balanced", dataset.drawn), ("as they are", lambda d: dataset.train_images[d])):
-        fitted = baseline(partial(baselines.fit_tone, images=IMAGES), images, images, max(ROUNDS))
-        found.append(Method(f"bands {way}, {IMAGES} images", "unpaired", fitted, ROUNDS, "rounds"))
-    return found
+def bands(dataset, way):
+    """The Method without a network that gets more images and rounds than `evaluate` gives it."""
+    fitted = baseline(partial(baselines.fit_tone, images=IMAGES), dataset.drawn, dataset.drawn, max(ROUNDS))
+    return Method(f"bands {way}, {IMAGES} images", "unpaired", fitted, ROUNDS, "rounds")
 
 
-def taught_by_bands(dataset, device, seed=0, count=2000, steps=400, rounds=12):
-    """A Student as `student.teach` makes one, but the answers of its lessons are those of bands."""
+def taught_by_bands(dataset, way, device, seed=0, count=2000, steps=400, rounds=12):
+    """The Method of a Student as `student.teach` makes one, but with the answers of bands in its lessons."""
     images, many = spread_out(dataset, count), spread_out(dataset, finish.IMAGES)
     (D, N), draw = images.shape[:2], torch.Generator().manual_seed(seed)
     targets = (torch.arange(D)[:, None] + torch.randint(1, D, (D, N), generator=draw)) % D
@@ -213,7 +211,9 @@ def taught_by_bands(dataset, device, seed=0, count=2000, steps=400, rounds=12):
         answers[s, targets[s] == t] = fitted(x).clamp(-1, 1).half()
     shape, dtype = LocalShape(D, dataset.channels), pick_formats("auto", device)[0]
     net = learn(shape, images, targets, answers, steps, seed=seed, dtype=dtype, device=device)
-    return Student(net, finish.fit(net, many, finish.changes(many), dtype))
+    pupil = Student(net, finish.fit(net, many, finish.changes(many), dtype))
+    at_once = lambda q, _: in_batches(lambda x: pupil(x, q.source, q.target), q.x)
+    return Method(f"student of bands {way}", "unpaired", at_once)
 
 
 def main(argv=None):
@@ -231,12 +231,12 @@ def main(argv=None):
     edited = lambda q, tau: in_batches(lambda x: edit(x, q.target, tau), q.x)
     print(f"training a CycleGAN and a supervised network, {c.seconds:.0f} s each", flush=True)
     both_ways, with_pairs = train_networks(dataset, config["seed"], c.seconds, c.pairs, device)
-    pupil = taught_by_bands(dataset, device, config["seed"])
-    at_once = lambda q, _: in_batches(lambda x: pupil(x, q.source, q.target), q.x)
-    methods = [*bands(dataset), Method("student of bands", "unpaired", at_once),
-               Method("SDEdit", "learned", edited, TAUS, "tau"),
-               Method("CycleGAN", "learned", partial(one_pair_each, both_ways)),
-               Method("supervised", "ceiling", partial(one_pair_each, with_pairs))]
+    ways = {"balanced": dataset, "as they are": replace(dataset, weights=None)}
+    methods = [bands(data, way) for way, data in ways.items()]
+    methods += [taught_by_bands(data, way, device, config["seed"]) for way, data in ways.items()]
+    methods += [Method("SDEdit", "learned", edited, TAUS, "tau"),
+                Method("CycleGAN", "learned", partial(one_pair_each, both_ways)),
+                Method("supervised", "ceiling", partial(one_pair_each, with_pairs))]
     return evaluate.main(["--checkpoint", c.checkpoint, "--out", str(out / "evaluation")], methods)
 
 

@@ -9,13 +9,14 @@ from minimedshift.batches import batches, draw_step, make_coupling, randomness
 from minimedshift.coupling import Minibatch, Semidiscrete
 from minimedshift.data import Dataset
 from minimedshift.flow import draw_noise
+from minimedshift.sizes import resize
 
 CPU = torch.device("cpu")
 
 
 def settings(**more):
     usual = dict(seed=0, steps=5, batch_size=12, ot_batch=2, coupling="exact", sigma=0., colour=0.,
-                 drop_label=0.)
+                 drop_label=0., flow_size=64)
     return SimpleNamespace(**usual | more)
 
 
@@ -55,6 +56,17 @@ def test_labels_are_those_of_the_images_but_for_the_hidden(coupling, tmp_path, m
         hidden.append((~seen).float().mean())
         assert torch.equal(step.y[seen], domain_of(step.x1)[seen])
     assert torch.stack(hidden).mean() == pytest.approx(.3, abs=.1)
+
+
+def test_the_flow_sees_small_copies_of_larger_images():
+    images = torch.rand(2, 20, 1, 32, 32, generator=torch.Generator().manual_seed(0)).half()
+    small = resize(images.flatten(0, 1).float(), (16, 16)).flatten(1)
+    dataset = Dataset(("a", "b"), 32, 1, list(images.numpy()), [])
+    for step in batches(dataset, settings(coupling="independent", flow_size=16), CPU):
+        away, which = torch.cdist(step.x1.flatten(1), small).min(1)
+        assert step.x0.shape == step.x1.shape == (12, 1, 16, 16) and away.max() < .01
+        assert torch.equal(which // 20, step.y)
+    assert dataset.shrunk(32) is dataset.shrunk(64) is dataset
 
 
 def test_noise_comes_with_the_image_of_its_plan():

@@ -92,11 +92,6 @@ def test_the_file_tells_the_truth_about_each_preset(name):
     parameters = sum(p.numel() for p in net.parameters())
     told = f"{parameters / 1e6:.2f}M parameters, {count.get_total_flops() / 1e9:.2f} GFLOPs"
     assert told in open(model.__file__).read()
-    assert PRESETS[name].network(size) == PRESETS[name].network(size // 2) == shape
-    with torch.device("meta"), FlopCounterMode(display=False) as larger:
-        UNet(PRESETS[name].network(2 * size))(torch.empty(1, 1, 2 * size, 2 * size), torch.empty(1),
-                                             torch.empty(1, dtype=torch.long))
-    assert larger.get_total_flops() < 1.15 * count.get_total_flops()
 
 
 def test_blocks_of_one_width_are_compiled_once_for_training_and_once_for_every_batch_to_translate():

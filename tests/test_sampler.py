@@ -102,6 +102,17 @@ def test_a_trajectory_goes_down_to_z_and_up_to_the_translation():
     assert torch.equal(states[-1][1], decode(gaussian, states[4][1], 1, **how))
 
 
+def test_a_large_image_is_solved_small_and_the_change_is_carried():
+    """The flow of Gaussians multiplies and adds: a line in the source, which can be carried."""
+    x1 = torch.nn.functional.interpolate(torch.randn(4, 1, 3, 3, generator=torch.Generator().manual_seed(0)),
+                                         (64, 64), mode="bicubic")
+    how = dict(tau=0.3, steps=4, size=16)
+    gaussian.stride = 8
+    found, whole = translate(gaussian, x1, 0, 1, **how), translate(gaussian, x1, 0, 1, **how | dict(size=64))
+    assert (found - whole).square().mean() < 1e-4 * (whole - x1).square().mean()
+    assert not torch.equal(found, whole) and torch.equal(whole, translate(gaussian, x1, 0, 1, .3, steps=4))
+
+
 def test_guidance_extrapolates_from_the_null_label():
     x, t = torch.randn(4, 1, 2, 2), 0.5
     at = torch.full((4,), t)

@@ -11,6 +11,7 @@ from minimedshift.bands import Curve
 from minimedshift.data import Dataset
 from minimedshift.model import Shape as FlowShape
 from minimedshift.model import UNet
+from minimedshift.sizes import resize
 from minimedshift.support import checkpoint
 from minimedshift.support.command import UserError
 
@@ -53,7 +54,19 @@ def test_a_pixel_sees_as_far_as_view_says_and_no_farther(shape):
 
 def test_an_untrained_student_changes_nothing():
     x = torch.randn(2, 1, 16, 24)
-    assert torch.equal(student.LocalNet(SMALL)(x, labels(0, 1), labels(2, 0)), x)
+    for shrink in 1, 2, 3:  # 16 and 24 are no multiples of 3 x 4
+        net = student.LocalNet(replace(SMALL, shrink=shrink))
+        assert torch.equal(net(x, labels(0, 1), labels(2, 0)), x)
+
+
+def test_it_changes_a_large_image_as_a_small_copy():
+    net = awake(SMALL)
+    large = student.LocalNet(replace(SMALL, shrink=2)).requires_grad_(False)
+    large.load_state_dict(net.state_dict())
+    x, pair = torch.randn(2, 1, 32, 48), (labels(0, 1), labels(2, 0))
+    change = large(x, *pair) - x
+    small = resize(x, (16, 24))
+    torch.testing.assert_close(change, resize(net(small, *pair) - small, (32, 48)), atol=1e-6, rtol=1e-5)
 
 
 # ---------------------------------------------------------------- lessons

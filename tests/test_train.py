@@ -85,7 +85,8 @@ def same_tensors(a, b):
 
 
 def test_a_whole_run_leaves_everything_it_promises(tmp_path, cache):
-    status, output, errors = finish(start(tmp_path, cache, "--steps", "4"))
+    sizes = "--size", "32", "--flow-size", "16"
+    status, output, errors = finish(start(tmp_path, cache, "--steps", "4", *sizes))
     assert (status, errors) == (0, ""), errors
     left = "checkpoint.pt log.csv loss.png translations.png report.json"
     assert {p.name for p in tmp_path.glob("[!.]*")} == set(left.split())
@@ -95,7 +96,8 @@ def test_a_whole_run_leaves_everything_it_promises(tmp_path, cache):
     assert rows[0] == "step,loss,grad_norm,lr,entropy,cost,marginal_error,coupling_seconds,seconds"
     assert [int(row.split(",")[0]) for row in rows[1:]] == [1, 2, 3, 4]
     state = checkpoint.load(tmp_path / "checkpoint.pt")
-    assert state["step"] == 4 and state["image"]["size"] == 16 and state["translate"]["steps"] == 1
+    assert state["step"] == 4 and state["image"]["size"] == 32 and state["translate"]["steps"] == 1
+    assert state["translate"]["size"] == 16
     assert {"config", "domains", "model", "ema", "optimizer", "machine"} <= state.keys()
     assert not same_tensors(state["model"], state["ema"])  # --resume goes on from raw weights, not their mean
     pairs = {(s, t) for s in range(5) for t in range(5) if s != t}

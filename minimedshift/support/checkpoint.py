@@ -42,6 +42,7 @@ def check_settings(state, path):
     try:
         _, shape, domains, image, how, *_ = (state[part] for part in PARTS)
         sizes = [*shape["widths"], *shape["blocks"], shape["stem"], shape["num_domains"], shape["head_width"]]
+        sizes.append(how.get("size", 64))
         right = len(sizes) < 20 and all(type(n) is int and 0 < n <= 4096 for n in sizes)
         right = right and len(domains) == shape["num_domains"] and 0 <= how["tau"] < how["t_image"] <= 1
         [Reading(**reading) for reading in image.get("readings", {}).values()]

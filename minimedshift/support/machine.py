@@ -156,9 +156,9 @@ def try_capture(step, inputs, state):
     return step
 
 
-def keep_memory(arrays=()):
-    """Let glibc keep what a step frees for the next, in blocks below 4 MB: saves a fifth of it. What is free
-    now is given back, and what was read of mapped arrays: the system has it, or reads it again."""
+def keep_memory(arrays=(), size=64):
+    """Let glibc keep what a step frees for the next, in blocks below 256 images of `size` pixels: saves a
+    fifth of it. What is free now is given back, and what was read of mapped arrays: it can be read again."""
     for array in arrays:
         while isinstance(array, np.ndarray):
             array = array.base
@@ -167,7 +167,7 @@ def keep_memory(arrays=()):
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     with suppress(OSError, AttributeError):  # another system has no glibc
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_THRESHOLD, 2**22)
+        libc.mallopt(M_MMAP_THRESHOLD, min(1024 * max(64, size) ** 2, 2**25))  # glibc's most
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         libc.malloc_trim(0)
 

@@ -71,7 +71,7 @@ class Config:
     resume: bool = flag(False, "go on from OUT/checkpoint.pt: give the flags of that run again", "run")
     overwrite: bool = flag(False, "start anew where OUT has a checkpoint", "run")
     device: str = flag("auto", "where to compute: cuda, cuda:1, mps, cpu", "run")
-    dtype: str = flag("auto", "number format; auto measures", "run", ("auto", "float32", "bfloat16"))
+    dtype: str = flag("auto", "number format; GPUs' float32 is TF32", "run", ("auto", "float32", "bfloat16"))
     compile: str = flag("auto", "torch.compile; auto: on a GPU alone", "run", ("auto", "yes", "no"))
     graph: bool = flag(True, "on a GPU launch a step as one CUDA graph, if it does the same", "run")
     evaluate: bool = flag(True, "score the result on simulated test heads at the end", "run")

@@ -230,7 +230,7 @@ def test_the_evaluation_gets_all_rivals(tmp_path, monkeypatch, float32):
     couplings.train(f"{TINY} --shift 0.5", tmp_path / "run")
     rivals.main(["--pairs", "4", "--checkpoint", str(tmp_path / "run/checkpoint.pt"), "--out", str(tmp_path)])
     assert [method.name for method in asked[-3:]] == ["SDEdit", "CycleGAN", "supervised"]
-    assert [method.kind for method in asked[:-3]] == ["unpaired"] * 3
+    assert [method.kind for method in asked[:-3]] == ["unpaired"] * 4
     _, state = load_model(tmp_path / "sdedit/checkpoint.pt")
     assert state["config"]["shift"] == 0.5 and state["config"]["size"] == 16 and state["config"]["balance"]
     q = SimpleNamespace(source=0, target=4, x=blobs(2))

@@ -30,7 +30,7 @@ def resize(x, shape):
 
 
 def shrunk(x, size, stride):
-    """Images x (B, C, H, W) as a network looks at them: their `working_shape`; size None: as they are."""
+    """x (B, C, H, W) in the `working_shape` of a network for images of `size`; as it is if that is None."""
     return resize(x, working_shape(*x.shape[-2:], size, stride)) if size else x
 
 

@@ -72,7 +72,8 @@ class Block(nn.Module):
 
 class LocalNet(nn.Module):
     """One network for all ordered pairs: images x (B, C, H, W) in [-1, 1] -> x + net(x), not clipped.
-    y_source, y_target: (B,) int64. It looks at a small copy, nowhere at all of it; its change is enlarged."""
+    y_source, y_target: (B,) int64. It works on a copy that is `shrink` times smaller, never on the whole of
+    it at once, and its change is enlarged. Raises AssertionError if shrink is not above 0."""
 
     def __init__(self, shape):
         super().__init__()
@@ -240,7 +241,7 @@ def teach(model, dataset, count, steps, dtype, device, seed=0, size=64):
         targets, answers = lessons(model, images, depths(changes), bands, seed)
     shape = LocalShape(len(dataset.domains), dataset.channels, shrink=small.size / SIDE)
     net = learn(shape, images, targets, answers, steps, seed=seed, dtype=dtype, device=device)
-    net.shape = replace(shape, shrink=dataset.size / SIDE)
+    net.shape = replace(shape, shrink=dataset.size / SIDE)  # now for images of the data set's size
     del images, answers, many
     keep_memory(size=dataset.size)
     many = spread_out(dataset, enough).to(scorer(device))

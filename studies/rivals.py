@@ -6,8 +6,7 @@ Bands (baselines.py) get 2,000 images of a domain and 32 rounds, balanced and as
 student, the run's but for its lessons, which they write: what is the flow worth? SDEdit (arXiv:2108.01073)
 adds noise to a picture and denoises it under the target's label, with a flow made for that: white noise,
 independent pairs. The CycleGAN (arXiv:1703.10593) and supervision, the ceiling, have the student's network.
-They draw the run's images, balanced unless it had --no-balance. Leaves what
-`python -m minimedshift.evaluate` does, with these.
+They draw the run's images. Leaves what `python -m minimedshift.evaluate` does, with these. Over an hour.
 """
 
 import math
@@ -221,7 +220,8 @@ def main(argv=None):
     out, device = Path(c.out), pick_device("auto")
     _, state = load_model(c.checkpoint)
     config = state["config"]
-    refuse(config["data"], f"{c.checkpoint} was not trained on simulated heads")
+    shrunk = config.get("flow_size", config["size"]) < config["size"]  # rivals see no small copies
+    refuse(config["data"] or shrunk, f"{c.checkpoint} was not trained on simulated heads of its flow's size")
     dataset = batches.load_dataset(SimpleNamespace(**config))
     flags = [f"--{name.replace('_', '-')} {config[name]}" for name in SAME]
     flags += ["--no-balance"] * (not config["balance"])

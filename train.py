@@ -133,7 +133,8 @@ def train(config, dataset, device, dtype, memory, file, before=None):
         log.draw()
         draw(file, ema.model, None, how, dataset, device)
 
-    steps = batches.batches(dataset, config, device, first, dtype, ranks.RANK, ranks.COUNT)
+    small = dataset.shrunk(config.flow_size)
+    steps = batches.batches(small, config, device, first, dtype, ranks.RANK, ranks.COUNT)
     take = partial(take_step, net, optimizer, config, dtype)
     if config.graph and device.type == "cuda" and ranks.COUNT == 1:
         inputs = example(config, len(dataset.domains), dataset.channels, device)
@@ -311,8 +312,7 @@ def resolve(config):
            f"--batch-size {config.batch_size} must be a multiple of the {ranks.COUNT} processes")
     refuse(config.tau >= config.t_image, f"--tau {config.tau:g} must be below --t-image, {config.t_image:g}")
     refuse(config.coupling == "sinkhorn" and not config.sigma, "--coupling sinkhorn needs --sigma above 0")
-    refuse(config.coupling == "independent" and config.ot_batch > 1,
-           "--ot-batch has no meaning for --coupling independent")
+    refuse(config.coupling == "independent" and config.ot_batch > 1, "--ot-batch is for other couplings")
     return config, device
 
 

@@ -66,9 +66,7 @@ def draw_step(dataset, config, step, device):
 
 def batches(dataset, config, device, first=0, dtype=torch.float32, rank=0, processes=1):
     """The Steps `first` to config.steps, as an iterator. Potentials are learned before it is returned.
-    dtype: of the network's arithmetic. A Step holds the part of the batch that process `rank` trains on, in
-    images of config.flow_size."""
-    dataset = dataset.shrunk(config.flow_size)
+    dtype: of the network's arithmetic. A Step holds the part of the batch that process `rank` trains on."""
     couple = make_coupling(dataset, config, device, dtype)
     n, size = config.ot_batch, config.batch_size // processes
 

@@ -104,8 +104,7 @@ def potentials(matrix, eps, iterations=ITERATIONS):
 def relative_cost(index, x0, x1, y):
     """The cost of a Plan. Over all pairs of one label, with m_i the mean of x0 over the label of image i,
 
-        mean ||x1_i - x0_j||^2 = mean ||x1_i||^2 + mean ||x0_j||^2 - 2 mean <x1_i, m_i>
-    """
+        mean ||x1_i - x0_j||^2 = mean ||x1_i||^2 + mean ||x0_j||^2 - 2 mean <x1_i, m_i>"""
     a, b = x1.flatten(1).float(), x0.flatten(1).float()
     labels = int(y.max()) + 1
     y = to_device(y, a.device)

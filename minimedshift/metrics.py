@@ -79,8 +79,7 @@ def same_head(x, truth, decoys):
 def gap_closed(E, E_curve, E_second):
     """How far from the best grey-value curve (0) to taking the picture again (1); < 0: worse.
 
-        (E_curve - E) / (E_curve - E_second)          three means over heads; None where there is no gap
-    """
+        (E_curve - E) / (E_curve - E_second)          three means over heads; None where there is no gap"""
     return None if E_curve <= E_second else (E_curve - E) / (E_curve - E_second)
 
 

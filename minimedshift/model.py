@@ -11,7 +11,7 @@ Only the way up knows the label: the way down describes what is in the picture, 
 way up draws it in one domain. Fully convolutional: any height and width that the levels can halve."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F

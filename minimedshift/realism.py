@@ -14,8 +14,7 @@ from torch import nn
 def kernel_distance(fa, fb):
     """Kernel distance, the unbiased estimate of MMD^2 (arXiv:1801.01401, eq. 4).
 
-        k(x, y) = (x.y / D + 1)^3
-    """
+        k(x, y) = (x.y / D + 1)^3"""
     k = lambda a, b: (a.double() @ b.double().T / a.shape[1] + 1) ** 3
     same = lambda a: (k(a, a).sum() - k(a, a).trace()) / (len(a) * (len(a) - 1))
     return float(same(fa) + same(fb) - 2 * k(fa, fb).mean())

@@ -50,11 +50,6 @@ class LocalShape:
     shrink: float = 1  # It works on a copy that is so many times smaller, if that is above 1.
 
 
-def view(shape):
-    """How many pixels of its copy it looks each way: 3x3 convolutions, two a block and one at each end."""
-    return shape.stem * (2 + 2 * shape.blocks)
-
-
 class Block(nn.Module):
     """x + conv2(silu(conv1(silu(x)) (1 + scale) + shift)), scale and shift from emb: 0 at the start."""
 

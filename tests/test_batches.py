@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 def settings(**more):
     usual = dict(seed=0, steps=5, batch_size=12, ot_batch=2, coupling="exact", sigma=0., colour=0.,
-                 drop_label=0., flow_size=64)
+                 drop_label=0.)
     return SimpleNamespace(**usual | more)
 
 
@@ -62,7 +62,7 @@ def test_the_flow_sees_small_copies_of_larger_images():
     images = torch.rand(2, 20, 1, 32, 32, generator=torch.Generator().manual_seed(0)).half()
     small = resize(images.flatten(0, 1).float(), (16, 16)).flatten(1)
     dataset = Dataset(("a", "b"), 32, 1, list(images.numpy()), [])
-    for step in batches(dataset, settings(coupling="independent", flow_size=16), CPU):
+    for step in batches(dataset.shrunk(16), settings(coupling="independent"), CPU):
         away, which = torch.cdist(step.x1.flatten(1), small).min(1)
         assert step.x0.shape == step.x1.shape == (12, 1, 16, 16) and away.max() < .01
         assert torch.equal(which // 20, step.y)

@@ -18,7 +18,6 @@ from minimedshift.methods import Method
 from minimedshift.model import Shape, UNet, load_model
 from minimedshift.phantom import sets
 from minimedshift.support.command import UserError
-from minimedshift.support.machine import to_float
 
 ROOT = Path(evaluate.__file__).parents[1]
 

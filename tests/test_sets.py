@@ -51,8 +51,7 @@ def test_decoys_are_other_people_in_the_same_view(dataset):
     seed = sets.first_seed(0, "test") + 1
     head, seen = phantom.Head(seed), set()
     for k in range(sets.DECOYS):
-        person = sets.first_seed(0, "test decoys") + sets.DECOYS + k
-        other = phantom.Head(seed, anatomy=person)
+        other = phantom.Head(seed, anatomy=sets.first_seed(0, "test decoys") + sets.DECOYS + k)
         assert other.view == head.view and other.field == head.field
         assert not np.array_equal(other.matrix, head.matrix)
         picture = phantom.render([other], "real-low", 16, noise=False)[0].half()
@@ -111,8 +110,7 @@ def test_the_cache_key_holds_everything_that_matters(monkeypatch):
     train, pairs = dict(size=16, per_domain=2), dict(size=16, count=2, split="valid")
     for change in ({}, dict(size=32), dict(per_domain=3), dict(seed=1), dict(shift=.55)):
         note(sets.training_images, **train | change)
-    changes = {}, dict(size=32), dict(count=3), dict(split="test"), dict(seed=1), dict(prior="real-low")
-    for change in changes:
+    for change in {}, dict(size=32), dict(count=3), dict(split="test"), dict(seed=1), dict(prior="real-low"):
         note(sets.paired_heads, **pairs | change)
     for edited in (phantom.anatomy, phantom.rays, phantom.xray, sets):
         with monkeypatch.context() as m:
@@ -126,8 +124,7 @@ def test_the_cache_key_holds_everything_that_matters(monkeypatch):
 def workers():
     """{process that renders: its parent}."""
     listed = subprocess.run(["ps", "-ewwo", "pid,ppid,args"], capture_output=True, text=True)
-    lines = [line for line in listed.stdout.splitlines() if "spawn_main" in line]
-    return dict(map(int, line.split()[:2]) for line in lines)
+    return dict(map(int, line.split()[:2]) for line in listed.stdout.splitlines() if "spawn_main" in line)
 
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
@@ -144,10 +141,17 @@ def test_a_simulation_that_stops_half_way_leaves_no_process_and_one_sentence(tmp
         time.sleep(.2)
         mine = [worker for worker, parent in workers().items() if parent == process.pid]
     time.sleep(8)  # the workers begin
+    mine = [worker for worker, parent in workers().items() if parent == process.pid]
     if event == "Ctrl-C":
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-    else:
-        os.kill(mine[0] if event == "a killed worker" else process.pid, signal.SIGKILL)
+    elif event == "a killed parent":
+        process.kill()
+    else:  # killed when they hand over their blocks, for which the parent is too slow
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(6)
+        for worker in mine:
+            os.kill(worker, signal.SIGKILL)
+        process.send_signal(signal.SIGCONT)
     errors = process.communicate(timeout=60)[1]
     end = time.time() + 30
     while workers().keys() & mine and time.time() < end:

@@ -65,6 +65,13 @@ def in_all_domains(heads, size, **how):
     return torch.stack(images, 1).half().numpy()
 
 
+def render_to(file, render, *job):
+    """Write the block render(*job) to `file`, which is there. No image goes through the pool's pipe: a
+    process that is killed within a long message leaves its parent waiting for the rest."""
+    with open(file, "r+b") as out:
+        np.savez(out, **render(*job))
+
+
 def begin_process():
     """Leave Ctrl-C to the parent process, and end when it is killed."""
     def end_with_parent():
@@ -92,18 +99,21 @@ def processes():
 def load_or_render(render, jobs, images, name, cache, pool):
     """All that render(*job) returns for `jobs`, `images` in all, as a dict of arrays on disk."""
     def save_blocks(folder):
-        start, done = time.time(), []
+        start, files = time.time(), [folder / f"{k}.npz" for k in range(len(jobs))]
+        for file in files:
+            file.touch()
         with nullcontext(pool) if pool else processes() as many:
             apply = many.map if images > BIG else map
-            for block in apply(render, *zip(*jobs)):
-                done.append(block)
-                progress(images * len(done) // len(jobs), images, start, f"simulating {name}, once")
-        for kind in done[0]:
-            np.save(folder / f"{kind}.npy", np.concatenate([block[kind] for block in done]))
+            for k, _ in enumerate(apply(render_to, files, [render] * len(jobs), *zip(*jobs)), 1):
+                progress(images * k // len(jobs), images, start, f"simulating {name}, once")
+        blocks = [dict(np.load(file)) for file in files]
+        for kind in blocks[0]:
+            np.save(folder / f"{kind}.npy", np.concatenate([block[kind] for block in blocks]))
+        for file in files:
+            file.unlink()
 
     code = [inspect.getsource(part) for part in (phantom.anatomy, phantom.rays, phantom.xray, phantom.sets)]
-    content = [code, torch.__version__, jobs]
-    folder = cached(cache, name, content, save_blocks)
+    folder = cached(cache, name, [code, torch.__version__, jobs], save_blocks)
     return {path.stem: np.load(path, mmap_mode="c") for path in folder.glob("*.npy")}
 
 

@@ -97,7 +97,7 @@ def main(argv=None):
         AHEAD.seconds = try_out(config, device, dtype, memory)
         AHEAD.units = {"training": config.steps}
         if config.student:
-            AHEAD.units |= PRESETS[config.preset].steps_after(config.size, config.student_steps)
+            AHEAD.units |= PRESETS[config.preset].steps_after(config)
         if ranks.RANK:
             ranks.same(None)  # waits until rank 0 has filled the cache
         dataset = batches.load_dataset(config)
@@ -216,7 +216,7 @@ def example(config, domains, channels, device):
 def finish(config, dataset, net, device, dtype, file):
     """Teach the student, unless the checkpoint has it, then score and draw. Returns the exit status."""
     state = checkpoint.load(file, device)
-    how, machine, taught = translation_of(config), state["machine"], state.get("student")
+    how, machine, taught, step = translation_of(config), state["machine"], state.get("student"), state["step"]
     same_lessons = all(state["config"].get(name) == getattr(config, name) for name in LESSONS)
     if config.student and not (taught and same_lessons):
         try:
@@ -232,7 +232,7 @@ def finish(config, dataset, net, device, dtype, file):
     if config.evaluate and dataset.test_pairs is not None:
         report = evaluate.report(net, student, dataset, how, device)
         run_of = dict(command=" ".join(["python", *sys.argv]), seed=config.seed, machine=machine_name(device),
-                      torch=torch.__version__, weights="EMA", steps=config.steps, **machine)
+                      torch=torch.__version__, weights="EMA", steps=step, **machine)
         write_json(file.parent / "report.json", run_of | report)
     print(f"{file.parent}/: " + ", ".join(sorted(path.name for path in file.parent.glob("[!.]*"))))
     return 0

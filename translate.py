@@ -18,13 +18,13 @@ from minimedshift.folder import image_files, unread
 from minimedshift.methods import main_domains
 from minimedshift.model import load_model
 from minimedshift.phantom import sets
+from minimedshift.sizes import carry_to_full_size, resize, working_shape
 from minimedshift.student import restore
 from minimedshift.support import images
 from minimedshift.support.command import UserError, flag, parse, refuse, run
 from minimedshift.support.files import explain_os_error
 from minimedshift.support.log import progress
 from minimedshift.support.machine import in_batches, keep_memory, pick_device
-from minimedshift.sizes import carry_to_full_size, resize, working_shape
 
 HOW = "flow (default: as the checkpoint says)"
 FLOW = ("tau", "guidance", "steps", "solver")  # flags that the student has no use for

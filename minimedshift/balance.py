@@ -34,7 +34,7 @@ def contrast_thumbnails(images):
 
 
 def in_common(sets, seed=0):
-    """How far all domains have the head of an image: sets of (N_d, C, H, W) -> (N_d,) float64 a domain.
+    """How common an image's head is in all domains, beside its own: sets of (N_d, C, H, W) -> (N_d,) float64.
     It is mean_d(1 / n_d)^-1 / n_own. n_d is the share of domain d's images that lie in the neighbourhood of
     an image, n_own that of its own domain's. The mean is 1 where populations are alike, 0 for strangers."""
     draw = np.random.default_rng(seed)
@@ -53,18 +53,13 @@ def in_common(sets, seed=0):
     return result
 
 
-def weights(sets, seed=0):
-    """How often each image should be drawn: `in_common` with mean 1, float32."""
-    return [(w / w.mean()).astype(np.float32) for w in in_common(sets, seed)]
-
-
 def effective(w):
     """The effective number of images under weights w (N,): (sum w)^2 / sum w^2, N where all are equal."""
     return float(w.sum() ** 2 / (w ** 2).sum())
 
 
 def balanced(dataset, cache=None):
-    """The Dataset with `weights`. Says how many images of each domain count, and warns where they are few."""
+    """The Dataset with weights, `in_common` with mean 1. Says how many images count, and warns of few."""
     digests = list(map(digest, dataset.train_images))
     content = [inspect.getsource(sys.modules[__name__]), torch.__version__, digests]
     save = lambda folder: np.savez(folder / "in_common.npz", *in_common(dataset.train_images))

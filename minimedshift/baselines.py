@@ -8,9 +8,8 @@
     x = fitted.first(2)(x1)         after two rounds
 
 A fitted translator is a chain of functions from images to images, each fitted to what those before it leave.
-A new rival is a function fit_something(source, target) that returns one, and a line in a table."""
+A new rival is a function fit_something(source, target), whose result translates, and a line in a table."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from minimedshift.bands import KNOTS, Curve, ends, fit_bands, fit_histogram
+from minimedshift.support.machine import in_batches
 
 IMAGES = 256  # A fit looks at so many images of each domain.
 
@@ -40,22 +40,22 @@ class Chain:
 def alternate(*fits):
     """The fit function that goes through `fits` once a round: each is fitted to what is left and applied."""
     def fit(source, target, rounds=1, images=IMAGES):
-        """A Chain of `rounds` parts, itself a chain each, fitted to at most `images` of each domain."""
+        """A Chain of `rounds` parts, itself a chain each, fitted to about `images` of each domain."""
         x, target = spread(source, images), spread(target, images)
         chain = []
         for _ in range(rounds):
             parts = []
             for fit_part in fits:
                 parts.append(fit_part(x, target))
-                x = parts[-1](x)
+                x = in_batches(parts[-1], x)
             chain.append(Chain(parts))
         return Chain(chain)
     return fit
 
 
 def spread(stack, most=IMAGES):
-    """Every n-th image, for the smallest n that leaves at most `most`: a float32 tensor."""
-    return torch.as_tensor(stack[::math.ceil(len(stack) / most)]).float()
+    """About `most` images, evenly spread, as files in order may be alike: a float32 tensor."""
+    return torch.as_tensor(stack[::max(1, round(len(stack) / most))]).float()
 
 
 def fit_curve(source, target, bins=512):

@@ -193,10 +193,11 @@ def learn_potentials(x, weight=None, noises=200, batch=512, rank=256, seed=0, de
     size = x.square().sum(1).mean().sqrt() / 4
     g, mean = torch.zeros(N, device=device), torch.zeros(N, device=device)
     steps = max(800, noises * N // batch)
+    best = lambda z: z.argmax(1) if z.is_cuda else torch.from_numpy(z.numpy().argmax(1))  # ten times as fast
     for step in range(steps):
         e = torch.randn(batch // 4, len(factor), generator=draw, device=device).to(dtype)
         a, b = ((e[:, i::2] @ factor[i::2]).float() for i in (0, 1))
-        picked = torch.cat([(g + p + q).argmax(1) for p in (a, -a) for q in (b, -b)])
+        picked = torch.cat([best(g + p + q) for p in (a, -a) for q in (b, -b)])
         share = torch.bincount(picked, minlength=N) * (N / batch)  # 1 on average
         rate = size * 0.3 * min(1, 20 / (step + 1))
         g = g + rate * (weight - share)

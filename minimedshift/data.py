@@ -19,6 +19,7 @@ import PIL
 import torch
 
 from minimedshift.balance import contrast_thumbnails
+from minimedshift.baselines import spread
 from minimedshift.folder import SPLITS, find_files, people, unread
 from minimedshift.sizes import crop_to_square, resize
 from minimedshift.support import dicom, images
@@ -30,9 +31,10 @@ from minimedshift.support.machine import in_batches, keep_memory
 
 NARROW = 0.5  # of 2: `check` warns where 98 % of the pixels of a domain lie in so little of its range
 WIDE = 0.1  # a border counts if it is this share of an image
-FEW, SHOWN = 50, 8  # `check` warns of a domain with fewer images, and of more domains than it shows
+FEW, SHOWN, MANY = 50, 8, 500  # images that are few, domains that `check` shows, images that it looks at
 SOME = 0.1  # a share of a domain's images, or of one image, that is worth a word
 OPPOSITE = -0.5  # two domains are negatives of each other if their mean images correlate less than this
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -96,7 +98,7 @@ def folder_set(root, size, seed=0, cache=None, bits=0, invert="", crop=False, kn
     domains, files, own_split, left = find_files(root, seed)
     inverted, known = set(invert.split(",")) - {""}, known or {}
     refuse(inverted - set(domains), f"--invert {invert}: the domains are {', '.join(domains)}")
-    stamp = lambda path: (str(path.absolute()), *path.stat()[6:])  # size and times
+    stamp = lambda path: (str(path.absolute()), *path.stat()[6::2])  # size and time of the last change
     parts = images, dicom, crop_to_square, read_files, range_of, remarks
     code = [inspect.getsource(part) for part in parts]
     stamps = {key: [stamp(file.path) for file in some] for key, some in files.items()}
@@ -248,13 +250,8 @@ def find_pairs(stacks, names, count):
 def description(dataset):
     """What a checkpoint says of the images that it was trained on."""
     readings = {domain: asdict(how) for domain, how in (dataset.readings or {}).items()}
-    return dict(size=dataset.size, channels=dataset.channels, range=[-1.0, 1.0], readings=readings,
-                digests=[digest(images) for images in (*dataset.train_images, *dataset.test_images)])
-
-
-def sample(images):
-    """At most 500 of the images, evenly spread, float32."""
-    return np.array(images[::len(images) // 500 + 1], np.float32)
+    digests = [digest(images) for images in (*dataset.train_images, *dataset.test_images)]
+    return dict(size=dataset.size, channels=dataset.channels, readings=readings, digests=digests)
 
 
 def check(dataset, path=None):
@@ -262,13 +259,13 @@ def check(dataset, path=None):
     rows, sizes = [], list(map(len, dataset.train_images))
     for domain, some, kept in zip(dataset.domains[:SHOWN], dataset.train_images, dataset.test_images):
         few = "; few: what they happen to share will be taken for the domain" if len(some) < FEW else ""
-        count, some = len(some), sample(some)
+        count, some = len(some), spread(some, MANY).numpy()
         rows.append(some[:: len(some) // 7 + 1][:6])
         print(f"{domain}: {count} to train, {len(kept)} held out; "
               f"values {some.min():.2f} to {some.max():.2f}, mean {some.mean():.2f}{few}")
         if np.ptp(np.quantile(some, (.01, .99))) < NARROW:
             print(f"warning: {domain} fills a small part of its range: is one pixel bright, or --bits wrong?")
-        both = np.concatenate([some, sample(kept)])
+        both = np.concatenate([some, spread(kept, MANY).numpy()])
         found = [m[m.mean(1) > .3].sum(1) for m in (negatives(both, inner) for inner in (False, True))]
         counts = [min(len(n), round(np.median(np.minimum(n, len(both) - n)))) for n in found if len(n)]
         if odd := max(counts, default=0):
@@ -299,5 +296,5 @@ def negatives(images, inner=True):
 
 def opposite(dataset):
     """Pairs of domains of opposite polarity: where one's mean image is bright, the other's is dark."""
-    means = np.stack([sample(images).mean(0) for images in dataset.train_images])
+    means = torch.stack([spread(images, MANY).mean(0) for images in dataset.train_images]).numpy()
     return [(dataset.domains[i], dataset.domains[j]) for i, j in np.argwhere(np.triu(negatives(means), 1))]

@@ -24,6 +24,7 @@ from minimedshift.phantom import sets
 from minimedshift.support.command import flag, parse, refuse, run
 from minimedshift.support.files import explain_os_error, write_json, write_whole
 from minimedshift.support.images import Reading, figure
+from minimedshift.support.log import progress
 from minimedshift.support.machine import keep_memory, machine_name, pick_device, scorer, to_float
 
 
@@ -78,7 +79,7 @@ def sweep(methods, q, curve, reference=None):
             points += [{key: row.get(key) for key in OF_A_SETTING} for row in rows.values()]
         if points:
             found[method.name] = points
-            best = max(points, key=lambda point: point["gap_closed"] or 0)  # None: of all points
+            best = max(points, key=lambda point: point["gap_closed"] or 0)  # without truth the first
             chosen.append(replace(method, settings=(best["setting"],)))
     return found, chosen
 
@@ -101,8 +102,8 @@ def all_pairs(methods, pairs_of, domains, curve, heads, device):
     that know all. pairs_of(s): the `Pairs` of source s."""
     rows = {method.name: {} for method in methods}
     errors = {method.name: [] for method in methods}  # (3, N) of each pair with a gap: own, and the bounds
-    pairs = list(permutations(range(len(domains)), 2))
-    for s, t in pairs:
+    pairs, start = list(permutations(range(len(domains)), 2)), time.time()
+    for done, (s, t) in enumerate(pairs, 1):
         q = question(pairs_of(s), s, t, heads, device)
         limits = bounds(q, curve)
         E_untouched = metrics.structure_mse(q.x.to(q.truth.device), q.truth)
@@ -113,6 +114,7 @@ def all_pairs(methods, pairs_of, domains, curve, heads, device):
             else:
                 row["gap_closed"] = None
             rows[name][f"{domains[s]} -> {domains[t]}"] = {key: row[key] for key in OF_A_PAIR}
+        progress(done, len(pairs), start, "scoring all ordered pairs", "pairs")
     means = {method.name: summary(method, rows[method.name].values(), errors[method.name])
              for method in methods if len(rows[method.name]) == len(pairs)}
     return dict(pairs=rows, means=means)
@@ -170,7 +172,7 @@ def evaluation(dataset, methods, s, t, device, heads=128, heads_each=32, valid_h
 def report(model, student, dataset, how, device="cpu"):
     """What train.py writes to report.json, and prints: `evaluation` at default settings.
     how: checkpoint["translate"]."""
-    keep_memory(size=dataset.size)
+    keep_memory(dataset.train_images, dataset.size)
     s, t = main_domains(dataset.domains)
     found = evaluation(dataset, every_method(dataset, model, how, student), s, t, device)
     print("all ordered pairs:\n" + tables.markdown(found["all_pairs"]["shared"]["means"], tables.ALL))

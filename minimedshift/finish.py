@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 
 from minimedshift.bands import BandCurves, Curve, blur, erode, fit_bands, flat_region, inside, low_pass
-from minimedshift.baselines import Chain, fit_tone
+from minimedshift.baselines import Chain, fit_tone, spread
 from minimedshift.support.log import progress
-from minimedshift.support.machine import autocast
+from minimedshift.support.machine import autocast, in_batches
 
 IMAGES, SOME = 1000, 250  # images of a domain: to look for the nearest in, and to translate or to measure
 ROUNDS = 2   # of tone: the second mends what the pixels' histogram did to the bands
 MOST = 0.85  # of the tone is changed
-ERROR = 0.007  # about what the tone of so many images is off
+ERROR = 0.007  # by which the tone that SOME images show is off by chance, about
 LEVELS, ENOUGH = 16, 100  # Noise is measured at 16 levels of grey, where a level has 100 pixels.
 NORMAL = 0.6745  # This is the median of |N(0, 1)|.
 UNIT = (0.87252, 0.18928)  # White noise of variance 1 has these deviations in its bands of grain.
@@ -121,17 +121,12 @@ def restore(state):
     return Finish(Chain(rounds), state["strength"], curves(state["own"]), curves(state["wanted"]))
 
 
-def thinned(images):
-    """About SOME of images (N, C, H, W), float32: files in order may be alike."""
-    return images[::max(1, len(images) // SOME)].float()
-
-
 def changes(images):
     """How far each domain is from each other one, (D, D): the root mean square of what fitting bands changes
     in images (D, N, C, H, W), low-passed, in units of x."""
     result = torch.zeros(len(images), len(images))
     for s, t in itertools.permutations(range(len(images)), 2):
-        x, target = thinned(images[s]), thinned(images[t])
+        x, target = spread(images[s], SOME), spread(images[t], SOME)
         result[s, t] = low_pass(fit_bands(x, target)(x) - x).square().mean().sqrt()
     return result
 
@@ -147,21 +142,20 @@ def thumbnails(images):
 
 
 @torch.inference_mode()
-def fit(net, images, changes, dtype=torch.float32, batch=64):
+def fit(net, images, changes, dtype=torch.float32):
     """{(s, t): Finish} of a LocalNet, from training images (D, N, C, H, W) and their `changes`. dtype: of the
     network's arithmetic."""
     start, device = time.time(), next(net.parameters()).device
     pairs = list(itertools.permutations(range(len(images)), 2))
-    wanted = [grain(thinned(target), robust=True) for target in images]
+    wanted = [grain(spread(target, SOME), robust=True) for target in images]
     points, finishes = [thumbnails(target) for target in images], {}
     for s, t in pairs:
-        answers, labels = [], torch.tensor([[s], [t]], device=device)
-        for x in thinned(images[s]).split(batch):
-            with autocast(device, dtype):
-                answers.append(net(x.to(device), *labels.expand(2, len(x))).float().to(x.device))
-        x = torch.cat(answers)
+        labels = torch.tensor([[s], [t]], device=device)
+        answer = lambda x: net(x.to(device), *labels.expand(2, len(x))).float().to(x.device)
+        with autocast(device, dtype):
+            x = in_batches(answer, spread(images[s], SOME))
         nearest = images[t][torch.cdist(thumbnails(x), points[t]).argmin(1)].float()
-        target = torch.cat([nearest, thinned(images[t])])
+        target = torch.cat([nearest, spread(images[t], SOME)])
         toned = Finish(fit_tone(x, target, ROUNDS, IMAGES), MOST * certain(changes[s, t]))
         finishes[s, t] = replace(toned, own=grain(toned.tone(x), robust=False), wanted=wanted[t])
         progress(len(finishes), len(pairs), start, "its finish", "pairs")

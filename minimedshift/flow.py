@@ -64,8 +64,7 @@ def weight(t, sigma=0.0):
 def loss(model, x0, x1, y, t, sigma=0.0, e=None):
     """Flow-matching loss of each image per pixel, weighted: (B,).
 
-        weight(t) mean |v(xt, t, y) - ut|^2                     arXiv:2210.02747, eq. 9
-    """
+        weight(t) mean |v(xt, t, y) - ut|^2                     arXiv:2210.02747, eq. 9"""
     xt, ut = bridge(x0, x1, t, sigma, e)
     error = model(xt, t, y).float() - ut
     return weight(t, sigma) * error.square().flatten(1).mean(1)

@@ -17,13 +17,8 @@ def mse(x, truth):
 
 
 def decibels(error):
-    """A mean squared error in dB, for a data range of 2: 10 log10(4 / error)."""
+    """A mean squared error as PSNR, in dB for a data range of 2: 10 log10(4 / error)."""
     return 10 * torch.log10(4 / error)
-
-
-def psnr(x, truth):
-    """Peak signal-to-noise ratio per image in dB, (N,)."""
-    return decibels(mse(x, truth))
 
 
 def structure_mse(x, truth):

@@ -163,15 +163,16 @@ class Preset:
     shape: Shape        # of the network
     steps: int          # optimizer steps
     batch_size: int     # images a step
-    lessons: int        # images of each domain that the flow translates for the student
+    lessons: int        # images of each domain that become lessons of the student
     student_steps: int  # the student's optimizer steps, 32 images each
     after: tuple        # how long its lessons, its own steps and its finish take, in training steps
 
-    def steps_after(self, size, student_steps):
+    def steps_after(self, config):
         """{what follows: its training steps' time}. The work of the finish grows with an image's pixels."""
-        (flow, steps, fit), more = self.after, max(1, size / self.size) ** 2
-        steps *= student_steps / self.student_steps
-        return {"the flow translates": flow, "the student learns": steps, "its finish": fit * more}
+        lessons, steps, fit = self.after
+        return {"writing lessons": lessons * config.student_images / self.lessons,
+                "the student learns": steps * config.student_steps / self.student_steps,
+                "its finish": fit * max(1, config.size / self.size) ** 2}
 
 
 PRESETS = {  # GFLOPs: of one evaluation of one image, a multiply-add counted as two

@@ -102,7 +102,7 @@ class EMA:
     At step 1 beta is 0. gamma 6.94 averages over about the last tenth of the steps, 16.97 over a twentieth.
     `model` is a copy of the model in eval mode, which holds the mean; make it before compiling."""
 
-    def __init__(self, model, gamma=6.94):
+    def __init__(self, model, gamma=16.97):
         self.gamma, self.live = gamma, list(model.parameters())
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 

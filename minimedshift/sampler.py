@@ -118,7 +118,7 @@ def trajectory(model, x1, y_source, y_target, tau=0.3, guidance=1.0, steps=3, so
 def translate(model, x1, y_source, y_target, *settings, size=None, **how):
     """The translations (B, C, H, W), not clipped: the end of a `trajectory` with the same arguments.
     size: copies with this shorter side are translated, and the change is carried to x1 (sizes.py)."""
-    small = shrunk(x1, size, model.stride)
+    small = shrunk(x1, size, model.stride) if size else x1
     return carry_to_full_size(x1, small, last(trajectory(model, small, y_source, y_target, *settings, **how)))
 
 

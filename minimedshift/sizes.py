@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 def working_shape(h, w, size, stride):
     """Where an (h, w) image is translated: its shorter side is `size`, the other is divisible by stride."""
-    return tuple(max(size, round(n * size / min(h, w) / stride) * stride) for n in (h, w))
+    short = min(h, w)
+    return tuple(size if n == short else max(size, round(n * size / short / stride) * stride) for n in (h, w))
 
 
 def crop_to_square(x, size):
@@ -34,7 +35,7 @@ def shrunk(x, size, stride):
     return resize(x, working_shape(*x.shape[-2:], size, stride)) if size else x
 
 
-def carry_to_full_size(full, x1, out, radius=1, eps=1e-3):
+def carry_to_full_size(full, x1, out, eps=1e-3):
     """The translation x1 -> out (B, C, h, w) carried to `full` (B, C, H, W), of which x1 is a small copy.
 
         change = a x1 + b in each window:  a = cov(x1, change) / (var(x1) + eps), b = mean(change - a x1)
@@ -44,8 +45,7 @@ def carry_to_full_size(full, x1, out, radius=1, eps=1e-3):
     if full.shape == out.shape:
         return out
     change, up = out - x1, partial(resize, shape=full.shape[-2:])
-    size = 2 * radius + 1
-    mean = partial(F.avg_pool2d, kernel_size=size, stride=1, padding=radius, count_include_pad=False)
+    mean = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
     a = (mean(x1 * change) - mean(x1) * mean(change)) / (mean(x1 * x1) - mean(x1) ** 2 + eps)
     a, b = mean(a), mean(mean(change) - a * mean(x1))
     return full + up(a) * full + up(b) + up(change - a * x1 - b)

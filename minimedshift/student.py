@@ -24,7 +24,7 @@ from torch import nn
 
 from minimedshift import finish, sampler
 from minimedshift.bands import low_pass
-from minimedshift.baselines import fit_tone
+from minimedshift.baselines import fit_tone, spread
 from minimedshift.model import embedding
 from minimedshift.optim import EMA, Muon
 from minimedshift.sizes import resize
@@ -34,7 +34,6 @@ from minimedshift.support.log import progress
 from minimedshift.support.machine import autocast, keep_memory, scorer, to_device
 
 HIDDEN = 100  # At tau the noise is so many times as strong as the change from one domain to the other.
-GAMMA = 16.97  # of the EMA: about the last twentieth of the steps
 SIDE = 64  # Of larger images it works on copies of so many pixels a side.
 LITTLE, ROUNDS = 1 / 3, 6  # Bands that change so little of the target's contrast, in so many rounds, teach.
 
@@ -67,8 +66,8 @@ class Block(nn.Module):
 
 class LocalNet(nn.Module):
     """One network for all ordered pairs: images x (B, C, H, W) in [-1, 1] -> x + net(x), not clipped.
-    y_source, y_target: (B,) int64. It works on a copy that is `shrink` times smaller, never on the whole of
-    it at once, and its change is enlarged. Raises AssertionError if shrink is not above 0."""
+    y_source, y_target: (B,) int64. It works on a copy that is `shrink` times smaller, of which each pixel
+    sees a part, and its change is enlarged. Raises AssertionError if shrink is not above 0."""
 
     def __init__(self, shape):
         super().__init__()
@@ -95,7 +94,7 @@ class LocalNet(nn.Module):
 
 
 def spread_out(dataset, count):
-    """`count` training images of each domain, as often as drawn in training: (D, N, C, H, W) float16."""
+    """`count` training images of each domain, as often as drawn in training: (D, N, C, H, W) as stored."""
     return torch.from_numpy(np.stack([dataset.drawn(d, count) for d in range(len(dataset.domains))]))
 
 
@@ -108,7 +107,7 @@ def depths(changes):
 def bands_between(images, changes):
     """{(s, t): translation of x} by bands, fitted to images (D, N, C, H, W), as much of it as is certain.
     Only of pairs in which they change less than LITTLE of the target's contrast, both low-passed."""
-    contrast, found = [low_pass(finish.thinned(target)).std() for target in images], {}
+    contrast, found = [low_pass(spread(target, finish.SOME)).std() for target in images], {}
     for s, t in itertools.permutations(range(len(images)), 2):
         if changes[s, t] < LITTLE * contrast[t]:
             chain = fit_tone(images[s], images[t], ROUNDS, finish.IMAGES)
@@ -131,7 +130,7 @@ def lessons(flow, images, taus, bands=None, seed=0, batch=64, **how):
             if len(i):  # an image drew this target
                 answers[s, i] = translate(images[s, i].float()).to(images)
                 done += len(i)
-                progress(done, D * N, start, "the flow translates")
+                progress(done, D * N, start, "writing lessons")
     return targets, answers
 
 
@@ -161,7 +160,7 @@ def learn(shape, images, targets, answers, steps, batch=32, forth=8, lr=0.015, s
         torch.manual_seed(seed)
         net = LocalNet(shape)
     net.to(device, memory_format=torch.contiguous_format if device.type == "mps" else torch.channels_last)
-    optimizer, ema = Muon(net, slower=0.1, betas=(0.9, 0.999)), EMA(net, GAMMA)
+    optimizer, ema = Muon(net, slower=0.1, betas=(0.9, 0.999)), EMA(net)
     for step in range(1, steps + 1):
         s, i = (to_device(torch.randint(n, (batch,), generator=draw), device) for n in targets.shape)
         way = int(torch.randint(8, (), generator=draw))
@@ -238,6 +237,6 @@ def teach(model, dataset, count, steps, dtype, device, seed=0, size=64):
     net = learn(shape, images, targets, answers, steps, seed=seed, dtype=dtype, device=device)
     net.shape = replace(shape, shrink=dataset.size / SIDE)  # now for images of the data set's size
     del images, answers, many
-    keep_memory(size=dataset.size)
     many = spread_out(dataset, enough).to(scorer(device))
+    keep_memory(dataset.train_images, dataset.size)
     return Student(net, finish.fit(net, many, changes, dtype))

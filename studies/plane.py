@@ -22,7 +22,7 @@ from minimedshift.assignment import assign
 from minimedshift.coupling import PAIRINGS
 from minimedshift.model import Shape
 from minimedshift.support.command import flag, parse, run
-from minimedshift.support.files import explain_os_error, write_whole
+from minimedshift.support.files import write_whole
 
 RUNS = {  # the coupling, and whether it pairs inside each label
     "independent": ("independent", True),
@@ -120,8 +120,6 @@ def show(path, found):
             error = np.std(values) / max(1, len(values) - 1)**.5
             lines[-1].append(f"{np.mean(values):.3f}" + f" ± {error:.3f}" * (len(values) > 1))
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    with explain_os_error(path.parent, "cannot be made"):
-        path.parent.mkdir(parents=True, exist_ok=True)
     with write_whole(path) as work:
         work.write_text(text)
     print(text)

@@ -42,7 +42,6 @@ def picture(path, h=20, w=24, **how):
 
 
 # ---------------------------------------------------------------- image files
-
 def cut(path, make=picture):
     make(path)
     os.truncate(path, path.stat().st_size // 2)
@@ -98,7 +97,6 @@ def test_bad_images_among_good_ones_are_named_and_the_others_translated(tmp_path
 
 
 # ---------------------------------------------------------------- folders to train on
-
 def domains(root, *names):
     for name in names:
         (root / name).mkdir(parents=True)
@@ -133,7 +131,6 @@ def test_a_domain_without_a_readable_image_is_named(tmp_path, capsys, monkeypatc
 
 
 # ---------------------------------------------------------------- checkpoints of strangers
-
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("/tmp/minimedshift-evil",)

@@ -39,7 +39,7 @@ def test_weights_undo_a_known_shift(count):
     2 / (1 + 1 / 2x), however many images the other has. (Of 400 a histogram is too rough.)"""
     g = np.random.default_rng(0)
     a, b = g.random(3000), np.sqrt(g.random(count))
-    weights = balance.weights([blobs(a, 1), .9 * blobs(b, 2) - .05])
+    weights = balance.in_common([blobs(a, 1), .9 * blobs(b, 2) - .05])
     density = [np.histogram(x, 5, (0, 1), weights=w)[0] / w.sum() * 5 for x, w in zip((a, b), weights)]
     at = (np.arange(500) + .5) / 500
     wanted = (2 / (1 + 1 / (2 * at))).reshape(5, -1).mean(1)
@@ -47,12 +47,11 @@ def test_weights_undo_a_known_shift(count):
     before = np.abs(np.histogram(b, 5, (0, 1), density=True)[0] - wanted).max()
     for found in density[:2 if count == 3000 else 1]:
         assert np.abs(found - wanted).max() < .15 < before
-    assert all(w.mean() == pytest.approx(1) for w in weights)
 
 
 def test_one_population_is_left_nearly_alone():
     g = np.random.default_rng(0)
-    weights = balance.weights([blobs(g.random(1000), 1), blobs(g.random(1000), 2)])
+    weights = balance.in_common([blobs(g.random(1000), 1), blobs(g.random(1000), 2)])
     assert min(balance.effective(w) for w in weights) > 900
 
 

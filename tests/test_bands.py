@@ -40,7 +40,6 @@ def wave(periods, amplitude, n=16, size=32, turned=False):
 
 
 # ---------------------------------------------------------------- curves
-
 def test_a_curve_is_straight_between_knots_and_constant_outside():
     values = torch.tensor([-1.0, 0, 0, .5, .2])
     x = uniform(2, 1, 9, 9)
@@ -71,7 +70,6 @@ def test_histogram_matching_by_hand():
 
 
 # ---------------------------------------------------------------- bands
-
 @pytest.mark.parametrize("shape, count", [((2, 1, 64, 64), 5), ((1, 3, 37, 50), 4), ((1, 1, 5, 9), 2)])
 def test_bands_put_together_are_the_image(shape, count):
     x = uniform(*shape)
@@ -110,7 +108,6 @@ def test_the_pyramid_halves_with_weights_one_three_three_one():
 
 
 # ---------------------------------------------------------------- regions of a head
-
 def test_low_pass_is_the_gaussian_transfer_function():
     size, width = 64, 1.5
     for m in (0, 3, 10, 25, 40):

@@ -15,7 +15,6 @@ def seeded(seed=0):
 
 
 # ---------------------------------------------------------------- exact
-
 def test_in_one_dimension_the_optimal_plan_is_sorted():
     g = seeded()
     x0, x1 = torch.randn(40, 1, generator=g), torch.randn(40, 1, generator=g)
@@ -24,7 +23,6 @@ def test_in_one_dimension_the_optimal_plan_is_sorted():
 
 
 # ---------------------------------------------------------------- entropic
-
 @pytest.mark.parametrize("d, sigma", [(1, .5), (2, 2.), (8, 1.5)])
 def test_sinkhorn_between_gaussians_is_the_schrodinger_bridge(d, sigma, n=1200):
     """Cross covariance of the pairs, then mean and covariance of xt: closed forms, which eps = sigma^2 or
@@ -85,7 +83,6 @@ def test_noises_are_drawn_from_the_plan():
 
 
 # ---------------------------------------------------------------- semidiscrete
-
 def test_semidiscrete_in_one_dimension_cuts_the_noise_into_quantiles():
     """N images on a line: the k-th gets the noises between the quantiles k/N and (k+1)/N of N(0, 1)."""
     N, images = 12, torch.randn(12, 1, generator=seeded())
@@ -122,7 +119,6 @@ def test_semidiscrete_picks_every_image_about_equally_often(colour):
 
 
 # ---------------------------------------------------------------- all of them
-
 def of_batch(name, x1, eps=1.):
     """The coupling `name` of one batch of images."""
     return Minibatch(name, lambda y, generator: x1, eps)

@@ -1,5 +1,6 @@
 """A set is the same bytes every time, nothing leaks between its splits, and mistakes end in a sentence."""
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -47,13 +48,16 @@ def test_a_folder_becomes_domains_and_a_tenth_is_held_out(tmp_path):
     fill(root / "few", 4, 200)
     (root / "notes.txt").write_text("no image")
     (root / ".hidden").mkdir()
-    one, two = (data.folder_set(root, 16, seed=0, cache=tmp_path / "cache") for _ in range(2))
+    one = data.folder_set(root, 16, seed=0, cache=tmp_path / "cache")
+    for path in root.rglob("*.png"):  # it was read, just now
+        os.utime(path, ns=(1, path.stat().st_mtime_ns))
+    two = data.folder_set(root, 16, seed=0, cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
     assert one.domains == ("few", "real-low", "synthetic") and one.channels == 1 and one.valid_pairs is None
     assert [len(x) for x in one.train_images] == [4, 18, 4] and [len(x) for x in one.test_images] == [0, 2, 1]
     assert all(x.shape[1:] == (1, 16, 16) and x.dtype == np.float16 for x in one.train_images)
     assert sorted(levels(one.train_images[1]) + levels(one.test_images[1])) == list(range(20))
-    both = zip(one.train_images + one.test_images, two.train_images + two.test_images)
-    assert all(np.array_equal(a, b) for a, b in both)
+    assert all(map(np.array_equal, one.train_images + one.test_images, two.train_images + two.test_images))
     other = data.folder_set(root, 16, seed=5, cache=tmp_path / "cache")
     assert levels(other.test_images[1]) != levels(one.test_images[1])
     (root / "few" / "200.png").unlink()

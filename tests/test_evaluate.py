@@ -40,7 +40,6 @@ ONE = Method("one", "learned", lambda q, _: q.x if (q.source, q.target) == (2, 0
 
 
 # ---------------------------------------------------------------- questions and methods
-
 def test_a_question_holds_the_pictures_of_its_pair(dataset, pair):
     assert (dataset.domains[pair.source], dataset.domains[pair.target]) == methods.MAIN
     s, t, test = pair.source, pair.target, dataset.test_pairs
@@ -91,7 +90,6 @@ def test_the_main_pair_is_two_domains(domains, given, pair):
 
 
 # ---------------------------------------------------------------- scores
-
 def test_a_perfect_translator_closes_the_gap_and_a_lazy_one_scores_as_untouched(dataset, pair):
     rows = evaluate.main_pair([*methods.every_method(dataset), LAZY, PERFECT], pair, CURVE)
     assert rows["perfect"]["gap_closed"] == pytest.approx(1)
@@ -131,7 +129,6 @@ def test_all_pairs_are_scored_and_a_cleaner_source_has_no_gap(dataset):
 
 
 # ---------------------------------------------------------------- pictures
-
 @pytest.mark.parametrize("paired", [True, False])
 def test_a_picture_has_a_column_for_each_tau_and_a_row_for_each_head(dataset, tmp_path, paired):
     two_of_target = [images[:2] if d == 3 else images for d, images in enumerate(dataset.test_images)]
@@ -146,7 +143,6 @@ def test_a_picture_has_a_column_for_each_tau_and_a_row_for_each_head(dataset, tm
 
 
 # ---------------------------------------------------------------- the report and the command
-
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
     """A folder with the checkpoint of a network that has learned nothing, and with the cache in use."""
@@ -222,7 +218,6 @@ def test_a_mistake_is_a_sentence(network, tmp_path, monkeypatch, mistake, says):
 
 
 # ---------------------------------------------------------------- folders
-
 @pytest.mark.parametrize("paired", [True, False])
 def test_a_folder_is_evaluated_with_and_without_pairs(network, tmp_path, monkeypatch, paired):
     """The same rows. Without pairs only realism is known. Methods of a study can join."""

@@ -29,7 +29,6 @@ def python(*command, **more):
 
 
 # ---------------------------------------------------------------- references
-
 def by_definition(x, weight, bias, groups, scale, shift, eps):
     """Every group's own mean and variance, one after the other."""
     B, C = x.shape[:2]
@@ -64,7 +63,6 @@ def test_the_norm_computes_in_float32_and_returns_what_it_got():
 
 
 # ---------------------------------------------------------------- what is called where
-
 def compare_compiled(device, backend, tolerance):
     """The public function is one graph; compiled it gives the same value and gradients.
     Returns whether the graph calls a fused op."""
@@ -100,7 +98,6 @@ def test_without_triton_there_are_the_references():
 
 
 # ---------------------------------------------------------------- kernels
-
 @needs_triton
 def test_every_check_passes_in_the_interpreter():
     python("-W", "ignore", "tests/kernels.py", TRITON_INTERPRET="1")

@@ -97,6 +97,8 @@ def test_no_head_is_in_two_domains_or_two_splits(tmp_path, monkeypatch):
     sets.phantom_set(8, 5 * 300, 70, 130, seed=3, cache=tmp_path)
     everyone = seen + people
     assert len(seen) == 5 * 300 + 70 + 130 and len(people) == 130 * sets.DECOYS
+    first = [sets.first_seed(0, "train", d) for d in range(1, 20)]  # of more domains too
+    assert not {*first} & {sets.first_seed(0, split) for split in sets.FIRST_SEED} and len({*first}) == 19
     assert len(everyone) == len(set(everyone))
     sets.phantom_set(8, 5 * 300, 70, 130, seed=4, cache=tmp_path)
     assert len(set(seen + people)) == 2 * len(everyone)

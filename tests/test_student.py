@@ -36,7 +36,6 @@ def labels(*numbers):
 
 
 # ---------------------------------------------------------------- the network
-
 @pytest.mark.parametrize("shape", [SMALL, student.LocalShape(width=8, blocks=2),
                                    student.LocalShape(width=8, stem=4, blocks=1)])
 def test_a_pixel_sees_as_far_as_the_convolutions_and_no_farther(shape):
@@ -70,7 +69,6 @@ def test_it_changes_a_large_image_as_a_small_copy():
 
 
 # ---------------------------------------------------------------- lessons
-
 other = lambda n: torch.tensor([1, 0])[:, None].expand(2, n)  # targets of n images of two domains
 
 
@@ -153,7 +151,6 @@ def test_images_are_spread_over_a_domain_by_weight():
 
 
 # ---------------------------------------------------------------- the network and its finish
-
 @pytest.fixture(scope="module")
 def made():
     """A Student whose target 1 has noise, as if its network left none."""

@@ -51,7 +51,6 @@ def test_a_mistake_ends_in_one_sentence(study, flags, says, capsys):
 
 
 # ---------------------------------------------------------------- plane
-
 def test_points_lie_where_they_should():
     g = seeded()
     x0 = plane.eight_gaussians(8000, g)
@@ -99,7 +98,6 @@ def test_couplings_in_the_plane_are_ordered_as_the_literature_says():
 
 
 # ---------------------------------------------------------------- couplings
-
 @pytest.mark.slow
 def test_the_table_has_a_row_a_run_and_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     monkeypatch.setenv("MINIMEDSHIFT_CACHE", str(tmp_path / "cache"))
@@ -118,7 +116,6 @@ def test_the_table_has_a_row_a_run_and_what_is_done_is_not_done_again(tmp_path, 
 
 
 # ---------------------------------------------------------------- latent
-
 def cloud(heads, domains, noise, N=40, D=4, F=200):
     """z = heads * (its own vector) + domains * (its domain's vector) + noise, each of unit variance."""
     draw = seeded()
@@ -150,7 +147,6 @@ def test_the_latent_has_a_row_for_each_tau(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------- rivals: SDEdit
-
 class Gaussian(nn.Module):
     """The exact velocity for pixels N(mean_y, std_y^2): E[x1 - x0 | xt]; the null label has label 0's."""
 
@@ -175,7 +171,6 @@ def test_sdedit_has_the_mean_and_variance_of_the_exact_flow(tau):
 
 
 # ---------------------------------------------------------------- rivals: with and without pairs
-
 def blobs(n, size=16, seed=0):
     """Smooth random pictures."""
     return torch.tanh(metrics.low_pass(torch.randn(n, 1, size, size, generator=seeded(seed)), 1.5) * 4)
@@ -248,7 +243,6 @@ def test_the_evaluation_gets_all_rivals(tmp_path, monkeypatch, float32):
 
 
 # ---------------------------------------------------------------- bench
-
 def test_the_clock_takes_turns_and_leaves_the_first_two_rounds_out(monkeypatch):
     ticks, calls = count(), []
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(ticks) ** 2 / 1e3)  # each interval is longer

@@ -159,7 +159,7 @@ def test_a_mistake_is_one_sentence_and_changes_nothing(tmp_path, net, monkeypatc
 
 def test_the_working_shape_frames_as_in_training():
     assert working_shape(780, 780, 64, 4) == (64, 64)
-    assert working_shape(1841, 1955, 64, 4) == (64, 68)
+    assert working_shape(1841, 1955, 64, 4) == (64, 68) and working_shape(300, 300, 150, 4) == (150, 150)
     assert working_shape(300, 40, 64, 8) == (480, 64)
     assert working_shape(16, 31, 16, 4) == (16, 32) and working_shape(5, 5, 16, 4) == (16, 16)
 

@@ -114,7 +114,7 @@ def all_pairs(methods, pairs_of, domains, curve, heads, device):
             else:
                 row["gap_closed"] = None
             rows[name][f"{domains[s]} -> {domains[t]}"] = {key: row[key] for key in OF_A_PAIR}
-        progress(done, len(pairs), start, "scoring all ordered pairs", "pairs")
+        progress(done, len(pairs), start, "scoring all pairs", "pairs")
     means = {method.name: summary(method, rows[method.name].values(), errors[method.name])
              for method in methods if len(rows[method.name]) == len(pairs)}
     return dict(pairs=rows, means=means)

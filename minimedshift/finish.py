@@ -143,8 +143,7 @@ def thumbnails(images):
 
 @torch.inference_mode()
 def fit(net, images, changes, dtype=torch.float32):
-    """{(s, t): Finish} of a LocalNet, from training images (D, N, C, H, W) and their `changes`. dtype: of the
-    network's arithmetic."""
+    """{(s, t): Finish} of a LocalNet, from images (D, N, C, H, W) and their `changes`. dtype: of the net."""
     start, device = time.time(), next(net.parameters()).device
     pairs = list(itertools.permutations(range(len(images)), 2))
     wanted = [grain(spread(target, SOME), robust=True) for target in images]

@@ -165,22 +165,23 @@ class Preset:
     batch_size: int     # images a step
     lessons: int        # images of each domain that become lessons of the student
     student_steps: int  # the student's optimizer steps, 32 images each
-    after: tuple        # how long its lessons, its own steps and its finish take, in training steps
+    after: tuple        # how long lessons, the student's steps, its finish and scores take, in training steps
 
     def steps_after(self, config):
         """{what follows: its training steps' time}. The work of the finish grows with an image's pixels."""
-        lessons, steps, fit = self.after
+        lessons, steps, fit, scores = self.after
         return {"writing lessons": lessons * config.student_images / self.lessons,
                 "the student learns": steps * config.student_steps / self.student_steps,
-                "its finish": fit * max(1, config.size / self.size) ** 2}
+                "its finish": fit * max(1, config.size / self.size) ** 2,
+                "scoring all pairs": scores * config.evaluate}
 
 
 PRESETS = {  # GFLOPs: of one evaluation of one image, a multiply-add counted as two
     # 1.40M parameters, 0.27 GFLOPs
-    "cpu": Preset(64, Shape(stem=4, widths=(64, 96), blocks=(2, 2)), 550, 32, 300, 600, (95, 370, 115)),
+    "cpu": Preset(64, Shape(stem=4, widths=(64, 96), blocks=(2, 2)), 550, 32, 300, 600, (120, 290, 80, 110)),
     # 24.09M parameters, 27.11 GFLOPs
     "gpu": Preset(256, Shape(stem=4, widths=(128, 256, 384), blocks=(2, 2, 2)), 5000, 32, 500, 1000,
-                  (250, 30, 100)),
+                  (250, 30, 100, 110)),
 }
 
 

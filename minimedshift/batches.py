@@ -77,6 +77,7 @@ def batches(dataset, config, device, first=0, dtype=torch.float32, rank=0, proce
             begun = time.perf_counter()
             x0, x1, plan = couple(x0, y, randomness(config.seed, ~start))
             seconds = (time.perf_counter() - begun) / n
+            keep_memory(dataset.train_images, dataset.size)  # all of them were read
             y = to_device(y.masked_fill(hidden, len(dataset.domains)), device)
             for step in range(max(start, first), min(start + n, config.steps)):
                 at = (step - start) * config.batch_size + rank * size
@@ -99,7 +100,6 @@ def make_coupling(dataset, config, device, dtype):
         name = "exact"
     if name == "semidiscrete":
         g = learned_potentials(dataset, config, device, dtype)
-        keep_memory()
         return Semidiscrete(dataset.train_images, g, device, dtype)
     return Minibatch(name, dataset.batch, 2 * config.sigma**2)
 

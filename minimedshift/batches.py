@@ -74,10 +74,10 @@ def batches(dataset, config, device, first=0, dtype=torch.float32, rank=0, proce
         for start in range(first - first % n, config.steps, n):
             window = [draw_step(dataset, config, step, device) for step in range(start, start + n)]
             x0, y, hidden, t, e = map(torch.cat, zip(*window))
+            keep_memory(dataset.train_images, dataset.size)  # the last window read all of them
             begun = time.perf_counter()
             x0, x1, plan = couple(x0, y, randomness(config.seed, ~start))
             seconds = (time.perf_counter() - begun) / n
-            keep_memory(dataset.train_images, dataset.size)  # all of them were read
             y = to_device(y.masked_fill(hidden, len(dataset.domains)), device)
             for step in range(max(start, first), min(start + n, config.steps)):
                 at = (step - start) * config.batch_size + rank * size

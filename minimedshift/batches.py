@@ -74,7 +74,6 @@ def batches(dataset, config, device, first=0, dtype=torch.float32, rank=0, proce
         for start in range(first - first % n, config.steps, n):
             window = [draw_step(dataset, config, step, device) for step in range(start, start + n)]
             x0, y, hidden, t, e = map(torch.cat, zip(*window))
-            keep_memory(dataset.train_images, dataset.size)  # the last window read all of them
             begun = time.perf_counter()
             x0, x1, plan = couple(x0, y, randomness(config.seed, ~start))
             seconds = (time.perf_counter() - begun) / n
@@ -100,6 +99,7 @@ def make_coupling(dataset, config, device, dtype):
         name = "exact"
     if name == "semidiscrete":
         g = learned_potentials(dataset, config, device, dtype)
+        keep_memory()
         return Semidiscrete(dataset.train_images, g, device, dtype)
     return Minibatch(name, dataset.batch, 2 * config.sigma**2)
 

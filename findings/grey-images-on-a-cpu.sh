@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # torch 2.13.0, numpy 2.4.6: images of one channel (X-rays, depth, masks) on a CPU.
 # Expected: interpolate with antialias=True costs more, and numpy is no faster than torch.
-# What happens: enlarging (bilinear) with antialias=True gives the same values in less than half of the time;
-# max_pool2d of the same images as channels of one, channels-last, is many times as fast; sorting values and
-# argmax of rows are many times as fast in numpy.
-# Output seen (two cores of an Intel Xeon; times without / with): the table in the last lines of this file.
+# What happens: enlarging (bilinear) with antialias=True gives the same values in half of the time; max_pool2d
+# of the same images as channels of one, channels-last, is four times as fast; sorting values and argmax of rows
+# are 29 and 7 times as fast in numpy.
+# Output seen (two cores of an Intel Xeon, ms): 1.46 0.76, 43.49 10.49, 5.38 0.18, 1.14 0.15.
 # Bitten: whoever computes pyramids, histograms or morphology of grey images without a GPU.
 set -euo pipefail
 tmp=$(mktemp -d)

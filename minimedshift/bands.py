@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 COARSEST = 4  # The shorter side of a pyramid's last band has about so many pixels.
 SORTED, KNOTS = 2**16, 4096  # A histogram is made from about 2^16 pixels, a curve has 4096 knots.
-scaled = partial(F.interpolate, mode="bilinear", antialias=True)  # on the way up the same without, but faster
+scaled = partial(F.interpolate, mode="bilinear", antialias=True)  # enlarging is the same without, and slower
 
 
 @dataclass(frozen=True)

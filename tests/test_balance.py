@@ -78,6 +78,7 @@ def test_a_domain_apart_is_warned_of(capsys, tmp_path):
     found = balance.balanced(dataset, tmp_path)
     said = capsys.readouterr().out
     assert "effective images: a " in said and "warning: b shows little" in said
+    assert all(w.mean() == pytest.approx(1) for w in found.weights)
     assert found.weights[1][600:].mean() > 5 * found.weights[1][:600].mean()
     again = balance.balanced(dataset, tmp_path)  # from the cache
     assert all(np.array_equal(a, b) for a, b in zip(found.weights, again.weights))

@@ -28,6 +28,7 @@ MOST = 0.85  # of the tone is changed
 ERROR = 0.007  # by which the tone that SOME images show is off by chance, about
 LEVELS, ENOUGH = 16, 100  # Noise is measured at 16 levels of grey, where a level has 100 pixels.
 NORMAL = 0.6745  # This is the median of |N(0, 1)|.
+STRUCTURE = 2.5  # So many times the power of noise is structure.
 UNIT = (0.87252, 0.18928)  # White noise of variance 1 has these deviations in its bands of grain.
 
 
@@ -71,19 +72,17 @@ def regrain(x, own, wanted, noise):
     """x (B, C, H, W) with the grain `wanted` instead of `own`, a Curve for each band; noise: white, like x.
 
         band <- gain band + sqrt(max(0, w^2 - o^2)) e        o, w: own and wanted deviation at the grey level
-        gain^2 = 1 - max(0, o^2 - w^2) / P                   P: the band's power around; gain at least w / o
+        gain = 1 where the bands around have STRUCTURE times the power of their noise, else min(1, w / o)
 
-    e is noise in this band, of variance 1. The gain is a Wiener filter's: 1 far above the noise."""
+    e is noise in this band, of variance 1. Where there is structure, its noise stays with it."""
     *bands, coarse = fine_bands(x)
     *fresh, _ = fine_bands(noise)
-    out = coarse
-    for i, band in enumerate(bands):
-        o, w, e = own[i](coarse), wanted[i](coarse), fresh[i] / UNIT[i]
-        power = smooth(band.square(), 1.5).clamp(min=1e-9)
-        gain = (1 - (o**2 - w**2).clamp(min=0) / power).clamp(min=0).sqrt()
-        gain = torch.maximum(gain, (w / o.clamp(min=1e-6)).clamp(max=1))
-        out = out + gain * band + (w**2 - o**2).clamp(min=0).sqrt() * e
-    return out
+    own, wanted = ([curve(coarse).clamp(min=1e-6) for curve in curves] for curves in (own, wanted))
+    power = sum(smooth(band.square(), 2) / o**2 for band, o in zip(bands, own)) / len(bands)
+    for band, e, unit, o, w in zip(bands, fresh, UNIT, own, wanted):
+        gain = torch.where(power > STRUCTURE, 1, (w / o).clamp(max=1))
+        coarse = coarse + gain * band + (w**2 - o**2).clamp(min=0).sqrt() * e / unit
+    return coarse
 
 
 def fresh_noise(x, seed=0):

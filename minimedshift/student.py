@@ -45,7 +45,7 @@ class LocalShape:
     channels: int = 1
     width: int = 64
     stem: int = 4  # pixels of a side that become channels
-    blocks: int = 6
+    blocks: int = 3
     shrink: float = 1  # It works on a copy that is so many times smaller, if that is above 1.
 
 

@@ -1,7 +1,7 @@
 """What a student cannot learn from the flow: tone and noise, from training images of the target, unpaired.
 
     tone    the histogram of each pyramid band, then of the pixels, is brought to the target's, twice
-    grain   fine bands get the strength of noise that the target has, by grey level
+    grain   fine bands get the strength of noise that the target has, by grey level, but keep structure
 
 A median does not mend what the flow does wrong on every head, but histograms show it: those of the answers
 beside the target's. Half of these are the images that look most like the answers, as populations may differ.
@@ -72,14 +72,14 @@ def regrain(x, own, wanted, noise):
     """x (B, C, H, W) with the grain `wanted` instead of `own`, a Curve for each band; noise: white, like x.
 
         band <- gain band + sqrt(max(0, w^2 - o^2)) e        o, w: own and wanted deviation at the grey level
-        gain = 1 where the bands around have STRUCTURE times the power of their noise, else min(1, w / o)
+        gain = 1 where the mean of P / o^2 over bands is above STRUCTURE, else min(1, w / o)
 
-    e is noise in this band, of variance 1. Where there is structure, its noise stays with it."""
+    P is a band's power around, e noise in this band, of variance 1. Structure keeps the noise that it has."""
     *bands, coarse = fine_bands(x)
     *fresh, _ = fine_bands(noise)
     own, wanted = ([curve(coarse).clamp(min=1e-6) for curve in curves] for curves in (own, wanted))
     power = sum(smooth(band.square(), 2) / o**2 for band, o in zip(bands, own)) / len(bands)
-    for band, e, unit, o, w in zip(bands, fresh, UNIT, own, wanted):
+    for band, e, unit, o, w in zip(bands, fresh, UNIT, own, wanted, strict=True):
         gain = torch.where(power > STRUCTURE, 1, (w / o).clamp(max=1))
         coarse = coarse + gain * band + (w**2 - o**2).clamp(min=0).sqrt() * e / unit
     return coarse

@@ -6,8 +6,8 @@ Bands (baselines.py) get 2,000 images of a domain and 32 rounds, balanced and as
 the run's network and finish, but bands write its lessons (700 images, 12 rounds), which are more, in fewer
 steps: chosen on validation heads. What is the flow worth? SDEdit (arXiv:2108.01073) adds noise to a picture
 and denoises it under the target's label, with a flow made for that: white noise, independent pairs. The
-CycleGAN (arXiv:1703.10593) and supervision, the ceiling, have networks like the student's, larger. They draw
-the run's images. Leaves what `python -m minimedshift.evaluate` does, with these. Over an hour."""
+CycleGAN (arXiv:1703.10593) and supervision, the ceiling, have networks like the student's, of four and six
+blocks. They draw the run's images. Leaves what `python -m minimedshift.evaluate` does. Over an hour."""
 
 import math
 import sys

@@ -64,7 +64,7 @@ def test_regrain_brings_noise_to_the_strength_wanted(has, wants):
         torch.testing.assert_close(y, x, atol=1e-5, rtol=0)
     for band, share in zip(finish.fine_bands(y), finish.UNIT):
         found = band[..., 8:-8, 8:-8].std() / share
-        assert found == pytest.approx(wants, rel=.15 if has <= wants else .25)  # the coarse band's stays
+        assert found == pytest.approx(wants, rel=.15 if has <= wants else .25)  # the rest keeps its own
 
 
 def test_noise_belongs_to_the_image_whatever_stands_beside_it():
@@ -77,10 +77,11 @@ def test_noise_belongs_to_the_image_whatever_stands_beside_it():
 
 @pytest.mark.parametrize("own, left", [(.04, 1), (.06, 1 / 3)])
 def test_what_is_stronger_than_noise_stays(own, left):
-    """Stripes of one pixel: nearly all power, .01, is in the finest band: .005 / own^2 in the mean of two."""
-    assert (.005 / own**2 > finish.STRUCTURE) == (left == 1)
+    """Stripes of one pixel have nearly all power, .01, in the finest band. A mean of ratios, not powers."""
+    assert (.005 / own**2 > finish.STRUCTURE) == (left == 1) and .01 / (own**2 + .01**2) > finish.STRUCTURE
     x = .1 * (-1.0) ** torch.arange(64).expand(1, 1, 64, 64)
-    y = finish.regrain(x, flat(own, 2), flat(own / 3, 2), torch.zeros_like(x))
+    curves = [flat(size)[0] for size in (own, .01)]
+    y = finish.regrain(x, curves, flat(own / 3, 2), torch.zeros_like(x))
     assert y[..., 8:-8].abs().mean() / .1 == pytest.approx(left, rel=.04)
 
 

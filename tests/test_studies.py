@@ -193,7 +193,7 @@ CPU = torch.device("cpu")
 @pytest.mark.slow
 def test_a_cyclegan_learns_the_look_of_another_domain_from_other_pictures(float32):
     source, target, test = blobs(200).half().numpy(), look(blobs(200, seed=1)), blobs(16, seed=2)
-    forth, back = rivals.cyclegan(source, target, 300, CPU, lr=3e-3, width=16, blocks=1)
+    forth, back = rivals.cyclegan(source, target, 500, CPU, lr=3e-3, width=16, blocks=1)
     assert metrics.mse(forth(test), look(test)).mean() < .1 * metrics.mse(test, look(test)).mean()
     assert metrics.mse(back(look(test)), test).mean() < .1 * metrics.mse(test, look(test)).mean()
 

@@ -74,7 +74,8 @@ def regrain(x, own, wanted, noise):
         band <- gain band + sqrt(max(0, w^2 - o^2)) e        o, w: own and wanted deviation at the grey level
         gain = 1 where the mean of P / o^2 over bands is above STRUCTURE, else min(1, w / o)
 
-    P is a band's power around, e noise in this band, of variance 1. Structure keeps the noise that it has."""
+    P is a band's power, blurred by 2 pixels, e noise in this band, of variance 1. Structure keeps its noise.
+    Raises ValueError where a band has no Curve."""
     *bands, coarse = fine_bands(x)
     *fresh, _ = fine_bands(noise)
     own, wanted = ([curve(coarse).clamp(min=1e-6) for curve in curves] for curves in (own, wanted))

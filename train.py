@@ -23,7 +23,7 @@ from minimedshift import batches, data, evaluate, sampler
 from minimedshift.flow import loss as flow_loss
 from minimedshift.model import PRESETS, UNet
 from minimedshift.optim import EMA, Muon
-from minimedshift.student import restore, teach
+from minimedshift.student import GUIDANCE, restore, teach
 from minimedshift.support import checkpoint, ranks
 from minimedshift.support.command import UserError, flag, parse, refuse, run
 from minimedshift.support.files import lock_folder, write_json
@@ -221,7 +221,7 @@ def finish(config, dataset, net, device, dtype, file):
     if config.student and not (taught and same_lessons):
         try:
             taught = teach(net, dataset, config.student_images, config.student_steps, dtype, device,
-                           config.seed, config.flow_size).state()
+                           config.seed, config.flow_size, GUIDANCE if config.drop_label else 1).state()
         except KeyboardInterrupt:
             print("\nstopped: the flow is saved, the same command with --resume teaches the student anew")
             return 130

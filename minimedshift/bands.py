@@ -142,14 +142,16 @@ def largest_around(x, side):
     return F.max_pool2d(z, side, stride=1, padding=side // 2).transpose(0, 1)
 
 
-def flat_region(images, share=.3):
+def flat_region(images, share=.3, air=False):
     """Where only noise should be fine: the flattest `share` of the pixels inside the head, (B, 1, H, W) bool.
-    A pixel is as flat as the low-passed image is where it is steepest among 5x5 neighbours."""
+    A pixel is as flat as the low-passed image is where it is steepest among 5x5 neighbours.
+    air: what is as flat outside of it too, 3 pixels away."""
     grey = low_pass(images).mean(1, keepdim=True)
     dy, dx = torch.gradient(grey, dim=(2, 3))
     steep = largest_around(torch.sqrt(dx**2 + dy**2), 5)
-    head = erode(inside(images), 2)
-    steep = steep.masked_fill(~head, math.inf).flatten(1)
-    keep = (share * head.flatten(1).sum(1, keepdim=True)).ceil().long().clamp(min=1)
-    limit = in_order(steep).gather(1, keep - 1)  # (B, 1)
-    return ((steep <= limit) & head.flatten(1)).view_as(grey)
+    head = inside(images)
+    deep = erode(head, 2)
+    steep_inside = in_order(steep.masked_fill(~deep, math.inf).flatten(1))
+    keep = (share * deep.flatten(1).sum(1, keepdim=True)).ceil().long().clamp(min=1)
+    limit = steep_inside.gather(1, keep - 1)[:, :, None, None]
+    return (steep <= limit) & (deep | erode(~head, 3) if air else deep)

@@ -4,9 +4,9 @@
     grain   fine bands get the strength of noise that the target has, by grey level, but keep structure
 
 A median does not mend what the flow does wrong on every head, but histograms show it: those of the answers
-beside the target's. Half of these are the images that look most like the answers, as populations may differ.
-Where domains differ little, a histogram's own error counts, and less of the tone is changed. And a median is
-smooth, while strong noise of the source passes through a local network."""
+beside those of the target's images that look most like them, as populations may differ. Where domains differ
+little, a histogram's own error counts: less of the tone is changed, and more images are looked at. And a
+median is smooth, while strong noise of the source passes through a local network."""
 
 import itertools
 import math
@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from minimedshift.bands import BandCurves, Curve, blur, erode, fit_bands, flat_region, inside, low_pass
+from minimedshift.balance import contrast_thumbnails
+from minimedshift.bands import BandCurves, Curve, blur, fit_bands, flat_region, low_pass
 from minimedshift.baselines import Chain, fit_tone, spread
 from minimedshift.support.log import progress
 from minimedshift.support.machine import autocast, in_batches
@@ -28,7 +29,7 @@ MOST = 0.85  # of the tone is changed
 ERROR = 0.007  # by which the tone that SOME images show is off by chance, about
 LEVELS, ENOUGH = 16, 100  # Noise is measured at 16 levels of grey, where a level has 100 pixels.
 NORMAL = 0.6745  # This is the median of |N(0, 1)|.
-STRUCTURE = 2.5  # So many times the power of noise is structure.
+STRUCTURE = 4  # So many times the power of noise is structure.
 UNIT = (0.87252, 0.18928)  # White noise of variance 1 has these deviations in its bands of grain.
 
 
@@ -50,7 +51,7 @@ def grain(images, robust):
     """The noise of images (N, C, H, W) in flat places and air: a Curve a band, grey level -> deviation.
     robust: from the median of |band|, which fine texture does not move; else from its mean square."""
     *bands, coarse = fine_bands(images)
-    flat = (flat_region(images) | erode(~inside(images), 3)).expand_as(images)
+    flat = flat_region(images, air=True).expand_as(images)
     ends = torch.linspace(-1, 1, LEVELS + 1)[1:-1].to(images)
     level = torch.bucketize(coarse[flat].clamp(-1, 1), ends)
     curves = []
@@ -136,26 +137,22 @@ def certain(change):
     return float(change**2 / (change**2 + ERROR**2))
 
 
-def thumbnails(images):
-    """Images (N, C, H, W) as points (N, C 64): those that look alike are near."""
-    return F.interpolate(images.float(), (8, 8), mode="bilinear", antialias=True).flatten(1)
-
-
 @torch.inference_mode()
 def fit(net, images, changes, dtype=torch.float32):
     """{(s, t): Finish} of a LocalNet, from images (D, N, C, H, W) and their `changes`. dtype: of the net."""
     start, device = time.time(), next(net.parameters()).device
     pairs = list(itertools.permutations(range(len(images)), 2))
     wanted = [grain(spread(target, SOME), robust=True) for target in images]
-    points, finishes = [thumbnails(target) for target in images], {}
+    points, finishes = [contrast_thumbnails(target) for target in images], {}
     for s, t in pairs:
         labels = torch.tensor([[s], [t]], device=device)
         answer = lambda x: net(x.to(device), *labels.expand(2, len(x))).float().to(x.device)
         with autocast(device, dtype):
             x = in_batches(answer, spread(images[s], SOME))
-        nearest = images[t][torch.cdist(thumbnails(x), points[t]).argmin(1)].float()
-        target = torch.cat([nearest, spread(images[t], SOME)])
-        toned = Finish(fit_tone(x, target, ROUNDS, IMAGES), MOST * certain(changes[s, t]))
+        nearest = images[t][torch.cdist(contrast_thumbnails(x), points[t]).argmin(1)].float()
+        known = certain(changes[s, t])
+        target = torch.cat([nearest, spread(images[t], max(1, IMAGES * (1 - known)))])
+        toned = Finish(fit_tone(x, target, ROUNDS, IMAGES), MOST * known)
         finishes[s, t] = replace(toned, own=grain(toned.tone(x), robust=False), wanted=wanted[t])
         progress(len(finishes), len(pairs), start, "its finish", "pairs")
     return finishes

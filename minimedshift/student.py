@@ -7,10 +7,10 @@ do not move (an L2 loss would give the mean, which they do):
     student = argmin_f  E | f(x, s, t) - a | + 3 E | f(a, t, s) - x |       a = flow(x, s, t), x an image of s
 
 Three of four lessons are read backwards, from the flow's answer a to x, which is real. What differs between
-two domains is local, so the student may be. The less they differ, the less far back the flow goes: what lies
-below the noise at tau is drawn anew, and need not be. Where bands (baselines.py) change less than a third of
-the target's contrast, they write the lessons instead: they redraw nothing. A median has no noise of its own,
-and a tone that is wrong in all lessons stays wrong: finish.py mends both."""
+two domains is local, so the student may be. The flow goes back further here than on its own, and is guided:
+its answers show more of the target, and redraw more, which the median undoes. Where bands (baselines.py)
+change less than a third of the target's contrast, they write the lessons instead: they redraw nothing. A
+median has no noise of its own, and a tone that is wrong in all lessons stays wrong: finish.py mends both."""
 
 import itertools
 import math
@@ -33,7 +33,7 @@ from minimedshift.support.command import UserError
 from minimedshift.support.log import progress
 from minimedshift.support.machine import autocast, keep_memory, scorer, to_device
 
-HIDDEN = 100  # At tau the noise is so many times as strong as the change from one domain to the other.
+TAU, GUIDANCE = .05, 1.25  # The flow's, in lessons.
 SIDE = 64  # Of larger images it works on copies of so many pixels a side.
 LITTLE, ROUNDS = 1 / 3, 6  # Bands that change so little of the target's contrast, in so many rounds, teach.
 
@@ -98,12 +98,6 @@ def spread_out(dataset, count):
     return torch.from_numpy(np.stack([dataset.drawn(d, count) for d in range(len(dataset.domains))]))
 
 
-def depths(changes):
-    """tau of each ordered pair (D, D), at which noise hides the `finish.changes` of these domains:
-    (1 - tau) / tau = HIDDEN changes, and .1 <= tau <= .8."""
-    return (1 / (1 + HIDDEN * changes)).clamp(.1, .8)
-
-
 def bands_between(images, changes):
     """{(s, t): translation of x} by bands, fitted to images (D, N, C, H, W), as much of it as is certain.
     Only of pairs in which they change less than LITTLE of the target's contrast, both low-passed."""
@@ -116,15 +110,15 @@ def bands_between(images, changes):
 
 
 @torch.inference_mode()
-def lessons(flow, images, taus, bands=None, seed=0, batch=64, **how):
+def lessons(flow, images, bands=None, seed=0, batch=64, tau=TAU, guidance=GUIDANCE, **how):
     """What the flow makes of images (D, N, C, H, W), N of each domain: targets (D, N) int64, the domain to
-    which each is translated, and answers like images, float16. taus (D, D): of each ordered pair.
-    bands: {(s, t): translation} of the pairs that are not the flow's. how: the sampler's steps, t_image."""
+    which each is translated, and answers like images, float16. bands: {(s, t): translation} of the pairs that
+    are not the flow's. how: the sampler's steps, t_image. Of a flow without null label guidance must be 1."""
     start, (D, N), draw = time.time(), images.shape[:2], torch.Generator().manual_seed(seed)
     device, answers, done = next(flow.parameters()).device, torch.zeros_like(images), 0
     targets = (torch.arange(D)[:, None] + torch.randint(1, D, (D, N), generator=draw)) % D
     for s, t in itertools.permutations(range(D), 2):
-        by_flow = lambda x: sampler.translate(flow, x.to(device), s, t, taus[s, t].item(), **how)
+        by_flow = lambda x: sampler.translate(flow, x.to(device), s, t, tau, guidance, **how)
         translate = (bands or {}).get((s, t), by_flow)
         for i in (targets[s] == t).nonzero()[:, 0].split(batch):
             if len(i):  # an image drew this target
@@ -222,7 +216,7 @@ def restore(state, device="cpu", path="the checkpoint"):
     return Student(net.to(device).eval().requires_grad_(False), finishes)
 
 
-def teach(model, dataset, count, steps, dtype, device, seed=0, size=64):
+def teach(model, dataset, count, steps, dtype, device, seed=0, size=64, guidance=GUIDANCE):
     """The Student of a trained flow: `steps` of the optimizer on `count` images a domain, then its finish.
     size: the flow's. Lessons are about images of that size, the finish is about the data set's."""
     small, enough = dataset.shrunk(size), min(finish.IMAGES, max(map(len, dataset.train_images)))
@@ -232,7 +226,7 @@ def teach(model, dataset, count, steps, dtype, device, seed=0, size=64):
     keep_memory()
     bands = bands_between(many, changes)
     with autocast(device, dtype):
-        targets, answers = lessons(model, images, depths(changes), bands, seed)
+        targets, answers = lessons(model, images, bands, seed, guidance=guidance)
     shape = LocalShape(len(dataset.domains), dataset.channels, shrink=small.size / SIDE)
     net = learn(shape, images, targets, answers, steps, seed=seed, dtype=dtype, device=device)
     net.shape = replace(shape, shrink=dataset.size / SIDE)  # now for images of the data set's size

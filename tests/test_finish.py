@@ -75,7 +75,7 @@ def test_noise_belongs_to_the_image_whatever_stands_beside_it():
     assert finish.fresh_noise(torch.zeros(1, 1, 99, 99)).std() == pytest.approx(1, abs=.03)
 
 
-@pytest.mark.parametrize("own, left", [(.04, 1), (.06, 1 / 3)])
+@pytest.mark.parametrize("own, left", [(.03, 1), (.045, 1 / 3)])
 def test_what_is_stronger_than_noise_stays(own, left):
     """Stripes of one pixel have nearly all power, .01, in the finest band. A mean of ratios, not powers."""
     assert (.005 / own**2 > finish.STRUCTURE) == (left == 1) and .01 / (own**2 + .01**2) > finish.STRUCTURE
@@ -133,7 +133,7 @@ def test_grain_is_measured_once_the_tone_is_right(fitted):
 
 
 def test_tone_is_taken_from_the_targets_images_that_are_most_alike(monkeypatch):
-    """The target's images are the source's, .05 darker, and as many of another head: these count half."""
+    """The target's images are the source's, .05 darker, and as many of another head."""
     monkeypatch.setattr(finish, "MOST", 1.0)
     net = student.LocalNet(student.LocalShape(2, width=8, blocks=1)).requires_grad_(False)
     a = noisy(blobs(100), .02)
@@ -142,7 +142,7 @@ def test_tone_is_taken_from_the_targets_images_that_are_most_alike(monkeypatch):
     y = finish.fit(net, torch.stack([a, b]), torch.ones(2, 2))[0, 1].tone(x)
     error = lambda y: (y - x + .05).abs().mean()
     of_all = error(fit_histogram(a, b)(x))
-    assert of_all > .15 and error(y) < .7 * of_all
+    assert of_all > .15 and error(y) < .3 * of_all
 
 
 def test_a_finish_goes_through_plain_types(fitted):

@@ -223,6 +223,15 @@ def test_other_lessons_teach_another_student_and_a_broken_log_stops_nobody(tmp_p
     assert log.read_text().splitlines()[1:] == [first, third]
 
 
+def test_lessons_are_guided_if_labels_were_hidden(tmp_path, here, monkeypatch):
+    write, seen = student.lessons, []
+    spy = lambda *what, guidance: seen.append(guidance) or write(*what, guidance=guidance)
+    monkeypatch.setattr(student, "lessons", spy)
+    for share in ("0", ".1"):
+        assert here(tmp_path, "--steps", "1", "--no-evaluate", "--overwrite", "--drop-label", share)[0] == 0
+    assert seen == [1, student.GUIDANCE]
+
+
 def test_log_csv_tells_what_a_coupling_did_and_cost(tmp_path, here):
     flags = "--steps 3 --coupling sinkhorn --sigma 2 --ot-batch 4 --no-evaluate".split()
     status, _, errors = here(tmp_path, *flags)

@@ -129,7 +129,6 @@ def test_flat_region_lies_in_the_head_off_its_edges(look):
     assert mask.shape == truth.shape and mask.dtype == torch.bool
     assert not (mask & (rim | ~disc)).any()
     wide = bands.flat_region(truth, air=True)
-    assert torch.equal(wide & disc, mask) and not (wide & rim).any()
-    assert (wide & ~disc).sum() > 200
+    assert torch.equal(wide & disc, mask) and not (wide & rim).any() and (wide & ~disc).sum() > 200
     share = mask.flatten(1).sum(1) / disc.flatten(1).sum(1)
     assert (share > .15).all() and (share < .6).all()

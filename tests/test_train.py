@@ -225,11 +225,10 @@ def test_other_lessons_teach_another_student_and_a_broken_log_stops_nobody(tmp_p
 
 def test_lessons_are_guided_if_labels_were_hidden(tmp_path, here, monkeypatch):
     write, seen = student.lessons, []
-    spy = lambda *what, guidance: seen.append(guidance) or write(*what, guidance=guidance)
-    monkeypatch.setattr(student, "lessons", spy)
+    monkeypatch.setattr(student, "lessons", lambda *what, **how: seen.append(how) or write(*what, **how))
     for share in ("0", ".1"):
         assert here(tmp_path, "--steps", "1", "--no-evaluate", "--overwrite", "--drop-label", share)[0] == 0
-    assert seen == [1, student.GUIDANCE]
+    assert [how["guidance"] for how in seen] == [1, student.GUIDANCE]
 
 
 def test_log_csv_tells_what_a_coupling_did_and_cost(tmp_path, here):

@@ -203,7 +203,7 @@ def taught_by_bands(dataset, way, device, seed=0, count=2000, steps=400, rounds=
     images, many = spread_out(dataset, count), spread_out(dataset, finish.IMAGES)
     chains = {(s, t): baselines.fit_tone(images[s], images[t], rounds, 700)
               for s, t in permutations(range(len(images)), 2)}
-    targets, answers = lessons(nn.Linear(1, 1), images, None, chains, seed)  # no flow is asked
+    targets, answers = lessons(nn.Linear(1, 1), images, chains, seed)  # no flow is asked
     shape, dtype = LocalShape(len(images), dataset.channels), pick_formats("auto", device)[0]
     net = learn(shape, images, targets, answers, steps, seed=seed, dtype=dtype, device=device)
     pupil = Student(net, finish.fit(net, many, finish.changes(many), dtype))

@@ -145,13 +145,13 @@ def largest_around(x, side):
 def flat_region(images, share=.3, air=False):
     """Where only noise should be fine: the flattest `share` of the pixels inside the head, (B, 1, H, W) bool.
     A pixel is as flat as the low-passed image is where it is steepest among 5x5 neighbours.
-    air: what is as flat outside of it too, 3 pixels away."""
+    air: also the flattest share of those outside, 3 pixels from the head."""
     grey = low_pass(images).mean(1, keepdim=True)
     dy, dx = torch.gradient(grey, dim=(2, 3))
     steep = largest_around(torch.sqrt(dx**2 + dy**2), 5)
-    head = inside(images)
-    deep = erode(head, 2)
-    steep_inside = in_order(steep.masked_fill(~deep, math.inf).flatten(1))
-    keep = (share * deep.flatten(1).sum(1, keepdim=True)).ceil().long().clamp(min=1)
-    limit = steep_inside.gather(1, keep - 1)[:, :, None, None]
-    return (steep <= limit) & (deep | erode(~head, 3) if air else deep)
+    head, flat = inside(images), torch.zeros_like(steep, dtype=torch.bool)
+    for place in (erode(head, 2), erode(~head, 3))[:1 + air]:
+        in_place = in_order(steep.masked_fill(~place, math.inf).flatten(1))
+        keep = (share * place.flatten(1).sum(1, keepdim=True)).ceil().long().clamp(min=1)
+        flat |= place & (steep <= in_place.gather(1, keep - 1)[:, :, None, None])
+    return flat

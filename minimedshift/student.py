@@ -33,7 +33,7 @@ from minimedshift.support.command import UserError
 from minimedshift.support.log import progress
 from minimedshift.support.machine import autocast, keep_memory, scorer, to_device
 
-TAU, GUIDANCE = .05, 1.25  # The flow's, in lessons.
+TAU, GUIDANCE = .05, 1.25  # The flow writes lessons with these.
 SIDE = 64  # Of larger images it works on copies of so many pixels a side.
 LITTLE, ROUNDS = 1 / 3, 6  # Bands that change so little of the target's contrast, in so many rounds, teach.
 
@@ -218,7 +218,8 @@ def restore(state, device="cpu", path="the checkpoint"):
 
 def teach(model, dataset, count, steps, dtype, device, seed=0, size=64, guidance=GUIDANCE):
     """The Student of a trained flow: `steps` of the optimizer on `count` images a domain, then its finish.
-    size: the flow's. Lessons are about images of that size, the finish is about the data set's."""
+    size: the flow's. Lessons are about images of that size, the finish is about the data set's.
+    guidance: of the lessons; 1 for a flow without null label."""
     small, enough = dataset.shrunk(size), min(finish.IMAGES, max(map(len, dataset.train_images)))
     images, many = spread_out(small, count), spread_out(small, enough).to(scorer(device))
     keep_memory(dataset.train_images)

@@ -178,10 +178,10 @@ class Preset:
 
 PRESETS = {  # GFLOPs: of one evaluation of one image, a multiply-add counted as two
     # 1.40M parameters, 0.27 GFLOPs
-    "cpu": Preset(64, Shape(stem=4, widths=(64, 96), blocks=(2, 2)), 700, 32, 300, 600, (120, 130, 80, 110)),
+    "cpu": Preset(64, Shape(stem=4, widths=(64, 96), blocks=(2, 2)), 700, 32, 300, 600, (160, 130, 80, 110)),
     # 24.09M parameters, 27.11 GFLOPs
     "gpu": Preset(256, Shape(stem=4, widths=(128, 256, 384), blocks=(2, 2, 2)), 5000, 32, 500, 1000,
-                  (250, 15, 100, 110)),
+                  (375, 15, 100, 110)),
 }
 
 

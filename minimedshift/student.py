@@ -110,7 +110,7 @@ def bands_between(images, changes):
 
 
 @torch.inference_mode()
-def lessons(flow, images, bands=None, seed=0, batch=64, tau=TAU, guidance=GUIDANCE, **how):
+def lessons(flow, images, bands=None, seed=0, batch=32, tau=TAU, guidance=GUIDANCE, **how):
     """What the flow makes of images (D, N, C, H, W), N of each domain: targets (D, N) int64, the domain to
     which each is translated, and answers like images, float16. bands: {(s, t): translation} of the pairs that
     are not the flow's. how: the sampler's steps, t_image. Of a flow without null label guidance must be 1."""

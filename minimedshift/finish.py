@@ -3,11 +3,10 @@
     tone    the histogram of each pyramid band, then of the pixels, is brought to the target's, twice
     grain   fine bands get the strength of noise that the target has, by grey level, but keep structure
 
-A median does not mend what the flow does wrong on every head, but histograms show it. For each answer the
-target's image that looks most like it is taken, as populations may differ, and answers get the histograms of
-these images. Where domains differ little, a histogram's own error counts: less of the tone is changed, and
-more images are looked at. And a median is smooth, while strong noise of the source passes through a local
-network."""
+A median does not mend what the flow does wrong on every head, but histograms show it: those of the answers,
+beside those of the images of the target that look most like them, as populations may differ. Where domains
+differ little, a histogram's own error counts: less of the tone is changed, and more images are looked at.
+And a median is smooth, while strong noise of the source passes through a local network."""
 
 import itertools
 import math

@@ -218,8 +218,7 @@ def restore(state, device="cpu", path="the checkpoint"):
 
 def teach(model, dataset, count, steps, dtype, device, seed=0, size=64, guidance=GUIDANCE):
     """The Student of a trained flow: `steps` of the optimizer on `count` images a domain, then its finish.
-    size: the flow's. Lessons are about images of that size, the finish is about the data set's.
-    guidance: of the lessons; 1 for a flow without null label."""
+    size: the flow's, and the lessons'; the finish is about the data set's. guidance: see `lessons`."""
     small, enough = dataset.shrunk(size), min(finish.IMAGES, max(map(len, dataset.train_images)))
     images, many = spread_out(small, count), spread_out(small, enough).to(scorer(device))
     keep_memory(dataset.train_images)

@@ -271,7 +271,7 @@ def test_both_sides_of_a_comparison_compute_the_same(float32):
 
 @pytest.mark.slow
 def test_every_coupling_takes_little_of_a_training_step(tmp_path):
-    """But Sinkhorn's, whose plans are made in float32. Semidiscrete has 5 or 6 % of one in bfloat16 (90 ms)."""
+    """But Sinkhorn's, whose plans are in float32. Semidiscrete has 5 or 6 % of one in bfloat16 (90 ms)."""
     command("bench", "--only", "couplings", "--device", "cpu", "--out", tmp_path)
     lines = (tmp_path / "bench-couplings.md").read_text().splitlines()[2:]
     rows = {cells[0]: float(cells[2]) for cells in (line.strip("| ").split(" | ") for line in lines)}

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 COARSEST = 4  # The shorter side of a pyramid's last band has about so many pixels.
+DARKEST = math.exp(-3)  # the least e^x of an answer
 SORTED, KNOTS = 2**16, 4096  # A histogram is made from about 2^16 pixels, a curve has 4096 knots.
 scaled = partial(F.interpolate, mode="bilinear", antialias=True)  # enlarging is the same without, and slower
 
@@ -85,16 +86,18 @@ def join(bands):
 
 @dataclass(frozen=True)
 class BandCurves:
-    curves: list  # one for each band of a Laplacian pyramid, from fine to coarse
+    """Curves for the bands of e^x, from fine to coarse. An X-ray's x (B, C, H, W) is the log of a signal, and
+    blur and scatter add signals: a wider blur makes bone narrower, which no bands of x itself can do."""
+    curves: list
 
     def __call__(self, x):
-        bands = laplacian(x, len(self.curves) - 1)
-        return join([curve(band) for curve, band in zip(self.curves, bands)])
+        bands = laplacian(x.exp(), len(self.curves) - 1)
+        return join([curve(band) for curve, band in zip(self.curves, bands)]).clamp(min=DARKEST).log()
 
 
 def fit_bands(source, target):
-    """The BandCurves that bring the histogram of each band of the source to the target's."""
-    return BandCurves(list(map(fit_histogram, laplacian(source), laplacian(target))))
+    """The BandCurves that bring the histogram of each band of e^source to that of e^target."""
+    return BandCurves(list(map(fit_histogram, laplacian(source.exp()), laplacian(target.exp()))))
 
 
 def blur(x, width, radius):
@@ -131,11 +134,6 @@ def inside(images):
     return grey <= threshold[:, :, None, None]
 
 
-def erode(mask, pixels):
-    """The part of a mask (B, 1, H, W) that has none but its own pixels within `pixels` rows and columns."""
-    return ~(largest_around((~mask).float(), 2 * pixels + 1) > 0)
-
-
 def largest_around(x, side):
     """The largest of side x side neighbours, of images x (B, 1, H, W): as channels, which is faster."""
     z = x.transpose(0, 1).contiguous(memory_format=torch.channels_last)
@@ -150,7 +148,8 @@ def flat_region(images, share=.3, air=False):
     dy, dx = torch.gradient(grey, dim=(2, 3))
     steep = largest_around(torch.sqrt(dx**2 + dy**2), 5)
     head, flat = inside(images), torch.zeros_like(steep, dtype=torch.bool)
-    for place in (erode(head, 2), erode(~head, 3))[:1 + air]:
+    without = lambda others, pixels: ~(largest_around(others.float(), 2 * pixels + 1) > 0)
+    for place in (without(~head, 2), without(head, 3))[:1 + air]:
         in_place = in_order(steep.masked_fill(~place, math.inf).flatten(1))
         keep = (share * place.flatten(1).sum(1, keepdim=True)).ceil().long().clamp(min=1)
         flat |= place & (steep <= in_place.gather(1, keep - 1)[:, :, None, None])

@@ -9,7 +9,7 @@ do not move (an L2 loss would give the mean, which they do):
 Three of four lessons are read backwards, from the flow's answer a to x, which is real. What differs between
 two domains is local, so the student may be. The flow goes back further here than on its own, and is guided:
 its answers show more of the target, and redraw more, which the median undoes. Where bands (baselines.py)
-change less than a third of the target's contrast, they write the lessons instead: they redraw nothing. A
+change less than .38 of the target's contrast, they write the lessons instead: they redraw nothing. A
 median has no noise of its own, and a tone that is wrong in all lessons stays wrong: finish.py mends both."""
 
 import itertools
@@ -35,7 +35,7 @@ from minimedshift.support.machine import autocast, keep_memory, scorer, to_devic
 
 TAU, GUIDANCE = .05, 1.25  # The flow writes lessons with these.
 SIDE = 64  # Of larger images it works on copies of so many pixels a side.
-LITTLE, ROUNDS = 1 / 3, 6  # Bands that change so little of the target's contrast, in so many rounds, teach.
+LITTLE, ROUNDS = .38, 6  # Bands that change so little of the target's contrast, in so many rounds, teach.
 
 
 @dataclass(frozen=True)

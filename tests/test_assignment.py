@@ -4,12 +4,9 @@ from itertools import permutations
 
 import pytest
 import torch
+from test_coupling import seeded
 
 from minimedshift.assignment import assign
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def total(cost, column):

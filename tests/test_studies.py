@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_coupling import seeded
 from torch import nn
 from torch.testing import assert_close
 
@@ -21,10 +22,6 @@ from studies import bench, couplings, latent, plane, rivals
 ROOT = Path(plane.__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "checkpoint.pt"
 TINY = "--size 16 --train-images 20 --valid-heads 3 --test-heads 2 --batch-size 4 --steps 2"
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def command(name, *flags):

@@ -86,8 +86,8 @@ def join(bands):
 
 @dataclass(frozen=True)
 class BandCurves:
-    """Curves for the bands of e^x, from fine to coarse. An X-ray's x (B, C, H, W) is the log of a signal, and
-    blur and scatter add signals: a wider blur makes bone narrower, which no bands of x itself can do."""
+    """Curves for the bands of e^x, from fine to coarse. Answers are at least -3. An X-ray's x (B, C, H, W) is
+    about a log of a signal, and blur and scatter add signals. If x is no log, bands of x are better."""
     curves: list
 
     def __call__(self, x):

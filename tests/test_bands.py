@@ -39,7 +39,6 @@ def wave(periods, amplitude, n=16, size=32, turned=False):
     return x.mT if turned else x
 
 
-# ---------------------------------------------------------------- curves
 def test_a_curve_is_straight_between_knots_and_constant_outside():
     values = torch.tensor([-1.0, 0, 0, .5, .2])
     x = uniform(2, 1, 9, 9)
@@ -69,7 +68,6 @@ def test_histogram_matching_by_hand():
     assert_close(constant(torch.zeros(2)), torch.full((2,), 2.0))
 
 
-# ---------------------------------------------------------------- bands
 @pytest.mark.parametrize("shape, count", [((2, 1, 64, 64), 5), ((1, 3, 37, 50), 4), ((1, 1, 5, 9), 2)])
 def test_bands_put_together_are_the_image(shape, count):
     x = uniform(*shape)
@@ -78,6 +76,13 @@ def test_bands_put_together_are_the_image(shape, count):
     assert_close(bands.join(parts), x, atol=1e-5, rtol=0)
     *details, rest = bands.laplacian(torch.full(shape, .4))
     assert all(detail.abs().max() < 1e-6 for detail in details) and (rest - .4).abs().max() < 1e-6
+
+
+def test_each_band_gets_the_strength_it_has_in_the_target():
+    """Two waves, the coarse one halved and the fine one doubled."""
+    source, target = (wave(2, a) + wave(12, b, turned=True) for a, b in ((.3, .1), (.15, .2)))
+    error = lambda x: (x - target)[..., 4:-4, 4:-4].square().mean()  # bands bend at the frame
+    assert error(bands.fit_bands(source, target)(source)) < .1 * error(source)
 
 
 def test_bands_blur_a_signal_not_its_log():
@@ -112,7 +117,6 @@ def test_the_pyramid_halves_with_weights_one_three_three_one():
     assert_close(small, line[:, None] * line[None])
 
 
-# ---------------------------------------------------------------- regions of a head
 def test_low_pass_is_the_gaussian_transfer_function():
     size, width = 64, 1.5
     for m in (0, 3, 10, 25, 40):

@@ -35,7 +35,6 @@ def pictures():
     return {d: [render(heads, d, 64, **k) for k in ({}, {"noise": False}, {"exposure": 1})] for d in DOMAINS}
 
 
-# ---------------------------------------------------------------- geometry
 def march(head, row, col, size, parts, step=2e-4):
     """Centimetres of one ray inside each part, float64: points tested one by one by a part's definition."""
     p, D = anatomy.PARTS, rays.SOURCE_DISTANCE
@@ -108,7 +107,6 @@ def test_a_box_contains_its_part(monkeypatch):
     torch.testing.assert_close(phantom.project([head], size, fine=True), cropped, rtol=1e-5, atol=1e-4)
 
 
-# ---------------------------------------------------------------- physics
 def test_beam_hardening_matches_the_full_spectrum():
     materials = torch.zeros(1, 3, 1, 4)
     materials[0, 2], materials[0, 0] = 15., torch.tensor([0., 1.2, 3., 6.])
@@ -154,7 +152,6 @@ def test_blur_keeps_the_mean_and_spreads_a_point():
     assert variance.item() == pytest.approx(1.44, rel=.1)
 
 
-# ---------------------------------------------------------------- the contract
 @pytest.mark.parametrize("size", [64, 50])
 def test_the_bytes_of_a_head_do_not_depend_on_other_heads(size):
     heads = [Head(i) for i in range(7)]

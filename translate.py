@@ -38,21 +38,17 @@ class Config:
     source: str = flag(None, "domain of INPUT, or auto: inferred for each image", "what")
     target: str = flag(None, "domain to translate to", "what")
     checkpoint: str = flag("out/checkpoint.pt", "trained network; its EMA weights are used", "what")
-    method: str = flag(None, "who translates (default: the student, if there is one and no flag of the flow)",
-                       "what", choices=("student", "flow"))
+    method: str = flag(None, "default: the student, unless a flag is the flow's", "what", ("student", "flow"))
     seed: int = flag(0, "of the student's noise, and of the noise by which --source auto looks", "what")
-    tau: float = flag(None, "how far back to go: near 1 keeps structure, near 0 favours realism",
-                      HOW, low=0, below=1)
-    guidance: float = flag(None, "strength of the target label on the way forward; 1 is none",
-                           HOW, above=-1000, below=1000)
+    tau: float = flag(None, "how far back: 1 keeps structure, 0 favours realism", HOW, low=0, below=1)
+    guidance: float = flag(None, "of the forward leg; 1 is none", HOW, above=-1000, below=1000)
     steps: int = flag(None, "solver steps of each leg", HOW, low=1, high=1000)
     solver: str = flag(None, "ODE solver", HOW, choices=tuple(sampler.SOLVERS))
     bits: int = flag(0, "of a grey level in 16-bit files (0: as in training)", "files", low=0, high=16)
     overwrite: bool = flag(False, "replace existing files", "files")
     skip_existing: bool = flag(False, "go on: leave out what OUTPUT has already", "files")
     compare: str = flag(None, "also draw: source | translation | difference, of the first 8 images", "files")
-    batch_size: int = flag(0, "images at once (0: 16 on a CPU, 256 on a GPU), fewer where memory is short",
-                           "machine", low=0)
+    batch_size: int = flag(0, "most images at once (0: 16 on a CPU, 256 on a GPU)", "machine", low=0)
     device: str = flag("auto", "where to compute: cuda, cuda:1, mps, cpu", "machine")
 
 

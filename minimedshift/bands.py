@@ -63,8 +63,7 @@ def ends(values):
 
 def laplacian(x, levels=None):
     """The Laplacian pyramid, levels + 1 bands: [detail at H, at H / 2, ..., the rest].
-    Halving weighs four pixels 1, 3, 3, 1 each way (Burt and Adelson 1983). levels: None for as many as leave
-    about COARSEST pixels."""
+    Halving weighs four pixels 1, 3, 3, 1 each way (Burt and Adelson 1983). levels: None leaves COARSEST."""
     if levels is None:
         levels = max(1, round(math.log2(min(x.shape[-2:]) / COARSEST)))
     bands = []
@@ -86,18 +85,21 @@ def join(bands):
 
 @dataclass(frozen=True)
 class BandCurves:
-    """Curves for the bands of e^x, from fine to coarse. Answers are at least -3. An X-ray's x (B, C, H, W) is
-    about a log of a signal, and blur and scatter add signals. If x is no log, bands of x are better."""
+    """Curves for the bands of e^x, or of x itself if not log, from fine to coarse. Blur and scatter add
+    signals, and an X-ray's x (B, C, H, W) is about a log of a signal. Answers are at least -3 then."""
     curves: list
+    log: bool = True
 
     def __call__(self, x):
-        bands = laplacian(x.exp(), len(self.curves) - 1)
-        return join([curve(band) for curve, band in zip(self.curves, bands)]).clamp(min=DARKEST).log()
+        bands = laplacian(x.exp() if self.log else x, len(self.curves) - 1)
+        x = join([curve(band) for curve, band in zip(self.curves, bands)])
+        return x.clamp(min=DARKEST).log() if self.log else x
 
 
-def fit_bands(source, target):
-    """The BandCurves that bring the histogram of each band of e^source to that of e^target."""
-    return BandCurves(list(map(fit_histogram, laplacian(source.exp()), laplacian(target.exp()))))
+def fit_bands(source, target, log=True):
+    """The BandCurves that bring the histogram of each band of e^source to that of e^target (log), or of x."""
+    scale = torch.exp if log else torch.as_tensor
+    return BandCurves(list(map(fit_histogram, laplacian(scale(source)), laplacian(scale(target)))), log)
 
 
 def blur(x, width, radius):

@@ -11,15 +11,17 @@ A fitted translator is a chain of functions from images to images, each fitted t
 A new rival is a function fit_something(source, target), whose result translates, and a line in a table."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minimedshift.bands import KNOTS, Curve, ends, fit_bands, fit_histogram
+from minimedshift.bands import KNOTS, Curve, ends, fit_bands, fit_histogram, low_pass
 from minimedshift.support.machine import in_batches
 
 IMAGES = 256  # A fit looks at so many images of each domain.
+FEW, CLEARLY = 128, 1.4  # images that tell the scale; bands that lose so many times more are clearly worse
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,22 @@ def isotonic(y, weight):
     return least.masked_fill(empty, -torch.inf).amax(0)
 
 
-fit_tone = alternate(fit_bands, fit_histogram)
-UNPAIRED = {
-    "histogram": alternate(fit_histogram),
-    "bands (Laplacian)": fit_tone,
-}
+def fit_tone(source, target, rounds=1, images=IMAGES, log=None):
+    """Bands, then pixels. log: bands are of e^x (True) or of x (False); None asks `is_log`."""
+    log = is_log([source, target]) if log is None else log
+    return alternate(partial(fit_bands, log=log), fit_histogram)(source, target, rounds, images)
+
+
+def is_log(domains):
+    """Whether bands should be of e^x, as X-rays' should: true unless bands of x clearly lose less on the way
+    from one of the domains (N, C, H, W) to the next and back. Without pairs, this tells a wrong scale."""
+    def lost(a, b, log):
+        there, back = fit_tone(a, b, 2, FEW, log), fit_tone(b, a, 2, FEW, log)
+        return sum(low_pass(f(g(x)) - x).square().mean() for f, g, x in ((back, there, a), (there, back, b)))
+    few = [spread(images, FEW) for images in domains]
+    of_x, of_exp = (sum(lost(a, b, log) for a, b in zip(few, few[1:])) for log in (False, True))
+    return bool(of_exp <= CLEARLY**2 * of_x)
+
+
+UNPAIRED = {"histogram": alternate(fit_histogram), "bands (Laplacian)": fit_tone}
 PAIRED = {"curve": alternate(fit_curve)}

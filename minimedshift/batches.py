@@ -24,8 +24,7 @@ MOST_OF_A_LABEL = dict(cpu=1e4, mps=1e4, cuda=1e5)  # images; learning potential
 
 def load_dataset(config, readings=None):
     """The Dataset that a config of train.py names: a folder's (data.py) or the simulated one (phantom/), with
-    weights that say how often each image is drawn (balance.py). readings: how files are read, if that is
-    known. Raises UserError."""
+    weights: how often an image is drawn (balance.py). readings: how files are read. Raises UserError."""
     if config.data:
         reading = dict(bits=config.bits, invert=config.invert, crop=config.crop)
         dataset = data.folder_set(config.data, config.size, config.seed, known=readings, **reading)

@@ -85,8 +85,7 @@ def sweep(methods, q, curve, reference=None):
 
 
 def main_pair(methods, q, curve, reference=None):
-    """The rows of one Question. less_ours: 95 % interval of the gap closed less that of the last method of
-    kind "ours", paired over heads."""
+    """The rows of a Question. less_ours: 95 % interval of the gap closed less that of the last of "ours"."""
     limits = bounds(q, curve)
     rows = score(methods, q, limits, reference)
     ours = [row for row in rows.values() if row["kind"] == "ours"]
@@ -170,8 +169,7 @@ def evaluation(dataset, methods, s, t, device, heads=128, heads_each=32, valid_h
 
 
 def report(model, student, dataset, how, device="cpu"):
-    """What train.py writes to report.json, and prints: `evaluation` at default settings.
-    how: checkpoint["translate"]."""
+    """train.py's report.json: `evaluation` at default settings. how: checkpoint["translate"]."""
     keep_memory(dataset.train_images, dataset.size)
     s, t = main_domains(dataset.domains)
     found = evaluation(dataset, every_method(dataset, model, how, student), s, t, device)

@@ -19,14 +19,14 @@ import torch.nn.functional as F
 
 from minimedshift.balance import contrast_thumbnails
 from minimedshift.bands import BandCurves, Curve, blur, fit_bands, flat_region, low_pass
-from minimedshift.baselines import Chain, fit_tone, spread
+from minimedshift.baselines import Chain, fit_tone, is_log, spread
 from minimedshift.support.log import progress
 from minimedshift.support.machine import autocast, in_batches
 
 IMAGES, SOME = 1000, 250  # images of a domain: to look for the nearest in, and to translate or to measure
 ROUNDS = 2   # of tone: the second mends what the pixels' histogram did to the bands
 MOST = 0.85  # of the tone is changed
-ERROR = 0.007  # by which the tone that SOME images show is off by chance, about
+ERROR = 0.007  # by which the tone that SOME images show is off by chance, about; of fewer by more
 LEVELS, ENOUGH = 16, 100  # Noise is measured at 16 levels of grey, where a level has 100 pixels.
 NORMAL = 0.6745  # This is the median of |N(0, 1)|.
 STRUCTURE = 4  # So many times the power of noise is structure.
@@ -118,28 +118,33 @@ def restore(state):
     rounds = []
     for part in state["chain"]["parts"]:
         bands, pixels = part["parts"]
-        rounds.append(Chain((BandCurves(curves(bands["curves"])), Curve(**pixels))))
+        rounds.append(Chain((BandCurves(curves(bands["curves"]), bands["log"]), Curve(**pixels))))
     return Finish(Chain(rounds), state["strength"], curves(state["own"]), curves(state["wanted"]))
 
 
-def changes(images):
-    """How far each domain is from each other one, (D, D): the root mean square of what fitting bands changes
-    in images (D, N, C, H, W), low-passed, in units of x."""
-    result = torch.zeros(len(images), len(images))
+@dataclass(frozen=True)
+class Apart:
+    """How far domains are from each other, as bands see it."""
+    log: bool  # These are bands of e^x.
+    changes: torch.Tensor  # (D, D): root mean square of what they change, low-passed, in units of x
+    certain: torch.Tensor  # (D, D): how much of a tone can be more than a histogram's own error, in [0, 1)
+
+
+def apart(images, count=SOME):
+    """Apart of domains that are seen in images (D, N, C, H, W), of which `count` differ in each domain."""
+    log, changes = is_log(images), torch.zeros(len(images), len(images))
     for s, t in itertools.permutations(range(len(images)), 2):
         x, target = spread(images[s], SOME), spread(images[t], SOME)
-        result[s, t] = low_pass(fit_bands(x, target)(x) - x).square().mean().sqrt()
-    return result
-
-
-def certain(change):
-    """How much of a tone that changes so much can be more than a histogram's own error, in [0, 1)."""
-    return float(change**2 / (change**2 + ERROR**2))
+        changes[s, t] = low_pass(fit_bands(x, target, log)(x) - x).square().mean().sqrt()
+    if not log:
+        print("grey values are taken for signals, not for their logs: bands are of x itself")
+    certain = changes**2 / (changes**2 + ERROR**2 * max(1, SOME / count))
+    return Apart(log, changes, certain)
 
 
 @torch.inference_mode()
-def fit(net, images, changes, dtype=torch.float32):
-    """{(s, t): Finish} of a LocalNet, from images (D, N, C, H, W) and their `changes`. dtype: of the net."""
+def fit(net, images, apart, dtype=torch.float32):
+    """{(s, t): Finish} of a LocalNet, from images (D, N, C, H, W), so far Apart. dtype: of the net."""
     start, device = time.time(), next(net.parameters()).device
     pairs = list(itertools.permutations(range(len(images)), 2))
     wanted = [grain(spread(target, SOME), robust=True) for target in images]
@@ -150,9 +155,9 @@ def fit(net, images, changes, dtype=torch.float32):
         with autocast(device, dtype):
             x = in_batches(answer, spread(images[s], SOME))
         nearest = images[t][torch.cdist(contrast_thumbnails(x), points[t]).argmin(1)].float()
-        known = certain(changes[s, t])
+        known = float(apart.certain[s, t])
         target = torch.cat([nearest, spread(images[t], max(1, IMAGES * (1 - known)))])
-        toned = Finish(fit_tone(x, target, ROUNDS, IMAGES), MOST * known)
+        toned = Finish(fit_tone(x, target, ROUNDS, IMAGES, apart.log), MOST * known)
         finishes[s, t] = replace(toned, own=grain(toned.tone(x), robust=False), wanted=wanted[t])
         progress(len(finishes), len(pairs), start, "its finish", "pairs")
     return finishes

@@ -20,8 +20,7 @@ OTHER = re.compile(r"(.*[ ._-])?(\w*mask|seg|segmentation|label|overlay|annotati
                    r"(t[rs])?\d*([ _-].*)?|__macosx", re.I)
 ENDINGS = re.compile(f"({'|'.join(map(re.escape, FORMATS))}|[.]dcm)+$", re.I)  # x.dcm.png is made of x.dcm
 NAMED = re.compile(r"(?:(.*?\d[^ _-]*)[ _-])?")  # 00000013_005.png, patient7_view1.png: of one patient
-# group: a patient: of a domain's folders the first in which files differ, or what DICOM or names say;
-# name: what pairs have in common
+# group: a patient: a domain's first folders that differ, or by DICOM or names; name: what pairs share
 File = namedtuple("File", "path domain split group name")
 
 

@@ -9,7 +9,6 @@ A gradient's few large singular values would drown the many small ones. Here eac
 U V^T comes from five Newton-Schulz steps, which are matrix products only. (github.com/KellerJordan/Muon)"""
 
 import copy
-from contextlib import contextmanager
 
 import torch
 from torch.optim.adamw import adamw
@@ -37,17 +36,6 @@ def orthogonalise(matrices, rounds=5):
     return [u.mT if m.shape[0] > m.shape[1] else u for u, m in zip(done, matrices)]
 
 
-@contextmanager
-def tf32(wanted):
-    """In this block a GPU multiplies matrices in TF32: singular values stay below 1.35, in bfloat16 not."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if wanted else before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 class Muon:
     """Muon with Nesterov momentum for the convolutions (out, in, h, w) of a model, except its first and last
     layer; AdamW, at `slower` of the rate, for the rest. Weight decay is decoupled.
@@ -71,8 +59,11 @@ class Muon:
         ahead = torch._foreach_lerp(grads, self.means, self.momentum)  # Nesterov
         m = [z.permute(0, 2, 3, 1).flatten(1) for z in ahead]  # no copy of channels-last memory
         torch._foreach_mul_(self.inside, 1 - lr * self.weight_decay)
-        with tf32(m[0].is_cuda):
-            updates = orthogonalise(m)
+        before = torch.get_float32_matmul_precision()
+        if m[0].is_cuda:  # in TF32 singular values stay below 1.35, in bfloat16 they do not
+            torch.set_float32_matmul_precision("high")
+        updates = orthogonalise(m)
+        torch.set_float32_matmul_precision(before)
         for p, u in zip(self.inside, updates):
             u = u.unflatten(1, (*p.shape[2:], p.shape[1])).permute(0, 3, 1, 2)  # (out, in, h, w) again
             p.sub_(u * (lr * max(1, p.shape[0] / p[0].numel()) ** 0.5))

@@ -66,8 +66,7 @@ class Block(nn.Module):
 
 class LocalNet(nn.Module):
     """One network for all ordered pairs: images x (B, C, H, W) in [-1, 1] -> x + net(x), not clipped.
-    y_source, y_target: (B,) int64. It works on a copy that is `shrink` times smaller, of which each pixel
-    sees a part, and its change is enlarged. Raises AssertionError if shrink is not above 0."""
+    y_source, y_target: (B,) int64. The change is made on a copy `shrink` (above 0) times smaller."""
 
     def __init__(self, shape):
         super().__init__()
@@ -98,14 +97,14 @@ def spread_out(dataset, count):
     return torch.from_numpy(np.stack([dataset.drawn(d, count) for d in range(len(dataset.domains))]))
 
 
-def bands_between(images, changes):
+def bands_between(images, apart):
     """{(s, t): translation of x} by bands, fitted to images (D, N, C, H, W), as much of it as is certain.
-    Only of pairs in which they change less than LITTLE of the target's contrast, both low-passed."""
+    Only of pairs in which they change less than LITTLE of the target's contrast (apart: a finish.Apart)."""
     contrast, found = [low_pass(spread(target, finish.SOME)).std() for target in images], {}
     for s, t in itertools.permutations(range(len(images)), 2):
-        if changes[s, t] < LITTLE * contrast[t]:
-            chain = fit_tone(images[s], images[t], ROUNDS, finish.IMAGES)
-            found[s, t] = finish.Finish(chain, finish.certain(changes[s, t])).tone
+        if apart.changes[s, t] < LITTLE * contrast[t]:
+            chain = fit_tone(images[s], images[t], ROUNDS, finish.IMAGES, apart.log)
+            found[s, t] = finish.Finish(chain, float(apart.certain[s, t])).tone
     return found
 
 
@@ -222,9 +221,9 @@ def teach(model, dataset, count, steps, dtype, device, seed=0, size=64, guidance
     small, enough = dataset.shrunk(size), min(finish.IMAGES, max(map(len, dataset.train_images)))
     images, many = spread_out(small, count), spread_out(small, enough).to(scorer(device))
     keep_memory(dataset.train_images)
-    changes = finish.changes(many)
+    apart = finish.apart(many, min(map(len, dataset.train_images)))
     keep_memory()
-    bands = bands_between(many, changes)
+    bands = bands_between(many, apart)
     with autocast(device, dtype):
         targets, answers = lessons(model, images, bands, seed, guidance=guidance)
     shape = LocalShape(len(dataset.domains), dataset.channels, shrink=small.size / SIDE)
@@ -233,4 +232,4 @@ def teach(model, dataset, count, steps, dtype, device, seed=0, size=64, guidance
     del images, answers, many
     many = spread_out(dataset, enough).to(scorer(device))
     keep_memory(dataset.train_images, dataset.size)
-    return Student(net, finish.fit(net, many, changes, dtype))
+    return Student(net, finish.fit(net, many, apart, dtype))

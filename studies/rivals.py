@@ -201,12 +201,13 @@ def bands(dataset, way):
 def taught_by_bands(dataset, way, device, seed=0, count=2000, steps=400, rounds=12):
     """The Method of a Student as `student.teach` makes one, but with the answers of bands in its lessons."""
     images, many = spread_out(dataset, count), spread_out(dataset, finish.IMAGES)
-    chains = {(s, t): baselines.fit_tone(images[s], images[t], rounds, 700)
+    apart = finish.apart(many)
+    chains = {(s, t): baselines.fit_tone(images[s], images[t], rounds, 700, apart.log)
               for s, t in permutations(range(len(images)), 2)}
     targets, answers = lessons(nn.Linear(1, 1), images, chains, seed)  # no flow is asked
     shape, dtype = LocalShape(len(images), dataset.channels), pick_formats("auto", device)[0]
     net = learn(shape, images, targets, answers, steps, seed=seed, dtype=dtype, device=device)
-    pupil = Student(net, finish.fit(net, many, finish.changes(many), dtype))
+    pupil = Student(net, finish.fit(net, many, apart, dtype))
     at_once = lambda q, _: in_batches(lambda x: pupil(x, q.source, q.target), q.x)
     return Method(f"student of bands {way}", "unpaired", at_once)
 

@@ -54,6 +54,15 @@ def picture(seed, domain, noisy=True):
     return (.8 - .7 * torch.tanh(p) + noisy * .02 * e).clamp(0, 1)
 
 
+def test_the_scale_of_bands_is_found_without_pairs():
+    """The shadow is a signal; its log is a log, as the other domain is. The scenes are the same."""
+    plain, local = (torch.cat([picture(first + i, domain) for i in range(128)])
+                    for domain, first in (("plain", 0), ("local", 100_000)))
+    log = 1 + plain.clamp(min=.02).log() / 3.5
+    right = [baselines.is_log([x * 2 - 1, local * 2 - 1]) for x in (plain, log)]
+    assert right == [False, True]
+
+
 @pytest.mark.slow
 def test_another_simulator_is_translated_with_no_setting_changed(tmp_path):
     first, stacks = dict(plain=0, local=100_000), {}
@@ -77,4 +86,4 @@ def test_another_simulator_is_translated_with_no_setting_changed(tmp_path):
     translated = student(x, domains.index("plain"), domains.index("local"))
     left = [f"{error(y) / curve:.3f}" for y in (translated, bands)]
     print("of the best curve's error student and bands leave", *left)
-    assert error(translated) < .25 * curve  # the aim is .1
+    assert error(translated) < .15 * curve  # the aim is .1

@@ -39,7 +39,6 @@ CURVE = Method("curve", "ceiling", lambda q, _: q.truth + .1)
 ONE = Method("one", "learned", lambda q, _: q.x if (q.source, q.target) == (2, 0) else None)
 
 
-# ---------------------------------------------------------------- questions and methods
 def test_a_question_holds_the_pictures_of_its_pair(dataset, pair):
     assert (dataset.domains[pair.source], dataset.domains[pair.target]) == methods.MAIN
     s, t, test = pair.source, pair.target, dataset.test_pairs
@@ -89,7 +88,6 @@ def test_the_main_pair_is_two_domains(domains, given, pair):
     assert tuple(domains[i] for i in methods.main_domains(domains, **given)) == tuple(pair)
 
 
-# ---------------------------------------------------------------- scores
 def test_a_perfect_translator_closes_the_gap_and_a_lazy_one_scores_as_untouched(dataset, pair):
     rows = evaluate.main_pair([*methods.every_method(dataset), LAZY, PERFECT], pair, CURVE)
     assert rows["perfect"]["gap_closed"] == pytest.approx(1)
@@ -128,7 +126,6 @@ def test_all_pairs_are_scored_and_a_cleaner_source_has_no_gap(dataset):
     assert list(means) == ["perfect", "lazy"] and means["lazy"]["gap_closed"] < 0
 
 
-# ---------------------------------------------------------------- pictures
 @pytest.mark.parametrize("paired", [True, False])
 def test_a_picture_has_a_column_for_each_tau_and_a_row_for_each_head(dataset, tmp_path, paired):
     two_of_target = [images[:2] if d == 3 else images for d, images in enumerate(dataset.test_images)]
@@ -142,7 +139,6 @@ def test_a_picture_has_a_column_for_each_tau_and_a_row_for_each_head(dataset, tm
     assert every.width - few.width == 6 * 164  # TAUS and the student, less one tau
 
 
-# ---------------------------------------------------------------- the report and the command
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
     """A folder with the checkpoint of a network that has learned nothing, and with the cache in use."""
@@ -217,7 +213,6 @@ def test_a_mistake_is_a_sentence(network, tmp_path, monkeypatch, mistake, says):
     assert "\n" not in str(error.value) and (tmp_path / "there").read_text() == "kept"
 
 
-# ---------------------------------------------------------------- folders
 @pytest.mark.parametrize("paired", [True, False])
 def test_a_folder_is_evaluated_with_and_without_pairs(network, tmp_path, monkeypatch, paired):
     """The same rows. Without pairs only realism is known. Methods of a study can join."""

@@ -26,7 +26,6 @@ def process(script):
     return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT)
 
 
-# ---------------------------------------------------------------- files
 def test_a_file_that_cannot_be_written_is_a_sentence_and_the_old_one_stays(tmp_path):
     path = tmp_path / "a.json"
     files.write_json(path, dict(a=1))
@@ -51,7 +50,6 @@ def test_what_a_killed_process_left_is_written_over(tmp_path):
     assert json.loads(path.read_text()) == dict(a=1) and os.listdir(path.parent) == ["a.json"]
 
 
-# ---------------------------------------------------------------- the log
 ROW = "{},1.5,1,0.02,0,1,0,0.1,{}".format
 REST = 1.0, 0.02, (0.0, 1.0, 0.0), 0.1  # norm, learning rate, plan, seconds of the coupling
 
@@ -90,7 +88,6 @@ def test_every_phase_tells_the_time_left_of_the_whole_run(tmp_path, capsys, monk
     assert run.failed(10) and not run.failed(11)
 
 
-# ---------------------------------------------------------------- a folder for one
 @pytest.mark.skipif(files.fcntl is None, reason="needs locks")
 def test_a_folder_is_held_by_one_process_until_its_end_however_it_ends(tmp_path):
     holder = process("import time; from minimedshift.support.files import lock_folder\n"
@@ -121,7 +118,6 @@ def test_a_disk_without_locks_and_windows_refuse_nobody(tmp_path, monkeypatch):
         pass
 
 
-# ---------------------------------------------------------------- the cache
 def make(folder):
     np.save(folder / "a.npy", np.arange(1000))
 

@@ -25,6 +25,10 @@ def noisy(images, deviation, seed=1):
     return images + deviation * noise(*images.shape, seed=seed)
 
 
+def apart(domains, certain=1.0):
+    return finish.Apart(True, None, torch.full((domains, domains), certain))
+
+
 def flat(value, count=1):
     return [Curve(-1.0, 1.0, torch.full((4,), float(value)))] * count
 
@@ -106,7 +110,7 @@ def fitted():
     """A student that changes nothing, between two domains of other grey levels and noise."""
     net = student.LocalNet(student.LocalShape(2, width=8, blocks=1)).requires_grad_(False)
     a, b = noisy(blobs(60), .02), noisy(.95 * blobs(60, seed=5) - .03, .05, seed=3)
-    return finish.fit(net, torch.stack([a, b]), torch.full((2, 2), .3)), a, b
+    return finish.fit(net, torch.stack([a, b]), apart(2, .9)), a, b
 
 
 def test_tone_and_noise_become_the_targets(fitted):
@@ -125,7 +129,7 @@ def test_grain_is_measured_once_the_tone_is_right(fitted):
     part = finishes[0, 1]
     (one, first), (two, second) = (each.parts for each in part.chain.parts)
     toned = torch.lerp(a, second(two(first(one(a)))), part.strength)
-    assert part.strength == pytest.approx(finish.MOST * .3**2 / (.3**2 + finish.ERROR**2))
+    assert part.strength == pytest.approx(finish.MOST * .9)
     grains = finish.grain(toned, robust=False), finish.grain(b, robust=True)
     for own, want in zip((part.own, part.wanted), grains):
         for curve, expected in zip(own, want, strict=True):
@@ -134,15 +138,15 @@ def test_grain_is_measured_once_the_tone_is_right(fitted):
     assert (part.own[0].values - raw.values).abs().max() > .03 * raw.values.max()
 
 
-@pytest.mark.parametrize("change", [1.0, 0.0])
-def test_tone_is_taken_from_the_targets_images_that_are_most_alike(change):
+@pytest.mark.parametrize("certain", [1.0, 0.0])
+def test_tone_is_taken_from_the_targets_images_that_are_most_alike(certain):
     """They are the source's, .3 darker; as many have smaller heads. Between like domains all images count."""
     net = student.LocalNet(student.LocalShape(2, width=8, blocks=1)).requires_grad_(False)
     a = noisy(blobs(100), .02)
     b = torch.cat([a[:50] - .3, F.pad(a[50:, ..., 16:-16, 16:-16], (16,) * 4, value=1.0)])
-    y = finish.fit(net, torch.stack([a, b]), torch.full((2, 2), change))[0, 1].chain(a)
+    y = finish.fit(net, torch.stack([a, b]), apart(2, certain))[0, 1].chain(a)
     error, of_all = ((z - a + .3).abs().mean() for z in (y, fit_histogram(a, b)(a)))
-    assert of_all > .1 and (error < .3 * of_all if change else error > .4 * of_all)
+    assert of_all > .1 and (error < .3 * of_all if certain else error > .4 * of_all)
 
 
 def test_a_finish_goes_through_plain_types(fitted):

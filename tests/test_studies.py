@@ -47,7 +47,6 @@ def test_a_mistake_ends_in_one_sentence(study, flags, says, capsys):
     assert end.value.code == 2 and says in errors and errors.count("\n") == 1
 
 
-# ---------------------------------------------------------------- plane
 def test_points_lie_where_they_should():
     g = seeded()
     x0 = plane.eight_gaussians(8000, g)
@@ -94,7 +93,6 @@ def test_couplings_in_the_plane_are_ordered_as_the_literature_says():
     assert all(row["floor"] < .5 * interval("per label", "1 Euler step")[0] for row in found["independent"])
 
 
-# ---------------------------------------------------------------- couplings
 @pytest.mark.slow
 def test_the_table_has_a_row_a_run_and_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     monkeypatch.setenv("MINIMEDSHIFT_CACHE", str(tmp_path / "cache"))
@@ -112,7 +110,6 @@ def test_the_table_has_a_row_a_run_and_what_is_done_is_not_done_again(tmp_path, 
         couplings.train("--sigma -1", tmp_path)
 
 
-# ---------------------------------------------------------------- latent
 def cloud(heads, domains, noise, N=40, D=4, F=200):
     """z = heads * (its own vector) + domains * (its domain's vector) + noise, each of unit variance."""
     draw = seeded()
@@ -143,7 +140,6 @@ def test_the_latent_has_a_row_for_each_tau(tmp_path, monkeypatch):
     assert table in said and table.count("| tau ") == 11 and "| chance | 0.200 | 0.500 |" in table
 
 
-# ---------------------------------------------------------------- rivals: SDEdit
 class Gaussian(nn.Module):
     """The exact velocity for pixels N(mean_y, std_y^2): E[x1 - x0 | xt]; the null label has label 0's."""
 
@@ -167,7 +163,6 @@ def test_sdedit_has_the_mean_and_variance_of_the_exact_flow(tau):
     assert x.std() == pytest.approx(std[1] / spread * (1 - tau), rel=.02)
 
 
-# ---------------------------------------------------------------- rivals: with and without pairs
 def blobs(n, size=16, seed=0):
     """Smooth random pictures."""
     return torch.tanh(metrics.low_pass(torch.randn(n, 1, size, size, generator=seeded(seed)), 1.5) * 4)
@@ -239,7 +234,6 @@ def test_the_evaluation_gets_all_rivals(tmp_path, monkeypatch, float32):
         assert answers[expected:] == [None] * (3 - expected)
 
 
-# ---------------------------------------------------------------- bench
 def test_the_clock_takes_turns_and_leaves_the_first_two_rounds_out(monkeypatch):
     ticks, calls = count(), []
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(ticks) ** 2 / 1e3)  # each interval is longer

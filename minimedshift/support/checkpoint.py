@@ -12,7 +12,7 @@ from minimedshift.support.command import UserError, refuse
 from minimedshift.support.files import write_whole
 from minimedshift.support.images import Reading
 
-FORMAT = 7  # changes with what a checkpoint holds, or what it means
+FORMAT = 8  # changes with what a checkpoint holds, or what it means
 PARTS = ("config", "shape", "domains", "image", "translate", "step", "machine")  # what describes a network
 
 

@@ -43,8 +43,7 @@ def name_of(f):
 
 
 def parse(config, description, argv=None):
-    """A `config` read from flags; a bool is `--name` or `--no-name`. Raises UserError for a wrong flag, and
-    for a number outside its limits (NaN always is)."""
+    """A `config` read from flags; a bool is `--name` or `--no-name`. UserError for a wrong one, or NaN."""
     module = sys.modules["__main__"].__spec__  # None for a script
     layout = partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=34)
     parser = Parser(prog=module and f"python -m {module.name}", description=description, allow_abbrev=False,

@@ -4,9 +4,9 @@
     grain   fine bands get the strength of noise that the target has, by grey level, but keep structure
 
 A median does not mend what the flow does wrong on every head, but histograms show it: those of the answers,
-beside those of the images of the target that look most like them, as populations may differ. Where domains
-differ little, a histogram's own error counts: less of the tone is changed, and more images are looked at.
-And a median is smooth, while strong noise of the source passes through a local network."""
+beside those of the images of the target that look most like them, as populations may differ; of all, if none
+look alike. Where domains differ little, a histogram's own error counts: less of the tone is changed, and more
+images are looked at. And a median is smooth, while strong noise of the source passes a local network."""
 
 import itertools
 import math
@@ -26,6 +26,7 @@ from minimedshift.support.machine import autocast, in_batches
 IMAGES, SOME = 1000, 250  # images of a domain: to look for the nearest in, and to translate or to measure
 ROUNDS = 2   # of tone: the second mends what the pixels' histogram did to the bands
 MOST = 0.85  # of the tone is changed
+ALIKE = 0.6  # The nearest images look alike if they are so many times nearer than a mean one.
 ERROR = 0.007  # by which the tone that SOME images show is off by chance, about; of fewer by more
 LEVELS, ENOUGH = 16, 100  # Noise is measured at 16 levels of grey, where a level has 100 pixels.
 NORMAL = 0.6745  # This is the median of |N(0, 1)|.
@@ -154,9 +155,10 @@ def fit(net, images, apart, dtype=torch.float32):
         answer = lambda x: net(x.to(device), *labels.expand(2, len(x))).float().to(x.device)
         with autocast(device, dtype):
             x = in_batches(answer, spread(images[s], SOME))
-        nearest = images[t][torch.cdist(contrast_thumbnails(x), points[t]).argmin(1)].float()
-        known = float(apart.certain[s, t])
-        target = torch.cat([nearest, spread(images[t], max(1, IMAGES * (1 - known)))])
+        distance = torch.cdist(contrast_thumbnails(x), points[t])
+        known, near = float(apart.certain[s, t]), distance.amin(1).mean() < ALIKE * distance.mean()
+        others = spread(images[t], max(1, IMAGES * (1 - known)) if near else IMAGES)
+        target = torch.cat([images[t][distance.argmin(1)].float(), others])
         toned = Finish(fit_tone(x, target, ROUNDS, IMAGES, apart.log), MOST * known)
         finishes[s, t] = replace(toned, own=grain(toned.tone(x), robust=False), wanted=wanted[t])
         progress(len(finishes), len(pairs), start, "its finish", "pairs")

@@ -41,7 +41,6 @@ def picture(path, h=20, w=24, **how):
     return path
 
 
-# ---------------------------------------------------------------- image files
 def cut(path, make=picture):
     make(path)
     os.truncate(path, path.stat().st_size // 2)
@@ -96,7 +95,6 @@ def test_bad_images_among_good_ones_are_named_and_the_others_translated(tmp_path
     assert "bad.png" in said and {path.name for path in (tmp_path / "out").iterdir()} == {"a.png", "b.png"}
 
 
-# ---------------------------------------------------------------- folders to train on
 def domains(root, *names):
     for name in names:
         (root / name).mkdir(parents=True)
@@ -130,7 +128,6 @@ def test_a_domain_without_a_readable_image_is_named(tmp_path, capsys, monkeypatc
     assert "the domain b has no image" in refused(capsys, train.main, *flags)
 
 
-# ---------------------------------------------------------------- checkpoints of strangers
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("/tmp/minimedshift-evil",)

@@ -46,7 +46,7 @@ class Config:
     balance: bool = flag(True, "draw images less often that are rare in the other domains", "data")
     check_data: bool = flag(False, "write a picture and a line per domain, then stop", "data")
     preset: str = flag("auto", "network and training settings", "method", ("auto", *PRESETS))
-    flow_size: int = flag(0, "side of larger images in the flow; 0: the preset's", "method", low=0, high=4096)
+    flow_size: int = flag(0, "larger images shrink to this side; 0: the preset's", "method", low=0, high=4096)
     coupling: str = flag("semidiscrete", "which noise gets which image", "method", batches.coupling.COUPLINGS)
     ot_batch: int = flag(0, "batches that are paired at once; 0: as the coupling needs", "method", low=0)
     sigma: float = flag(0.0, "width of the bridge between noise and image", "method", low=0)

@@ -41,7 +41,7 @@ class Config:
     method: str = flag(None, "default: the student, unless a flag is the flow's", "what", ("student", "flow"))
     seed: int = flag(0, "of the student's noise, and of the noise by which --source auto looks", "what")
     tau: float = flag(None, "how far back: 1 keeps structure, 0 favours realism", HOW, low=0, below=1)
-    guidance: float = flag(None, "of the forward leg; 1 is none", HOW, above=-1000, below=1000)
+    guidance: float = flag(None, "its scale on the way forward; 1: none", HOW, above=-1000, below=1000)
     steps: int = flag(None, "solver steps of each leg", HOW, low=1, high=1000)
     solver: str = flag(None, "ODE solver", HOW, choices=tuple(sampler.SOLVERS))
     bits: int = flag(0, "of a grey level in 16-bit files (0: as in training)", "files", low=0, high=16)
@@ -83,7 +83,9 @@ def plan_files(c):
         refuse(source.resolve() in target.resolve().parents,
                f"OUTPUT {target} lies inside INPUT {source}: choose a folder outside")
         found, left = image_files(source)
-        files = [(path, written_as(target / path.relative_to(source))) for path in found]
+        known = lambda path: path.suffix.lower() in images.FORMATS  # else it is DICOM
+        png = lambda path: path if known(path) else f"{path}".removesuffix(".dcm") + ".png"
+        files = [(path, target / png(path.relative_to(source))) for path in found]
         refuse(not files, f"INPUT {source} has no image files ({endings}){unread(left)}")
         print(f"INPUT: {len(files)} images{unread(left)}")
     if c.skip_existing:
@@ -102,11 +104,6 @@ def plan_files(c):
         with explain_os_error(f"the folder {path.parent}", "cannot be made"):
             path.parent.mkdir(parents=True, exist_ok=True)
     return files
-
-
-def written_as(path):
-    """The name of a translation: that of a DICOM file ends in .png."""
-    return path if path.suffix.lower() in images.FORMATS else Path(str(path).removesuffix(".dcm") + ".png")
 
 
 def find_readings(c, state):

@@ -63,7 +63,7 @@ def ends(values):
 
 def laplacian(x, levels=None):
     """The Laplacian pyramid, levels + 1 bands: [detail at H, at H / 2, ..., the rest].
-    Halving weighs four pixels 1, 3, 3, 1 each way (Burt and Adelson 1983). levels: None leaves COARSEST."""
+    Halving weighs four pixels 1, 3, 3, 1 each way (Burt and Adelson 1983). None leaves COARSEST pixels."""
     if levels is None:
         levels = max(1, round(math.log2(min(x.shape[-2:]) / COARSEST)))
     bands = []
@@ -86,7 +86,7 @@ def join(bands):
 @dataclass(frozen=True)
 class BandCurves:
     """Curves for the bands of e^x, or of x itself if not log, from fine to coarse. Blur and scatter add
-    signals, and an X-ray's x (B, C, H, W) is about a log of a signal. Answers are at least -3 then."""
+    signals, and an X-ray's x (B, C, H, W) is about a log of a signal. With log, answers are at least -3."""
     curves: list
     log: bool = True
 
@@ -98,8 +98,8 @@ class BandCurves:
 
 def fit_bands(source, target, log=True):
     """The BandCurves that bring the histogram of each band of e^source to that of e^target (log), or of x."""
-    scale = torch.exp if log else torch.as_tensor
-    return BandCurves(list(map(fit_histogram, laplacian(scale(source)), laplacian(scale(target)))), log)
+    source, target = (laplacian(x.exp() if log else x) for x in (source, target))
+    return BandCurves(list(map(fit_histogram, source, target)), log)
 
 
 def blur(x, width, radius):

@@ -51,7 +51,7 @@ def unexplained(model, x1, labels, seed=0, colour=0.0, draws=8):
 def label_of(shares, H, W):
     """The label, the runner-up and whether the two are close, each (B,), from `unexplained` (B, L, O).
     The label has the smallest sum over octaves of n log(share), for n frequencies each: the likelihood of a
-    Gaussian error of unknown variance. (The sum of the errors themselves tells no doses apart.)"""
+    Gaussian error of unknown variance."""
     n = octaves(H, W).sum((1, 2)).to(shares)
     best, labels = (n / n.sum() * shares.log()).sum(-1).topk(2, largest=False)  # (B, 2)
     return labels[:, 0], labels[:, 1], best[:, 1] - best[:, 0] < CLOSE

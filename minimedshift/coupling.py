@@ -136,7 +136,7 @@ class Semidiscrete:
     """Optimal transport from all noise to all training images of a label: to argmax_j <x0, x_j> + g_j, whose
     g_j lets each image be picked by its share of noises (arXiv:2509.25519; there g_j + ||x_j||^2 / 2).
     images: one (N, ...) array or tensor a label, kept as it is, float16 too; g: the potentials (N,) of each,
-    from `learn_potentials`. dtype: of a first look at all; in bfloat16 the CLOSEST get one in float32."""
+    from `learn_potentials`. dtype: of a first look at all; then CLOSEST are compared in float32."""
 
     def __init__(self, images, g, device="cpu", dtype=torch.float32):
         self.images, self.dtype = [torch.as_tensor(np.asarray(x), device=device) for x in images], dtype

@@ -18,7 +18,7 @@ import numpy as np
 import PIL
 import torch
 
-from minimedshift.balance import contrast_thumbnails
+from minimedshift.balance import contrast_thumbnails, effective
 from minimedshift.baselines import spread
 from minimedshift.folder import SPLITS, find_files, people, unread
 from minimedshift.sizes import crop_to_square, resize
@@ -84,6 +84,10 @@ class Dataset:
         small = lambda x: resize(x.float(), (size, size)).half()
         smaller = [in_batches(small, torch.from_numpy(images), 500).numpy() for images in self.train_images]
         return replace(self, size=size, train_images=smaller)
+
+    def counts(self):
+        """How many training images of each domain count: all, or fewer if some are drawn more often."""
+        return list(map(effective, self.weights or [np.ones(len(images)) for images in self.train_images]))
 
     def drawn(self, d, count=None):
         """`count` training images of domain d (None: as many as there are), as often as in training."""

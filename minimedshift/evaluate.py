@@ -85,7 +85,7 @@ def sweep(methods, q, curve, reference=None):
 
 
 def main_pair(methods, q, curve, reference=None):
-    """The rows of a Question. less_ours: 95 % interval of the gap closed less that of the last of "ours"."""
+    """The rows of a Question. less_ours: 95 % interval of the gap closed less the last of "ours"."""
     limits = bounds(q, curve)
     rows = score(methods, q, limits, reference)
     ours = [row for row in rows.values() if row["kind"] == "ours"]

@@ -4,9 +4,9 @@
     grain   fine bands get the strength of noise that the target has, by grey level, but keep structure
 
 A median does not mend what the flow does wrong on every head, but histograms show it: those of the answers,
-beside those of the images of the target that look most like them, as populations may differ; of all, if none
-look alike. Where domains differ little, a histogram's own error counts: less of the tone is changed, and more
-images are looked at. And a median is smooth, while strong noise of the source passes a local network."""
+beside those of the images of the target that look most like them, as populations may differ, and of all, if
+none look alike. Where domains differ little, a histogram's own error counts: less of the tone is changed, and
+all images are looked at. And a median is smooth, while strong noise of the source passes a local network."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ IMAGES, SOME = 1000, 250  # images of a domain: to look for the nearest in, and 
 ROUNDS = 2   # of tone: the second mends what the pixels' histogram did to the bands
 MOST = 0.85  # of the tone is changed
 ALIKE = 0.6  # The nearest images look alike if they are so many times nearer than a mean one.
-ERROR = 0.007  # by which the tone that SOME images show is off by chance, about; of fewer by more
+ERROR = 0.007  # by which the tone that SOME images show is off by chance, about
 LEVELS, ENOUGH = 16, 100  # Noise is measured at 16 levels of grey, where a level has 100 pixels.
 NORMAL = 0.6745  # This is the median of |N(0, 1)|.
 STRUCTURE = 4  # So many times the power of noise is structure.
@@ -124,28 +124,29 @@ def restore(state):
 
 
 @dataclass(frozen=True)
-class Apart:
+class Distances:
     """How far domains are from each other, as bands see it."""
     log: bool  # These are bands of e^x.
     changes: torch.Tensor  # (D, D): root mean square of what they change, low-passed, in units of x
-    certain: torch.Tensor  # (D, D): how much of a tone can be more than a histogram's own error, in [0, 1)
+    certain: torch.Tensor  # (D, D): the share of a change that is no error by chance, in [0, 1)
 
 
-def apart(images, count=SOME):
-    """Apart of domains that are seen in images (D, N, C, H, W), of which `count` differ in each domain."""
+def measure(images, counts):
+    """The Distances of domains with images (D, N, C, H, W), of which `counts` (D,) are different ones."""
     log, changes = is_log(images), torch.zeros(len(images), len(images))
     for s, t in itertools.permutations(range(len(images)), 2):
         x, target = spread(images[s], SOME), spread(images[t], SOME)
         changes[s, t] = low_pass(fit_bands(x, target, log)(x) - x).square().mean().sqrt()
     if not log:
-        print("grey values are taken for signals, not for their logs: bands are of x itself")
-    certain = changes**2 / (changes**2 + ERROR**2 * max(1, SOME / count))
-    return Apart(log, changes, certain)
+        print("bands are of x, not of e^x: they lose less on the way to another domain and back")
+    fewer = SOME / torch.tensor(counts).clamp(max=SOME)  # A mean of n images has a variance of 1 / n.
+    error = ERROR**2 * (fewer[:, None] + fewer) / 2
+    return Distances(log, changes, changes**2 / (changes**2 + error))
 
 
 @torch.inference_mode()
-def fit(net, images, apart, dtype=torch.float32):
-    """{(s, t): Finish} of a LocalNet, from images (D, N, C, H, W), so far Apart. dtype: of the net."""
+def fit(net, images, distances, dtype=torch.float32):
+    """{(s, t): Finish} of a LocalNet, from images (D, N, C, H, W) and their Distances. dtype: of the net."""
     start, device = time.time(), next(net.parameters()).device
     pairs = list(itertools.permutations(range(len(images)), 2))
     wanted = [grain(spread(target, SOME), robust=True) for target in images]
@@ -155,11 +156,11 @@ def fit(net, images, apart, dtype=torch.float32):
         answer = lambda x: net(x.to(device), *labels.expand(2, len(x))).float().to(x.device)
         with autocast(device, dtype):
             x = in_batches(answer, spread(images[s], SOME))
-        distance = torch.cdist(contrast_thumbnails(x), points[t])
-        known, near = float(apart.certain[s, t]), distance.amin(1).mean() < ALIKE * distance.mean()
+        apart = torch.cdist(contrast_thumbnails(x), points[t])
+        known, near = float(distances.certain[s, t]), apart.amin(1).mean() < ALIKE * apart.mean()
         others = spread(images[t], max(1, IMAGES * (1 - known)) if near else IMAGES)
-        target = torch.cat([images[t][distance.argmin(1)].float(), others])
-        toned = Finish(fit_tone(x, target, ROUNDS, IMAGES, apart.log), MOST * known)
+        target = torch.cat([images[t][apart.argmin(1)].float(), others])
+        toned = Finish(fit_tone(x, target, ROUNDS, IMAGES, distances.log), MOST * known)
         finishes[s, t] = replace(toned, own=grain(toned.tone(x), robust=False), wanted=wanted[t])
         progress(len(finishes), len(pairs), start, "its finish", "pairs")
     return finishes

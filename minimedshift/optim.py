@@ -62,8 +62,10 @@ class Muon:
         before = torch.get_float32_matmul_precision()
         if m[0].is_cuda:  # in TF32 singular values stay below 1.35, in bfloat16 they do not
             torch.set_float32_matmul_precision("high")
-        updates = orthogonalise(m)
-        torch.set_float32_matmul_precision(before)
+        try:
+            updates = orthogonalise(m)
+        finally:
+            torch.set_float32_matmul_precision(before)
         for p, u in zip(self.inside, updates):
             u = u.unflatten(1, (*p.shape[2:], p.shape[1])).permute(0, 3, 1, 2)  # (out, in, h, w) again
             p.sub_(u * (lr * max(1, p.shape[0] / p[0].numel()) ** 0.5))

@@ -97,14 +97,14 @@ def spread_out(dataset, count):
     return torch.from_numpy(np.stack([dataset.drawn(d, count) for d in range(len(dataset.domains))]))
 
 
-def bands_between(images, apart):
+def bands_between(images, distances):
     """{(s, t): translation of x} by bands, fitted to images (D, N, C, H, W), as much of it as is certain.
-    Only of pairs in which they change less than LITTLE of the target's contrast (apart: a finish.Apart)."""
+    Only of pairs in which they change less than LITTLE of the target's contrast, both low-passed."""
     contrast, found = [low_pass(spread(target, finish.SOME)).std() for target in images], {}
     for s, t in itertools.permutations(range(len(images)), 2):
-        if apart.changes[s, t] < LITTLE * contrast[t]:
-            chain = fit_tone(images[s], images[t], ROUNDS, finish.IMAGES, apart.log)
-            found[s, t] = finish.Finish(chain, float(apart.certain[s, t])).tone
+        if distances.changes[s, t] < LITTLE * contrast[t]:
+            chain = fit_tone(images[s], images[t], ROUNDS, finish.IMAGES, distances.log)
+            found[s, t] = finish.Finish(chain, float(distances.certain[s, t])).tone
     return found
 
 
@@ -145,8 +145,7 @@ def one_cycle(step, steps):
 def learn(shape, images, targets, answers, steps, batch=32, forth=8, lr=0.015, seed=0, dtype=torch.float32,
           device="cpu"):
     """A LocalNet, in eval mode, that has learned answers to images, (D, N, C, H, W) both, which show them in
-    domains targets (D, N). `forth` lessons of a batch are read so, the others backwards. Its loss, mean
-    |net(x) - answer|, seeks the median. Its weights are a running mean."""
+    domains targets (D, N). `forth` lessons of a batch are read so, the others backwards."""
     start, device, draw = time.time(), torch.device(device), torch.Generator().manual_seed(seed)
     images, targets, answers = (part.to(device) for part in (images, targets, answers))
     with torch.random.fork_rng(devices=[]):
@@ -221,9 +220,9 @@ def teach(model, dataset, count, steps, dtype, device, seed=0, size=64, guidance
     small, enough = dataset.shrunk(size), min(finish.IMAGES, max(map(len, dataset.train_images)))
     images, many = spread_out(small, count), spread_out(small, enough).to(scorer(device))
     keep_memory(dataset.train_images)
-    apart = finish.apart(many, min(map(len, dataset.train_images)))
+    distances = finish.measure(many, dataset.counts())
     keep_memory()
-    bands = bands_between(many, apart)
+    bands = bands_between(many, distances)
     with autocast(device, dtype):
         targets, answers = lessons(model, images, bands, seed, guidance=guidance)
     shape = LocalShape(len(dataset.domains), dataset.channels, shrink=small.size / SIDE)
@@ -232,4 +231,4 @@ def teach(model, dataset, count, steps, dtype, device, seed=0, size=64, guidance
     del images, answers, many
     many = spread_out(dataset, enough).to(scorer(device))
     keep_memory(dataset.train_images, dataset.size)
-    return Student(net, finish.fit(net, many, apart, dtype))
+    return Student(net, finish.fit(net, many, distances, dtype))

@@ -101,6 +101,7 @@ def test_there_are_as_many_bands_as_curves_whatever_the_size(shape):
     x = uniform(*shape)
     keep, drop = (Curve(-4.0, 4.0, torch.tensor(values)) for values in ((-4.0, 4.0), (0.0, 0.0)))
     assert_close(bands.BandCurves((keep,) * 5)(x), x, atol=1e-5, rtol=0)
+    assert_close(bands.BandCurves((keep,) * 5, log=False)(x - 2.5), x - 2.5, atol=1e-5, rtol=0)  # below -3
     coarse = torch.nn.functional.interpolate(bands.laplacian(x.exp(), 1)[1], shape[2:], mode="bilinear")
     assert_close(bands.BandCurves((drop, keep))(x), coarse.log(), atol=1e-5, rtol=0)
     assert_close(bands.BandCurves((drop,) * 5)(x), torch.full(shape, -3.), atol=1e-5, rtol=0)

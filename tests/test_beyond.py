@@ -1,8 +1,8 @@
 """The method is not tuned to one simulator: tubes and blocks instead of heads, other noise, blur and tone.
 
-Domain "plain" is a blurred shadow with noise that grows where it is dark. Domain "local" is its logarithm
-less half of its mean over a box of 11 pixels, so no grey-value curve leads from one to the other. Nothing of
-train.py is set but the data; each domain has its own scenes."""
+Domain "plain" is a blurred shadow with noise that grows where it is dark. Domain "local" is the blurred
+thickness less half of its mean over a box of 11 pixels, so no grey-value curve leads from one to the other.
+Nothing of train.py is set but the data; each domain has its own scenes."""
 
 import numpy as np
 import pytest
@@ -55,12 +55,14 @@ def picture(seed, domain, noisy=True):
 
 
 def test_the_scale_of_bands_is_found_without_pairs():
-    """The shadow is a signal; its log is a log, as the other domain is. The scenes are the same."""
+    """A shadow is a signal, and bands of x suit it better. Of its log, of the same scenes, e^x is kept."""
     plain, local = (torch.cat([picture(first + i, domain) for i in range(128)])
                     for domain, first in (("plain", 0), ("local", 100_000)))
     log = 1 + plain.clamp(min=.02).log() / 3.5
     right = [baselines.is_log([x * 2 - 1, local * 2 - 1]) for x in (plain, log)]
     assert right == [False, True]
+    fitted = [baselines.fit_tone(x * 2 - 1, local * 2 - 1) for x in (plain, log)]
+    assert [chain.parts[0].parts[0].log for chain in fitted] == right
 
 
 @pytest.mark.slow
@@ -86,4 +88,4 @@ def test_another_simulator_is_translated_with_no_setting_changed(tmp_path):
     translated = student(x, domains.index("plain"), domains.index("local"))
     left = [f"{error(y) / curve:.3f}" for y in (translated, bands)]
     print("of the best curve's error student and bands leave", *left)
-    assert error(translated) < .15 * curve  # the aim is .1
+    assert error(translated) < .1 * curve and error(bands) < .3 * curve  # bands of e^x leave .14 and .53

@@ -25,8 +25,8 @@ def noisy(images, deviation, seed=1):
     return images + deviation * noise(*images.shape, seed=seed)
 
 
-def apart(domains, certain=1.0):
-    return finish.Apart(True, None, torch.full((domains, domains), certain))
+def distances(domains, certain=1.0, log=True):
+    return finish.Distances(log, None, torch.full((domains, domains), certain))
 
 
 def flat(value, count=1):
@@ -105,12 +105,12 @@ def test_a_level_without_pixels_takes_the_nearest_value():
     assert not any(curve.values.any() for curve in finish.grain(torch.zeros(1, 1, 8, 8), True))
 
 
-@pytest.fixture(scope="module")
-def fitted():
+@pytest.fixture(scope="module", params=[True, False], ids=["bands of e^x", "bands of x"])
+def fitted(request):
     """A student that changes nothing, between two domains of other grey levels and noise."""
     net = student.LocalNet(student.LocalShape(2, width=8, blocks=1)).requires_grad_(False)
     a, b = noisy(blobs(60), .02), noisy(.95 * blobs(60, seed=5) - .03, .05, seed=3)
-    return finish.fit(net, torch.stack([a, b]), apart(2, .9)), a, b
+    return finish.fit(net, torch.stack([a, b]), distances(2, .9, request.param)), a, b
 
 
 def test_tone_and_noise_become_the_targets(fitted):
@@ -146,7 +146,7 @@ def test_tone_is_taken_from_the_targets_images_that_are_most_alike(certain, alik
     net = student.LocalNet(student.LocalShape(2, width=8, blocks=1)).requires_grad_(False)
     a = noisy(blobs(100), .02)
     b = torch.cat([a[:50] - .3, F.pad(a[50:, ..., 16:-16, 16:-16], (16,) * 4, value=1.0)])
-    y = finish.fit(net, torch.stack([a, b]), apart(2, certain))[0, 1].chain(a)
+    y = finish.fit(net, torch.stack([a, b]), distances(2, certain))[0, 1].chain(a)
     error, of_all = ((z - a + .3).abs().mean() for z in (y, fit_histogram(a, b)(a)))
     assert of_all > .1 and (error < .3 * of_all if certain * alike else error > .4 * of_all)
 

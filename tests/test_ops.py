@@ -28,7 +28,6 @@ def python(*command, **more):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# ---------------------------------------------------------------- references
 def by_definition(x, weight, bias, groups, scale, shift, eps):
     """Every group's own mean and variance, one after the other."""
     B, C = x.shape[:2]
@@ -63,7 +62,6 @@ def test_the_norm_sums_in_float32_and_returns_what_it_got():
             torch.testing.assert_close(norm(args), expected, atol=.05, rtol=.02)
 
 
-# ---------------------------------------------------------------- what is called where
 def compare_compiled(device, backend, tolerance):
     """The public function is one graph; compiled it gives the same value and gradients.
     Returns whether the graph calls a fused op."""
@@ -98,7 +96,6 @@ def test_without_triton_there_are_the_references():
                  "assert y.shape == (1, 4, 2, 2)")
 
 
-# ---------------------------------------------------------------- kernels
 @needs_triton
 def test_every_check_passes_in_the_interpreter():
     python("-W", "ignore", "tests/kernels.py", TRITON_INTERPRET="1")

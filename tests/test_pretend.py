@@ -53,7 +53,6 @@ def waits_of_steps(monkeypatch, gpu):
     return waits
 
 
-# ---------------------------------------------------------------- the pretended device itself
 def test_it_refuses_to_mix_and_sees_what_waits():
     with pretended("cuda") as gpu:
         x, y = torch.ones(3, device="cuda"), torch.ones(3)
@@ -122,7 +121,6 @@ def test_a_step_becomes_one_graph_unless_that_does_something_else(fault, capsys)
                 torch.testing.assert_close(norm, w.detach().norm())
 
 
-# ---------------------------------------------------------------- whole runs on it
 @pytest.mark.slow
 @pytest.mark.parametrize("coupling", RUNS)
 def test_a_whole_run_on_a_gpu(tmp_path, monkeypatch, coupling, capsys):

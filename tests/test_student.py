@@ -14,7 +14,7 @@ from minimedshift.model import UNet
 from minimedshift.sizes import resize
 from minimedshift.support import checkpoint
 from minimedshift.support.command import UserError
-from test_finish import apart
+from test_finish import distances
 
 SMALL = student.LocalShape(num_domains=3, width=16, blocks=1)
 
@@ -38,7 +38,7 @@ def labels(*numbers):
 
 # ---------------------------------------------------------------- the network
 @pytest.mark.parametrize("shape", [SMALL, student.LocalShape(width=8, blocks=2),
-                                   student.LocalShape(width=8, stem=4, blocks=1)])
+                                   student.LocalShape(width=8, stem=2, blocks=1)])
 def test_a_pixel_sees_as_far_as_the_convolutions_and_no_farther(shape):
     net, side = awake(shape), 96
     x = torch.zeros(1, 1, side, side)
@@ -113,16 +113,18 @@ def test_lessons_are_the_flows_translations():
 
 def test_bands_teach_where_they_change_little():
     """.02 of a contrast of about .1 is little, .3 is not. They do the more of it, the more certain it is: of
-    20 images less than of SOME."""
+    20 and 5 images less than of SOME and more."""
     a = torch.rand(1, 60, 1, 16, 16, generator=torch.Generator().manual_seed(0)) - .5
     images = torch.cat([a, a + .02, a - .3]).half()
-    found = finish.apart(images, 20)
+    found = finish.measure(images, [20, 5, 1000])
+    assert found.log and found.certain[2, 2] == 0
     off = torch.tensor([[0, .02, .3], [.02, 0, .32], [.3, .32, 0]])
     torch.testing.assert_close(found.changes, off, atol=.002, rtol=.02)
     bands = student.bands_between(images, found)
     assert set(bands) == {(0, 1), (1, 0)}
     x = images[0].float()
-    assert (bands[0, 1](x) - x - .02 * .02**2 / (.02**2 + .007**2 * 250 / 20)).abs().mean() < .002
+    certain = .02**2 / (.02**2 + .007**2 * (250 / 20 + 250 / 5) / 2)
+    assert (bands[0, 1](x) - x - .02 * certain).abs().mean() < .002
     targets, answers = student.lessons(flow(3), images, bands, steps=1)
     mine = targets[0] == 1
     torch.testing.assert_close(answers[0, mine].float(), bands[0, 1](x[mine]), atol=1e-3, rtol=0)
@@ -147,7 +149,7 @@ def made():
     """A Student whose target 1 has noise, as if its network left none."""
     torch.manual_seed(0)
     net = awake(SMALL)
-    finishes = finish.fit(net, torch.rand(3, 8, 1, 16, 16) * 2 - 1, apart(3))
+    finishes = finish.fit(net, torch.rand(3, 8, 1, 16, 16) * 2 - 1, distances(3))
     own, wanted = ([Curve(-1.0, 1.0, torch.full((2,), size))] * 2 for size in (0.0, 0.1))
     finishes[0, 1] = replace(finishes[0, 1], own=own, wanted=wanted)
     return student.Student(net, finishes)

@@ -15,7 +15,7 @@ from minimedshift.model import Shape, UNet
 from minimedshift.support import checkpoint
 from minimedshift.support.command import run
 from minimedshift.sizes import carry_to_full_size, resize, working_shape
-from test_finish import apart
+from test_finish import distances
 
 SIZE = 16
 
@@ -107,7 +107,7 @@ def net_with_student(net, tmp_path_factory):
     domains = len(phantom.DOMAINS)
     images = torch.rand(domains, 30, 1, SIZE, SIZE) * torch.linspace(.2, 1, domains).view(-1, 1, 1, 1, 1)
     network = student.LocalNet(student.LocalShape(width=8, blocks=1))
-    whole = student.Student(network, finish.fit(network, images, apart(domains)))
+    whole = student.Student(network, finish.fit(network, images, distances(domains)))
     checkpoint.save(path, {**checkpoint.load(net), "student": whole.state()})
     return path
 

@@ -1,6 +1,4 @@
-"""What every command shares: its flags, and how it ends when a user made a mistake.
-
-The flags of a command are the fields of a frozen dataclass, each made by `flag`."""
+"""What commands share: flags, each made by `flag`, and how they end when a user made a mistake."""
 
 import argparse
 import operator
@@ -32,8 +30,7 @@ def refuse(wrong, message):
 
 def flag(default, text, group="options", choices=None, **limits):
     """A dataclass field that is also a command-line flag, of the field's type.
-    text, group: for --help; the group "positional" is for arguments without a name. choices: allowed values.
-    limits: what a number may be, by the names in LIMITS."""
+    text, group: for --help ("positional": without a name). choices, limits (see LIMITS): what is allowed."""
     return field(default=default, metadata=dict(text=text, group=group, choices=choices, limits=limits))
 
 
@@ -43,7 +40,7 @@ def name_of(f):
 
 
 def parse(config, description, argv=None):
-    """A `config` read from flags; a bool is `--name` or `--no-name`. UserError for a wrong one, or NaN."""
+    """A `config` read from flags; a bool is `--name` or `--no-name`. UserError for a wrong value."""
     module = sys.modules["__main__"].__spec__  # None for a script
     layout = partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=34)
     parser = Parser(prog=module and f"python -m {module.name}", description=description, allow_abbrev=False,

@@ -183,7 +183,7 @@ def check_writable(path, info):
 
 
 def write_image(path, x, info, reading=Reading()):
-    """Write x (C, H, W) in [-1, 1] as `info` and the target's `reading` say; black is 0. Or UserError."""
+    """Write x (C, H, W) in [-1, 1], whole, as `info` and the target's `reading` say, or raise UserError."""
     name, options = check_writable(path, info)
     channels = 3 if info.mode in ("RGB", "RGBA") else 1
     x = channels_to(x.detach().float().cpu(), channels)
